@@ -1,0 +1,261 @@
+"""The specification of the ops in plain torch: slow, independent of the kernels, without intermediate rounding.
+
+Every function takes the arguments of the op of the same name with the weights unpacked (NVFP4Weight, or a dense
+floating point tensor of the same shape), computes in ``dtype`` (fp64 by default) and returns ``dtype``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from torch_nvfp4.activation import check_gate, gated_activation, parse_activation
+from torch_nvfp4.format import NVFP4Weight, dequantize
+
+Weight = NVFP4Weight | Tensor
+
+
+def _shape(weight: Weight) -> tuple[int, ...]:
+    """Dense shape [..., N, K]."""
+    if isinstance(weight, NVFP4Weight):
+        return (*weight.data.shape[:-1], weight.data.shape[-1] * 2)
+    return tuple(weight.shape)
+
+
+def _dense(weight: Weight, dtype: torch.dtype) -> Tensor:
+    return dequantize(weight, dtype) if isinstance(weight, NVFP4Weight) else weight.to(dtype)
+
+
+def _expert(weight: Weight, e: int, dtype: torch.dtype) -> Tensor:
+    """Matrix of expert ``e``, [N, K] in ``dtype``: one at a time, since all of them may not fit in memory."""
+    if isinstance(weight, NVFP4Weight):
+        return dequantize(NVFP4Weight(weight.data[e], weight.scale[e], weight.global_scale[e]), dtype)
+    return weight[e].to(dtype)
+
+
+def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, *, dtype: torch.dtype = torch.float64) -> Tensor:
+    """``x @ weight^T + bias``: x [..., K], weight [N, K], bias [N] -> [..., N]."""
+    y = x.to(dtype) @ _dense(weight, dtype).mT
+    return y if bias is None else y + bias.to(dtype)
+
+
+def swiglu(
+    gate_up: Tensor,
+    activation: str | int = "silu",
+    clamp_limit: float | None = None,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    *,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """``gated_activation`` of gate_up [..., 2I], gate columns first -> [..., I]."""
+    if gate_up.shape[-1] % 2:
+        raise ValueError(f"gate_up: expected an even last dimension (gate, then up), got shape {list(gate_up.shape)}")
+    gate, up = gate_up.to(dtype).chunk(2, dim=-1)
+    return gated_activation(gate, up, parse_activation(activation), clamp_limit, alpha, beta)
+
+
+def local_experts(topk_ids: Tensor, expert_map: Tensor | None, num_experts: int) -> Tensor:
+    """Local expert of every slot, int64 in the shape of ``topk_ids``; ``num_experts`` for skipped slots.
+
+    Skipped are ids outside [0, num_experts), or, with an ``expert_map`` (int32 [global experts]), ids outside the map
+    and ids that it sends outside [0, num_experts), such as to -1.
+    """
+    local = topk_ids.to(torch.int64)
+    if expert_map is not None:
+        size = expert_map.numel()
+        inside = (local >= 0) & (local < size)
+        # A map of one -1 stands in for an empty one, which cannot be indexed.
+        table = expert_map.to(torch.int64) if size else local.new_full((1,), -1)
+        local = torch.where(inside, table[torch.where(inside, local, 0)], -1)
+    return torch.where((local >= 0) & (local < num_experts), local, num_experts)
+
+
+def route(topk_ids: Tensor, expert_map: Tensor | None, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Groups the slots by expert: topk_ids [M, top_k] -> (order int32 [M * top_k], offsets int32 [num_experts + 1]).
+
+    Slot s is ``token * top_k + j``. ``order`` has the slots stably sorted by local expert, skipped ones last; expert e
+    owns ``order[offsets[e]:offsets[e + 1]]``.
+    """
+    local = local_experts(topk_ids, expert_map, num_experts).reshape(-1)
+    order = torch.argsort(local, stable=True).to(torch.int32)
+    counts = torch.bincount(local, minlength=num_experts + 1)[:num_experts]
+    offsets = torch.cat((counts.new_zeros(1), counts.cumsum(0))).to(torch.int32)
+    return order, offsets
+
+
+def grouped_gemm(
+    x: Tensor,
+    weight: Weight,
+    order: Tensor,
+    offsets: Tensor,
+    topk_weights: Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """``out[s] = x[s // (slots // rows)] @ weight[expert of s]^T``, times ``topk_weights[s]`` if given.
+
+    x [rows, K], weight [E, N, K], order and offsets from ``route``, topk_weights with as many elements as slots
+    -> [slots, N]; rows of skipped slots are zero. ``slots`` is a multiple of ``rows``.
+    """
+    slots, rows = order.numel(), x.shape[0]
+    experts, n, _ = _shape(weight)
+    if offsets.numel() != experts + 1:
+        raise ValueError(f"offsets: expected {experts + 1} elements for {experts} experts, got {offsets.numel()}")
+    if slots and (rows == 0 or slots % rows):
+        raise ValueError(f"x: expected a number of rows that divides the {slots} slots, got {rows}")
+    out = torch.zeros(slots, n, dtype=dtype, device=x.device)
+    bounds = offsets.tolist()
+    for e in range(experts):
+        own = order[bounds[e] : bounds[e + 1]].to(torch.int64)
+        if own.numel():
+            y = x[own // (slots // rows)].to(dtype) @ _expert(weight, e, dtype).mT
+            if topk_weights is not None:
+                y = y * topk_weights.reshape(-1)[own].to(dtype).unsqueeze(-1)
+            out[own] = y
+    return out
+
+
+def grouped_gemm_swiglu(
+    x: Tensor,
+    weight: Weight,
+    order: Tensor,
+    offsets: Tensor,
+    topk_weights: Tensor | None = None,
+    *,
+    activation: str | int = "silu",
+    clamp_limit: float | None = None,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """``swiglu(grouped_gemm(...))`` with a gated weight [E, 2I, K] -> [slots, I]; rows of skipped slots are zero."""
+    gate_up = grouped_gemm(x, weight, order, offsets, topk_weights, dtype=dtype)
+    return swiglu(gate_up, activation, clamp_limit, alpha, beta, dtype=dtype)
+
+
+def combine(
+    x: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    expert_map: Tensor | None,
+    num_experts: int,
+    *,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """``out[m] = sum over j of topk_weights[m, j] * x[m * top_k + j]``; skipped slots are not read.
+
+    x [M * top_k, N], topk_weights and topk_ids [M, top_k] -> [M, N].
+    """
+    tokens, top_k = topk_ids.shape
+    kept = (local_experts(topk_ids, expert_map, num_experts) < num_experts).unsqueeze(-1)
+    terms = x.to(dtype).reshape(tokens, top_k, x.shape[-1]) * topk_weights.to(dtype).unsqueeze(-1)
+    # where and not a product with 0: a skipped slot may hold NaN.
+    return torch.where(kept, terms, 0.0).sum(1)
+
+
+def clamped_share(gate_up: Tensor, *, activation: str | int = "silu", clamp_limit: float | None) -> float:
+    """Share (0..1) of the pre-activations gate_up [..., 2I] that the limit changes; 0 without a limit or values.
+
+    Counts ``gate > L`` (swiglustep: ``silu(gate) > L``) and ``abs(up) > L``.
+    """
+    act = parse_activation(activation)
+    check_gate(act, clamp_limit, 1.0, 0.0)
+    if clamp_limit is None or gate_up.numel() == 0:
+        return 0.0
+    gate, up = gate_up.chunk(2, dim=-1)
+    if act.name == "swiglustep":
+        gate = gate * torch.sigmoid(gate)
+    changed = (gate > clamp_limit).sum() + (up.abs() > clamp_limit).sum()
+    return int(changed) / gate_up.numel()
+
+
+class MoEResult(NamedTuple):
+    output: Tensor  # [M, K]
+    clamped_share: float  # of the pre-activations of the slots that were not skipped
+
+
+def moe_with_clamped_share(
+    hidden_states: Tensor,
+    w13: Weight,
+    w2: Weight,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    expert_map: Tensor | None = None,
+    *,
+    activation: str | int = "silu",
+    clamp_limit: float | None = None,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    apply_router_weight_on_input: bool = False,
+    dtype: torch.dtype = torch.float64,
+) -> MoEResult:
+    """``moe``, and the share of pre-activations that the limit changed."""
+    experts, two_i, k = _shape(w13)
+    if _shape(w2) != (experts, k, two_i // 2) or two_i % 2:
+        raise ValueError(
+            f"expected w13 of shape [E, 2I, K] and w2 of shape [E, K, I], "
+            f"got {list(_shape(w13))} and {list(_shape(w2))}"
+        )
+    if hidden_states.dim() != 2 or hidden_states.shape[1] != k:
+        raise ValueError(f"hidden_states: expected shape [M, {k}], got {list(hidden_states.shape)}")
+    if topk_ids.dim() != 2 or topk_ids.shape[0] != hidden_states.shape[0]:
+        raise ValueError(f"topk_ids: expected shape [{hidden_states.shape[0]}, top_k], got {list(topk_ids.shape)}")
+    if topk_weights.shape != topk_ids.shape:
+        raise ValueError(f"topk_weights: expected shape {list(topk_ids.shape)}, got {list(topk_weights.shape)}")
+    order, offsets = route(topk_ids, expert_map, experts)
+    on_input = topk_weights if apply_router_weight_on_input else None
+    gate_up = grouped_gemm(hidden_states, w13, order, offsets, on_input, dtype=dtype)
+    intermediate = swiglu(gate_up, activation, clamp_limit, alpha, beta, dtype=dtype)
+    expert_out = grouped_gemm(intermediate, w2, order, offsets, dtype=dtype)
+    on_output = torch.ones_like(topk_weights) if apply_router_weight_on_input else topk_weights
+    output = combine(expert_out, on_output, topk_ids, expert_map, experts, dtype=dtype)
+    computed = order[: int(offsets[-1])].to(torch.int64)
+    return MoEResult(output, clamped_share(gate_up[computed], activation=activation, clamp_limit=clamp_limit))
+
+
+def moe(
+    hidden_states: Tensor,
+    w13: Weight,
+    w2: Weight,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    expert_map: Tensor | None = None,
+    *,
+    activation: str | int = "silu",
+    clamp_limit: float | None = None,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    apply_router_weight_on_input: bool = False,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """The MoE layer: for every token, the weighted sum over its experts e of ``w2[e] @ act(w13[e] @ x)``.
+
+    Args:
+        hidden_states: [M, K], any floating point dtype.
+        w13: [E, 2I, K], gate rows first.
+        w2: [E, K, I].
+        topk_weights: fp32 [M, top_k].
+        topk_ids: int32 or int64 [M, top_k]; repeated experts add up, ids without a local expert contribute nothing.
+        expert_map: int32 [global experts], local expert or -1; None: ids are local.
+        apply_router_weight_on_input: topk_weights scale the expert's input (so the clamp sees the scaled
+            pre-activations) instead of its output.
+
+    Returns [M, K] in ``dtype``. The activation parameters are those of ``gated_activation``.
+    """
+    return moe_with_clamped_share(
+        hidden_states,
+        w13,
+        w2,
+        topk_weights,
+        topk_ids,
+        expert_map,
+        activation=activation,
+        clamp_limit=clamp_limit,
+        alpha=alpha,
+        beta=beta,
+        apply_router_weight_on_input=apply_router_weight_on_input,
+        dtype=dtype,
+    ).output
