@@ -1,0 +1,56 @@
+# Everything runs inside VENV, which is made when it is not there. To use another torch, name another constraints file
+# (CONSTRAINTS=mine.txt), or an environment that already holds torch >= 2.11 (VENV=$VIRTUAL_ENV).
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+
+BIN := $(VENV)/bin
+SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
+CXX_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: help install demo test lint format bench gpu-test sanitize clean
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV) || { echo "Making $(VENV) failed: on Debian and Ubuntu, apt-get install python3-venv"; exit 1; }
+
+$(VENV)/.torch_nvfp4: $(BIN)/python $(SOURCES) $(CONSTRAINTS)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) setuptools torch
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) --no-build-isolation -e '.[test,lint]'
+	@touch $@
+
+install: $(VENV)/.torch_nvfp4  ## make VENV with torch_nvfp4 in it
+
+demo: install  ## write a checkpoint in DeepSeek-V4-Flash's layout, load it, check it and time it
+	$(BIN)/torch-nvfp4 demo
+
+test: install  ## all tests that need no GPU
+	$(BIN)/python -m pytest
+
+lint: install  ## formatting, types and the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+	$(BIN)/python .ci/check_imports.py
+
+format: install  ## what lint asks for, applied
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+bench: install  ## the README's table for this machine
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e '.[bench]' --no-build-isolation
+	$(BIN)/torch-nvfp4 bench
+
+gpu-test: install  ## the whole suite on a GPU
+	$(BIN)/python -m pytest --gpu
+
+sanitize: install  ## the op tests on a CPU library built with the address and undefined-behaviour sanitizers
+	TORCH_NVFP4_SANITIZE=1 TORCH_NVFP4_BUILD_CUDA=0 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  PYTHONPATH=build/sanitize/lib $(BIN)/python -P -m pytest tests/test_ops.py
+
+clean:  ## remove what the targets made
+	rm -rf $(VENV) build *.egg-info torch_nvfp4/*.so

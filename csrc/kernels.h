@@ -1,0 +1,169 @@
+// What a backend implements: plain structs of pointers and sizes, no torch header.
+//
+// csrc/ops/<op>.cpp checks the tensors, allocates outputs and workspace, fills one of these structs and calls the
+// backend's function of the same name. The CPU backend is namespace nvfp4::cpu (csrc/cpu), the CUDA backend is
+// nvfp4::cuda (csrc/cuda).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace nvfp4 {
+
+constexpr int64_t kGroupSize = 16;  // values along the input dimension that share one E4M3 block scale
+
+enum class DType : int8_t { bf16, fp16, fp32 };
+
+// The numbers are part of the op schemas; torch_nvfp4/activation.py holds the same table.
+enum class Activation : int64_t { silu = 0, swiglustep = 1, gelu = 2, gelu_tanh = 3, relu2 = 4 };
+
+struct Gate {
+  Activation activation = Activation::silu;
+  bool clamped = false;
+  float limit = 0.0f;  // read only when clamped
+  float alpha = 1.0f;  // silu: g * sigmoid(alpha * g) * (u + beta)
+  float beta = 0.0f;
+};
+
+// Packed weights of one or more experts. `n` counts output rows: 2I when gated (gate rows 0..I-1, up rows I..2I-1).
+struct Weight {
+  const uint8_t* packed;      // experts * expert_bytes
+  int64_t expert_bytes;       // bytes from one expert to the next
+  const float* global_scale;  // [experts], or [experts, 2] = (gate, up) when gated
+  int64_t experts;
+  int64_t n;
+  int64_t k;
+  bool gated;
+};
+
+// Which slots go to which expert. Slot s = token * top_k + j.
+struct Routing {
+  const void* topk_ids;       // [tokens, top_k], int64 if ids_are_int64, else int32
+  bool ids_are_int64;
+  const int32_t* expert_map;  // [expert_map_size] global id -> local expert or -1; null: ids are local
+  int64_t expert_map_size;
+  int64_t tokens;
+  int64_t top_k;
+  int64_t experts;            // local experts; every other id is skipped
+};
+
+struct PackArgs {
+  const uint8_t* weight;  // [experts, n, k / 2] e2m1 codes, low nibble = even column
+  const uint8_t* scale;   // [experts, n, k / 16] E4M3 bytes
+  uint8_t* packed;        // [experts, expert_bytes]
+  int64_t expert_bytes;
+  int64_t experts;
+  int64_t n;
+  int64_t k;
+  bool gated;
+};
+
+struct UnpackArgs {
+  const uint8_t* packed;
+  int64_t expert_bytes;
+  uint8_t* weight;
+  uint8_t* scale;
+  int64_t experts;
+  int64_t n;
+  int64_t k;
+  bool gated;
+};
+
+struct RouteArgs {
+  Routing routing;
+  int32_t* order;    // [tokens * top_k] slots, stably sorted by local expert; skipped slots last
+  int32_t* offsets;  // [experts + 1] expert e owns order[offsets[e] .. offsets[e + 1])
+};
+
+// out[s] = x[s / (slots / rows)] @ W[expert of s]^T, times slot_scale[s], then the gate if there is one.
+// Skipped slots (order[offsets[experts]] and after) give rows of zeros.
+struct GroupedGemmArgs {
+  DType dtype;
+  const void* x;  // [rows, k]
+  int64_t rows;
+  int64_t slots;  // a multiple of rows
+  Weight weight;
+  const int32_t* order;     // [slots]
+  const int32_t* offsets;   // [experts + 1]
+  const float* slot_scale;  // [slots] or null
+  const Gate* gate;         // null: out is [slots, n], gate rows first; else the weight is gated and out is [slots, n / 2]
+  void* out;
+};
+
+// out[m] = sum over j of topk_weights[m, j] * x[m * top_k + j], in order of j, in fp32; skipped slots are not read.
+struct CombineArgs {
+  DType dtype;
+  const void* x;              // [tokens * top_k, n]
+  const float* topk_weights;  // [tokens, top_k]
+  Routing routing;
+  int64_t n;
+  void* out;  // [tokens, n]
+};
+
+struct MoeArgs {
+  DType dtype;
+  const void* hidden_states;  // [tokens, w13.k]
+  Weight w13;                 // gated
+  Weight w2;                  // n == w13.k, k == w13.n / 2
+  const float* topk_weights;  // [tokens, top_k]
+  Routing routing;
+  Gate gate;
+  bool apply_router_weight_on_input;  // scale GEMM1's pre-activations instead of the output
+  void* out;                          // [tokens, w13.k]
+};
+
+struct LinearArgs {
+  DType dtype;
+  const void* x;     // [rows, k]
+  int64_t rows;
+  Weight weight;     // experts == 1
+  const void* bias;  // [n] in dtype, or null
+  void* out;         // [rows, n]
+};
+
+struct SwigluArgs {
+  DType dtype;
+  const void* gate_up;  // [rows, 2 * intermediate], gate columns first
+  int64_t rows;
+  int64_t intermediate;
+  Gate gate;
+  void* out;  // [rows, intermediate]
+};
+
+// How one call runs: the stream (CUDA only) and scratch memory of at least the matching *_workspace() bytes,
+// 256-byte aligned. Nothing is kept between calls.
+struct Context {
+  void* stream = nullptr;
+  void* workspace = nullptr;
+};
+
+#define NVFP4_BACKEND_FUNCTIONS                                      \
+  void pack(const PackArgs& args, const Context& context);           \
+  void unpack(const UnpackArgs& args, const Context& context);       \
+  void route(const RouteArgs& args, const Context& context);         \
+  void grouped_gemm(const GroupedGemmArgs& args, const Context&);    \
+  void combine(const CombineArgs& args, const Context& context);     \
+  void moe(const MoeArgs& args, const Context& context);             \
+  void linear(const LinearArgs& args, const Context& context);       \
+  void swiglu(const SwigluArgs& args, const Context& context);       \
+  size_t route_workspace(const RouteArgs& args);                     \
+  size_t grouped_gemm_workspace(const GroupedGemmArgs& args);        \
+  size_t moe_workspace(const MoeArgs& args);                         \
+  size_t linear_workspace(const LinearArgs& args);
+
+namespace cpu {
+NVFP4_BACKEND_FUNCTIONS
+
+// Runs body(argument, i) for every i in [0, n), spread over the intra-op threads; n is usually num_threads() with the
+// work shared out inside through an atomic counter. Defined over torch's pool in csrc/ops/threads.cpp.
+int num_threads();
+void parallel_for(int64_t n, void (*body)(void* argument, int64_t i), void* argument);
+}  // namespace cpu
+
+namespace cuda {
+NVFP4_BACKEND_FUNCTIONS
+}  // namespace cuda
+
+#undef NVFP4_BACKEND_FUNCTIONS
+
+}  // namespace nvfp4

@@ -1,0 +1,28 @@
+// Every schema of the nvfp4 namespace. Kernels register beside their op, in ops/<op>.cpp; fakes and autograd in
+// torch_nvfp4/ops/<op>.py.
+//
+// The activation is an int because a str argument leaks memory through the stable ABI of torch 2.11 to 2.13; the typed
+// Python wrappers take its name.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(nvfp4, m) {
+  m.def(
+      "moe(Tensor hidden_states, Tensor w13, Tensor w13_global_scale, Tensor w2, Tensor w2_global_scale, "
+      "Tensor topk_weights, Tensor topk_ids, Tensor? expert_map=None, *, int activation=0, float? clamp_limit=None, "
+      "float alpha=1.0, float beta=0.0, bool apply_router_weight_on_input=False) -> Tensor");
+  m.def("route(Tensor topk_ids, Tensor? expert_map, int num_experts) -> (Tensor order, Tensor offsets)");
+  m.def(
+      "grouped_gemm(Tensor x, Tensor weight, Tensor global_scale, Tensor order, Tensor offsets, "
+      "Tensor? topk_weights=None) -> Tensor");
+  m.def(
+      "grouped_gemm_swiglu(Tensor x, Tensor weight, Tensor global_scale, Tensor order, Tensor offsets, "
+      "Tensor? topk_weights=None, *, int activation=0, float? clamp_limit=None, float alpha=1.0, float beta=0.0) "
+      "-> Tensor");
+  m.def("combine(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor? expert_map, int num_experts) -> Tensor");
+  m.def("linear(Tensor x, Tensor weight, Tensor global_scale, Tensor? bias=None) -> Tensor");
+  m.def(
+      "swiglu(Tensor gate_up, *, int activation=0, float? clamp_limit=None, float alpha=1.0, float beta=0.0) "
+      "-> Tensor");
+  m.def("pack(Tensor weight, Tensor scale, bool gated=False) -> Tensor");
+  m.def("unpack(Tensor packed, int in_features, bool gated=False) -> (Tensor weight, Tensor scale)");
+}

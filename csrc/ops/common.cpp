@@ -1,0 +1,344 @@
+#include "common.h"
+
+#include <cmath>
+#include <cstdio>
+#include <iterator>
+#include <limits>
+
+namespace nvfp4 {
+namespace {
+
+constexpr int64_t kAlignment = 256;
+
+int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+const char* dtype_name(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Bool:
+      return "bool";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Float8_e4m3fn:
+      return "float8_e4m3fn";
+    case ScalarType::Float8_e5m2:
+      return "float8_e5m2";
+    default:
+      return "another dtype";
+  }
+}
+
+std::string device_name(const Tensor& tensor) {
+  switch (tensor.device().type()) {
+    case torch::headeronly::DeviceType::CPU:
+      return "cpu";
+    case torch::headeronly::DeviceType::CUDA:
+      return "cuda:" + std::to_string(tensor.get_device_index());
+    default:
+      return "another device";
+  }
+}
+
+template <typename Range, typename Print>
+std::string list(const Range& items, Print print) {
+  std::ostringstream out;
+  out << '[';
+  const char* separator = "";
+  for (const auto& item : items) {
+    out << separator;
+    print(out, item);
+    separator = ", ";
+  }
+  out << ']';
+  return out.str();
+}
+
+std::string shape_of(const Tensor& tensor) {
+  return list(tensor.sizes(), [](std::ostream& out, int64_t size) { out << size; });
+}
+
+std::string describe(const Dims& dims) {
+  return list(dims, [](std::ostream& out, const Dim& dim) {
+    if (dim.size < 0) {
+      out << dim.letter;
+    } else {
+      out << dim.size;
+    }
+  });
+}
+
+bool matches(const Tensor& tensor, const Dims& dims) {
+  if (tensor.dim() != static_cast<int64_t>(dims.size())) return false;
+  for (size_t i = 0; i < dims.size(); ++i) {
+    if (dims[i].size >= 0 && tensor.size(static_cast<int64_t>(i)) != dims[i].size) return false;
+  }
+  return true;
+}
+
+void check_dtype(const char* op, const char* name, const Tensor& tensor, std::initializer_list<ScalarType> dtypes) {
+  std::string expected;
+  for (ScalarType dtype : dtypes) {
+    if (tensor.scalar_type() == dtype) return;
+    expected += (expected.empty() ? "" : " or ") + std::string(dtype_name(dtype));
+  }
+  fail(op, name, " must be ", expected, ", got ", dtype_name(tensor.scalar_type()));
+}
+
+// Trailing dimensions of a packed weight: [KB, 36] on the CPU (64 values are 32 bytes of codes and 4 scales), and one
+// dimension on CUDA, where 64 x 64 blocks are spread evenly over the rows.
+std::vector<int64_t> packed_tail(int64_t n, int64_t k) {
+  if (!kIsCuda) return {round_up(k, 64) / 64, 36};
+  return {(round_up(n, 64) * round_up(k, 64) / 16 * 9 + n - 1) / n};
+}
+
+// Python's f"{value:g}".
+std::string format_g(double value) {
+  if (std::isnan(value)) return "nan";
+  char text[32];
+  std::snprintf(text, sizeof(text), "%g", value);
+  return text;
+}
+
+}  // namespace
+
+void check_tensor(const char* op, const char* name, const Tensor& tensor, const char* like_name, const Tensor& like,
+                  std::initializer_list<ScalarType> dtypes, const Dims& dims, const std::string& note) {
+  check_dtype(op, name, tensor, dtypes);
+  const std::string expected_device = device_name(like);
+  if (device_name(tensor) != expected_device) {
+    fail(op, name, " must be on ", expected_device, " like ", like_name, ", got ", device_name(tensor));
+  }
+  if (!matches(tensor, dims)) {
+    fail(op, name, " must have shape ", describe(dims), note, ", got ", shape_of(tensor));
+  }
+  if (!tensor.is_contiguous()) {
+    fail(op, name, " must be contiguous, got a tensor of shape ", shape_of(tensor),
+         " that is not; call .contiguous() first");
+  }
+}
+
+void check_activations(const char* op, const char* name, const Tensor& tensor, const Dims& dims) {
+  if (kIsCuda) {
+    check_tensor(op, name, tensor, name, tensor, {ScalarType::BFloat16, ScalarType::Half}, dims);
+  } else {
+    check_tensor(op, name, tensor, name, tensor, {ScalarType::BFloat16, ScalarType::Half, ScalarType::Float}, dims);
+  }
+}
+
+void check_last_dim(const char* op, const char* name, const Tensor& tensor, int64_t multiple) {
+  const int64_t size = tensor.dim() > 0 ? tensor.size(tensor.dim() - 1) : 0;
+  if (size <= 0 || size % multiple != 0) {
+    fail(op, name, "'s last dimension must be a positive multiple of ", multiple, ", got ", size);
+  }
+}
+
+DType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Half:
+      return DType::fp16;
+    default:
+      return DType::fp32;
+  }
+}
+
+bool is_gated(const char* op, const Tensor& global_scale, bool batched) {
+  const int64_t plain_rank = batched ? 1 : 0;
+  if (global_scale.dim() != plain_rank && global_scale.dim() != plain_rank + 1) {
+    fail(op, "global_scale must have shape ", batched ? "[E], or [E, 2]" : "[], or [2]",
+         " for a weight packed with gated=True, got ", shape_of(global_scale));
+  }
+  return global_scale.dim() == plain_rank + 1;
+}
+
+std::vector<int64_t> packed_shape(std::optional<int64_t> experts, int64_t n, int64_t k, bool gated) {
+  std::vector<int64_t> shape;
+  if (experts) shape.push_back(*experts);
+  if (gated) shape.push_back(2);
+  shape.push_back(gated ? n / 2 : n);
+  for (int64_t size : packed_tail(n, k)) shape.push_back(size);
+  return shape;
+}
+
+int64_t check_packed(const char* op, const char* name, const Tensor& packed, const char* like_name, const Tensor& like,
+                     const PackedSize& size) {
+  const int64_t halves = size.gated ? 2 : 1;
+  const size_t tail_rank = packed_tail(kGroupSize, size.k).size();
+  Dims dims;
+  if (size.batched) dims.push_back(size.experts < 0 ? Dim("E") : Dim(size.experts));
+  if (size.gated) dims.push_back(2);
+  const auto row_dim = static_cast<int64_t>(dims.size());
+  dims.push_back(size.n < 0 ? Dim(size.gated ? "I" : "N") : Dim(size.n / halves));
+  int64_t n = size.n;
+  if (n < 0 && packed.dim() == row_dim + 1 + static_cast<int64_t>(tail_rank)) n = packed.size(row_dim) * halves;
+  if (n > 0 || !kIsCuda) {
+    for (int64_t dim : packed_tail(n > 0 ? n : kGroupSize, size.k)) dims.push_back(dim);
+  } else {
+    dims.push_back("R");
+  }
+  const std::string note = std::string(", as torch_nvfp4.pack(gated=") + (size.gated ? "True" : "False") +
+                           ") gives on " + (kIsCuda ? "cuda" : "cpu") + " for K = " + std::to_string(size.k);
+  check_tensor(op, name, packed, like_name, like, {ScalarType::Byte}, dims, note);
+  if (n <= 0 || n / halves % kGroupSize != 0) {
+    fail(op, name, "'s dimension ", row_dim, " must be a positive multiple of 16, got ", n / halves);
+  }
+  if (size.batched && packed.size(0) == 0) fail(op, name, " must hold at least one expert, got 0");
+  return n;
+}
+
+Weight check_weight(const char* op, const char* name, const Tensor& packed, const Tensor& global_scale,
+                    const char* like_name, const Tensor& like, const PackedSize& size) {
+  const int64_t n = check_packed(op, name, packed, like_name, like, size);
+  const int64_t experts = size.batched ? packed.size(0) : 1;
+  Dims scale_dims;
+  if (size.batched) scale_dims.push_back(experts);
+  if (size.gated) scale_dims.push_back(2);
+  const std::string scale_name = std::string(name) == "weight" ? "global_scale" : std::string(name) + "_global_scale";
+  check_tensor(op, scale_name.c_str(), global_scale, like_name, like, {ScalarType::Float}, scale_dims);
+  return Weight{
+      .packed = static_cast<const uint8_t*>(packed.data_ptr()),
+      .expert_bytes = packed.numel() / experts,
+      .global_scale = static_cast<const float*>(global_scale.data_ptr()),
+      .experts = experts,
+      .n = n,
+      .k = size.k,
+      .gated = size.gated,
+  };
+}
+
+void check_in_features(const char* op, int64_t k) {
+  if (k <= 0 || k % kGroupSize != 0) {
+    fail(op, "the weight's input dimension K must be a positive multiple of 16, got ", k);
+  }
+}
+
+void check_out_features(const char* op, int64_t n, bool gated) {
+  const int64_t multiple = gated ? 2 * kGroupSize : kGroupSize;
+  if (n <= 0 || n % multiple != 0) {
+    fail(op, "the weight's output dimension N must be a positive multiple of ", multiple, gated ? " (gated=True)" : "",
+         ", got ", n);
+  }
+}
+
+void check_num_experts(const char* op, int64_t num_experts) {
+  if (num_experts <= 0) fail(op, "num_experts must be positive, got ", num_experts);
+}
+
+Dims any_shape(const Tensor& tensor, const char* last) {
+  Dims dims;
+  for (int64_t i = 0; i + 1 < tensor.dim(); ++i) dims.push_back(tensor.size(i));
+  dims.push_back(last);
+  return dims;
+}
+
+std::vector<int64_t> with_last_dim(const Tensor& tensor, int64_t size) {
+  std::vector<int64_t> shape;
+  for (int64_t dim : tensor.sizes()) shape.push_back(dim);
+  shape.back() = size;
+  return shape;
+}
+
+Gate check_gate(const char* op, int64_t activation, std::optional<double> clamp_limit, double alpha, double beta) {
+  static constexpr const char* kNames[] = {"silu", "swiglustep", "gelu", "gelu_tanh", "relu2"};
+  constexpr double kMax = std::numeric_limits<float>::max();
+  if (activation < 0 || activation >= std::ssize(kNames)) {
+    fail(op, "expected activation to be one of 0 (silu), 1 (swiglustep), 2 (gelu), 3 (gelu_tanh), 4 (relu2), got ",
+         activation);
+  }
+  const auto kind = static_cast<Activation>(activation);
+  const char* name = kNames[activation];
+  if (clamp_limit) {
+    if (!(0.0 < *clamp_limit && *clamp_limit <= kMax)) {
+      fail(op, "expected clamp_limit to be finite and positive (in fp32) or None for no clamp, got ",
+           format_g(*clamp_limit));
+    }
+    if (kind != Activation::silu && kind != Activation::swiglustep) {
+      fail(op, "expected clamp_limit to be None for activation ", name, ", which has no clamp, got ",
+           format_g(*clamp_limit), "; a clamp is never skipped silently: pass None or use silu or swiglustep");
+    }
+  }
+  if (!(std::abs(alpha) <= kMax && std::abs(beta) <= kMax)) {
+    fail(op, "expected alpha and beta to be finite (in fp32), got alpha=", format_g(alpha), ", beta=", format_g(beta));
+  }
+  if (kind != Activation::silu && (alpha != 1.0 || beta != 0.0)) {
+    fail(op, "expected alpha=1, beta=0 for activation ", name,
+         ", which takes neither (only silu does), got alpha=", format_g(alpha), ", beta=", format_g(beta));
+  }
+  return Gate{
+      .activation = kind,
+      .clamped = clamp_limit.has_value(),
+      .limit = static_cast<float>(clamp_limit.value_or(0.0)),
+      .alpha = static_cast<float>(alpha),
+      .beta = static_cast<float>(beta),
+  };
+}
+
+Routing check_routing(const char* op, const Tensor& topk_ids, const std::optional<Tensor>& expert_map, int64_t tokens,
+                      int64_t top_k, int64_t experts, const char* like_name, const Tensor& like) {
+  check_tensor(op, "topk_ids", topk_ids, like_name, like, {ScalarType::Int, ScalarType::Long},
+               {tokens < 0 ? Dim("M") : Dim(tokens), top_k < 0 ? Dim("top_k") : Dim(top_k)});
+  if (expert_map) {
+    check_tensor(op, "expert_map", *expert_map, like_name, like, {ScalarType::Int}, {"global_experts"});
+  }
+  if (topk_ids.numel() >= int64_t{1} << 31) {
+    fail(op, "M * top_k must be below 2**31, got ", topk_ids.numel(), "; split the batch");
+  }
+  return Routing{
+      .topk_ids = topk_ids.data_ptr(),
+      .ids_are_int64 = topk_ids.scalar_type() == ScalarType::Long,
+      .expert_map = optional_data<const int32_t>(expert_map),
+      .expert_map_size = expert_map ? expert_map->numel() : 0,
+      .tokens = topk_ids.size(0),
+      .top_k = topk_ids.size(1),
+      .experts = experts,
+  };
+}
+
+Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
+  return torch::stable::new_empty(like, shape, dtype);
+}
+
+#ifdef USE_CUDA
+Launch::Launch(const Tensor& like, size_t workspace_bytes) : guard_(like.get_device_index()) {
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &context_.stream));
+#else
+Launch::Launch(const Tensor& like, size_t workspace_bytes) {
+#endif
+  if (workspace_bytes == 0) return;
+  // torch's CPU allocator aligns to 64 bytes; the kernels may rely on 256.
+  workspace_ = empty(like, {static_cast<int64_t>(workspace_bytes) + kAlignment}, ScalarType::Byte);
+  const auto address = reinterpret_cast<uintptr_t>(workspace_->data_ptr());
+  context_.workspace = reinterpret_cast<void*>(round_up(static_cast<int64_t>(address), kAlignment));
+}
+
+#ifndef USE_CUDA
+namespace cpu {
+
+int num_threads() { return static_cast<int>(torch::stable::get_num_threads()); }
+
+void parallel_for(int64_t n, void (*body)(void* argument, int64_t i), void* argument) {
+  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) body(argument, i);
+  });
+}
+
+}  // namespace cpu
+#endif
+
+}  // namespace nvfp4

@@ -1,0 +1,122 @@
+// What every op needs around its kernel: argument checks whose words torch_nvfp4/ops/_checks.py repeats for the fakes,
+// output and workspace allocation, and the choice of backend.
+//
+// Each ops/<op>.cpp is compiled into both libraries: into _C for the CPU, and with USE_CUDA into _C_cuda.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <initializer_list>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "../kernels.h"
+
+#ifdef USE_CUDA
+#define NVFP4_DISPATCH_KEY CUDA
+#else
+#define NVFP4_DISPATCH_KEY CPU
+#endif
+
+namespace nvfp4 {
+
+#ifdef USE_CUDA
+namespace backend = cuda;
+constexpr bool kIsCuda = true;
+#else
+namespace backend = cpu;
+constexpr bool kIsCuda = false;
+#endif
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// One expected dimension: a size, or a letter where any size will do.
+struct Dim {
+  int64_t size = -1;
+  const char* letter = "";
+  Dim(int64_t size) : size(size) {}
+  Dim(const char* letter) : letter(letter) {}
+};
+using Dims = std::vector<Dim>;
+
+template <typename... Parts>
+[[noreturn]] void fail(const char* op, const Parts&... parts) {
+  std::ostringstream message;
+  message << "nvfp4::" << op << ": ";
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+// Checks dtype, device (that of `like`), shape and contiguity, in this order. `note` follows the expected shape.
+void check_tensor(const char* op, const char* name, const Tensor& tensor, const char* like_name, const Tensor& like,
+                  std::initializer_list<ScalarType> dtypes, const Dims& dims, const std::string& note = "");
+
+// The dtypes that activations may have on this backend, and their kernel enum.
+void check_activations(const char* op, const char* name, const Tensor& tensor, const Dims& dims);
+void check_last_dim(const char* op, const char* name, const Tensor& tensor, int64_t multiple);
+DType dtype_of(const Tensor& tensor);
+
+// Sizes of a packed weight; -1 where any size will do.
+struct PackedSize {
+  bool batched;  // has a leading expert dimension
+  bool gated;    // packed with gated=True
+  int64_t experts;
+  int64_t n;  // output rows, 2I when gated
+  int64_t k;
+};
+// Checks pack()'s result against what is known of its size, and returns its output rows.
+int64_t check_packed(const char* op, const char* name, const Tensor& packed, const char* like_name, const Tensor& like,
+                     const PackedSize& size);
+// The same with the global scale, for the kernels.
+Weight check_weight(const char* op, const char* name, const Tensor& packed, const Tensor& global_scale,
+                    const char* like_name, const Tensor& like, const PackedSize& size);
+// global_scale's rank says whether the weight was packed with gated=True.
+bool is_gated(const char* op, const Tensor& global_scale, bool batched);
+// The shape of pack()'s result.
+std::vector<int64_t> packed_shape(std::optional<int64_t> experts, int64_t n, int64_t k, bool gated);
+
+void check_in_features(const char* op, int64_t k);
+void check_out_features(const char* op, int64_t n, bool gated);
+void check_num_experts(const char* op, int64_t num_experts);
+
+// The dimensions of a tensor of any rank >= 1 whose last dimension is called `last`; and its shape with another last
+// size.
+Dims any_shape(const Tensor& tensor, const char* last);
+std::vector<int64_t> with_last_dim(const Tensor& tensor, int64_t size);
+
+// The words are those of gate_error in torch_nvfp4/activation.py.
+Gate check_gate(const char* op, int64_t activation, std::optional<double> clamp_limit, double alpha, double beta);
+
+Routing check_routing(const char* op, const Tensor& topk_ids, const std::optional<Tensor>& expert_map, int64_t tokens,
+                      int64_t top_k, int64_t experts, const char* like_name, const Tensor& like);
+
+Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype);
+
+// Selects the device and current stream of `like` for one call, and owns the call's scratch memory.
+class Launch {
+ public:
+  Launch(const Tensor& like, size_t workspace_bytes);
+  const Context& context() const { return context_; }
+
+ private:
+#ifdef USE_CUDA
+  torch::stable::accelerator::DeviceGuard guard_;
+#endif
+  std::optional<Tensor> workspace_;
+  Context context_;
+};
+
+template <typename T>
+T* optional_data(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? static_cast<T*>(tensor->data_ptr()) : nullptr;
+}
+
+}  // namespace nvfp4

@@ -1,0 +1,79 @@
+#include "common.h"
+
+namespace nvfp4 {
+namespace {
+
+// pack and unpack are inverses over codes [..., N, K / 2] and scales [..., N, K / 16], with or without experts in
+// front.
+Tensor pack(const Tensor& weight, const Tensor& scale, bool gated) {
+  const char* op = "pack";
+  const bool batched = weight.dim() != 2;
+  check_tensor(op, "weight", weight, "weight", weight, {ScalarType::Byte},
+               batched ? Dims{"E", "N", "K / 2"} : Dims{"N", "K / 2"}, batched ? " or [N, K / 2]" : "");
+  const int64_t n = weight.size(weight.dim() - 2);
+  const int64_t k = 2 * weight.size(weight.dim() - 1);
+  check_in_features(op, k);
+  check_out_features(op, n, gated);
+  Dims scale_dims{n, k / kGroupSize};
+  if (batched) scale_dims.insert(scale_dims.begin(), weight.size(0));
+  check_tensor(op, "scale", scale, "weight", weight, {ScalarType::Float8_e4m3fn, ScalarType::Byte}, scale_dims);
+
+  const std::optional<int64_t> experts = batched ? std::optional(weight.size(0)) : std::nullopt;
+  Tensor packed = empty(weight, packed_shape(experts, n, k, gated), ScalarType::Byte);
+  if (packed.numel() == 0) return packed;
+  const PackArgs args{
+      .weight = static_cast<const uint8_t*>(weight.data_ptr()),
+      .scale = static_cast<const uint8_t*>(scale.data_ptr()),
+      .packed = static_cast<uint8_t*>(packed.data_ptr()),
+      .expert_bytes = packed.numel() / experts.value_or(1),
+      .experts = experts.value_or(1),
+      .n = n,
+      .k = k,
+      .gated = gated,
+  };
+  const Launch launch(weight, 0);
+  backend::pack(args, launch.context());
+  return packed;
+}
+
+std::tuple<Tensor, Tensor> unpack(const Tensor& packed, int64_t in_features, bool gated) {
+  const char* op = "unpack";
+  check_in_features(op, in_features);
+  const int64_t plain_rank = (gated ? 2 : 1) + (kIsCuda ? 1 : 2);
+  const bool batched = packed.dim() != plain_rank;
+  const int64_t n = check_packed(op, "packed", packed, "packed", packed,
+                                 {.batched = batched, .gated = gated, .experts = -1, .n = -1, .k = in_features});
+
+  std::vector<int64_t> shape{n, in_features / 2};
+  std::vector<int64_t> scale_shape{n, in_features / kGroupSize};
+  if (batched) {
+    shape.insert(shape.begin(), packed.size(0));
+    scale_shape.insert(scale_shape.begin(), packed.size(0));
+  }
+  Tensor weight = empty(packed, shape, ScalarType::Byte);
+  Tensor scale = empty(packed, scale_shape, ScalarType::Byte);
+  if (packed.numel() == 0) return {weight, scale};
+  const int64_t experts = batched ? packed.size(0) : 1;
+  const UnpackArgs args{
+      .packed = static_cast<const uint8_t*>(packed.data_ptr()),
+      .expert_bytes = packed.numel() / experts,
+      .weight = static_cast<uint8_t*>(weight.data_ptr()),
+      .scale = static_cast<uint8_t*>(scale.data_ptr()),
+      .experts = experts,
+      .n = n,
+      .k = in_features,
+      .gated = gated,
+  };
+  const Launch launch(packed, 0);
+  backend::unpack(args, launch.context());
+  return {weight, scale};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(nvfp4, NVFP4_DISPATCH_KEY, m) {
+  m.impl("pack", TORCH_BOX(&pack));
+  m.impl("unpack", TORCH_BOX(&unpack));
+}
+
+}  // namespace nvfp4

@@ -1,0 +1,189 @@
+"""Argument checks of the fakes: the same words, in the same order, as csrc/ops/common.cpp raises from the kernels.
+
+Shapes may be symbolic; an unbacked size is compared through ``torch._check`` and so becomes a runtime assertion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from torch_nvfp4.activation import gate_error
+from torch_nvfp4.format import GROUP_SIZE
+
+Dim = int | torch.SymInt | str  # a size, or a letter where any size will do
+
+_ACTIVATIONS = {
+    "cuda": (torch.bfloat16, torch.float16),
+    "cpu": (torch.bfloat16, torch.float16, torch.float32),
+}
+
+
+def fail(op: str, message: str) -> None:
+    raise RuntimeError(f"nvfp4::{op}: {message}")
+
+
+def is_cuda(tensor: Tensor) -> bool:
+    return tensor.device.type == "cuda"
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _list(items: Sequence[Dim]) -> str:
+    return "[" + ", ".join(map(str, items)) + "]"
+
+
+def check_tensor(
+    op: str, name: str, tensor: Tensor, like_name: str, like: Tensor, dtypes: Sequence[torch.dtype],
+    dims: Sequence[Dim], note: str = "",
+) -> None:  # fmt: skip
+    """dtype, device (that of ``like``), shape and contiguity; ``note`` follows the expected shape."""
+    if tensor.dtype not in dtypes:
+        fail(op, f"{name} must be {' or '.join(map(_dtype_name, dtypes))}, got {_dtype_name(tensor.dtype)}")
+    if tensor.device != like.device:
+        fail(op, f"{name} must be on {like.device} like {like_name}, got {tensor.device}")
+
+    def shape_error() -> str:
+        return f"nvfp4::{op}: {name} must have shape {_list(dims)}{note}, got {_list(tensor.shape)}"
+
+    if tensor.dim() != len(dims):
+        raise RuntimeError(shape_error())
+    for size, dim in zip(tensor.shape, dims, strict=True):
+        if not isinstance(dim, str):
+            torch._check(size == dim, shape_error)
+    if not tensor.is_contiguous():
+        fail(
+            op,
+            f"{name} must be contiguous, got a tensor of shape {_list(tensor.shape)} that is not; "
+            "call .contiguous() first",
+        )
+
+
+def check_activations(op: str, name: str, tensor: Tensor, dims: Sequence[Dim]) -> None:
+    check_tensor(op, name, tensor, name, tensor, _ACTIVATIONS["cuda" if is_cuda(tensor) else "cpu"], dims)
+
+
+def check_last_dim(op: str, name: str, tensor: Tensor, multiple: int) -> None:
+    size = tensor.shape[-1] if tensor.dim() else 0
+    if size <= 0 or size % multiple:
+        fail(op, f"{name}'s last dimension must be a positive multiple of {multiple}, got {size}")
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return (value + multiple - 1) // multiple * multiple
+
+
+def _packed_tail(cuda: bool, n: int, k: int) -> list[int]:
+    if not cuda:
+        return [_round_up(k, 64) // 64, 36]
+    return [(_round_up(n, 64) * _round_up(k, 64) // 16 * 9 + n - 1) // n]
+
+
+def packed_shape(like: Tensor, experts: int | None, n: int, k: int, gated: bool) -> list[int]:
+    """The shape of pack()'s result on the device of ``like``."""
+    lead = [] if experts is None else [experts]
+    rows = [2, n // 2] if gated else [n]
+    return [*lead, *rows, *_packed_tail(is_cuda(like), n, k)]
+
+
+def is_gated(op: str, global_scale: Tensor, batched: bool) -> bool:
+    """global_scale's rank says whether the weight was packed with gated=True."""
+    plain = 1 if batched else 0
+    if global_scale.dim() not in (plain, plain + 1):
+        shapes = "[E], or [E, 2]" if batched else "[], or [2]"
+        fail(
+            op,
+            f"global_scale must have shape {shapes} for a weight packed with gated=True, "
+            f"got {_list(global_scale.shape)}",
+        )
+    return global_scale.dim() == plain + 1
+
+
+def check_packed(
+    op: str, name: str, packed: Tensor, like_name: str, like: Tensor, *, batched: bool, gated: bool,
+    experts: int | None = None, n: int | None = None, k: int,
+) -> int:  # fmt: skip
+    """Checks pack()'s result against what is known of its size, and returns its output rows (2I when gated)."""
+    halves = 2 if gated else 1
+    cuda = is_cuda(like)
+    dims: list[Dim] = []
+    if batched:
+        dims.append("E" if experts is None else experts)
+    if gated:
+        dims.append(2)
+    row_dim = len(dims)
+    dims.append(("I" if gated else "N") if n is None else n // halves)
+    if n is None and packed.dim() == row_dim + 1 + len(_packed_tail(cuda, GROUP_SIZE, k)):
+        n = packed.shape[row_dim] * halves
+    if n or not cuda:
+        dims.extend(_packed_tail(cuda, n or GROUP_SIZE, k))
+    else:
+        dims.append("R")
+    where = "cuda" if cuda else "cpu"
+    note = f", as torch_nvfp4.pack(gated={gated}) gives on {where} for K = {k}"
+    check_tensor(op, name, packed, like_name, like, (torch.uint8,), dims, note)
+    assert n is not None
+    if n <= 0 or n // halves % GROUP_SIZE:
+        fail(op, f"{name}'s dimension {row_dim} must be a positive multiple of 16, got {n // halves}")
+    if batched and packed.shape[0] == 0:
+        fail(op, f"{name} must hold at least one expert, got 0")
+    return n
+
+
+def check_weight(
+    op: str, name: str, packed: Tensor, global_scale: Tensor, like_name: str, like: Tensor, *, batched: bool,
+    gated: bool, experts: int | None = None, n: int | None = None, k: int,
+) -> int:  # fmt: skip
+    """``check_packed`` and its global scale."""
+    n = check_packed(
+        op, name, packed, like_name, like, batched=batched, gated=gated, experts=experts, n=n, k=k
+    )  # fmt: skip
+    scale_dims: list[Dim] = [packed.shape[0]] if batched else []
+    if gated:
+        scale_dims.append(2)
+    scale_name = "global_scale" if name == "weight" else f"{name}_global_scale"
+    check_tensor(op, scale_name, global_scale, like_name, like, (torch.float32,), scale_dims)
+    return n
+
+
+def check_in_features(op: str, k: int) -> None:
+    if k <= 0 or k % GROUP_SIZE:
+        fail(op, f"the weight's input dimension K must be a positive multiple of 16, got {k}")
+
+
+def check_out_features(op: str, n: int, gated: bool) -> None:
+    multiple = 2 * GROUP_SIZE if gated else GROUP_SIZE
+    if n <= 0 or n % multiple:
+        which = " (gated=True)" if gated else ""
+        fail(op, f"the weight's output dimension N must be a positive multiple of {multiple}{which}, got {n}")
+
+
+def check_num_experts(op: str, num_experts: int) -> None:
+    if num_experts <= 0:
+        fail(op, f"num_experts must be positive, got {num_experts}")
+
+
+def check_gate(op: str, activation: int, clamp_limit: float | None, alpha: float, beta: float) -> None:
+    message = gate_error(activation, clamp_limit, alpha, beta)
+    if message is not None:
+        fail(op, message)
+
+
+def check_routing(
+    op: str, topk_ids: Tensor, expert_map: Tensor | None, dims: Sequence[Dim], like_name: str, like: Tensor
+) -> None:
+    check_tensor(op, "topk_ids", topk_ids, like_name, like, (torch.int32, torch.int64), dims)
+    if expert_map is not None:
+        check_tensor(op, "expert_map", expert_map, like_name, like, (torch.int32,), ["global_experts"])
+    slots = topk_ids.numel()
+    if isinstance(slots, int) and slots >= 2**31:
+        fail(op, f"M * top_k must be below 2**31, got {slots}; split the batch")
+
+
+def any_shape(tensor: Tensor, last: str) -> list[Dim]:
+    """The dimensions of a tensor of any rank >= 1 whose last dimension is called ``last``."""
+    return [*tensor.shape[:-1], last]

@@ -1,0 +1,123 @@
+"""One GEMM per expert over routed slots, with or without the gated activation in its epilogue."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torch_nvfp4.activation import parse_activation
+from torch_nvfp4.ops import _checks
+from torch_nvfp4.ops._library import register_fake, register_no_autograd
+
+
+def grouped_gemm(
+    x: Tensor,
+    weight: Tensor,
+    global_scale: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    topk_weights: Tensor | None = None,
+) -> Tensor:
+    """``out[s] = x[s // (slots // rows)] @ W[expert of s]^T``, times the slot's topk weight if given.
+
+    Args:
+        x: [rows, K] bfloat16 or float16, on the CPU also float32. rows = M with slots = M * top_k for a first GEMM,
+            rows = slots for a second one.
+        weight: ``pack`` of [E, N, K], gated or not.
+        global_scale: float32 [E], or [E, 2] (gate, up) for a weight packed with gated=True.
+        order, offsets: int32 [slots] and [E + 1], from ``route``.
+        topk_weights: float32 [rows, slots / rows].
+
+    Returns [slots, N] in x's dtype, one row a slot, gate columns before up columns; slots without an expert are zero.
+    Raises RuntimeError (expected and got).
+    """
+    return torch.ops.nvfp4.grouped_gemm(x, weight, global_scale, order, offsets, topk_weights)
+
+
+def grouped_gemm_swiglu(
+    x: Tensor,
+    weight: Tensor,
+    global_scale: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    topk_weights: Tensor | None = None,
+    *,
+    activation: str | int = "silu",
+    clamp_limit: float | None = None,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+) -> Tensor:
+    """``swiglu(grouped_gemm(...))`` of a gated weight [E, 2I, K], with the clamp applied before any rounding.
+
+    Arguments as in ``grouped_gemm`` and ``swiglu``; topk_weights scale the pre-activations.
+
+    Returns [slots, I] in x's dtype. Raises RuntimeError (expected and got), ValueError for an unknown activation name.
+    """
+    return torch.ops.nvfp4.grouped_gemm_swiglu(
+        x, weight, global_scale, order, offsets, topk_weights,
+        activation=parse_activation(activation).value, clamp_limit=clamp_limit, alpha=alpha, beta=beta,
+    )  # fmt: skip
+
+
+def _check(
+    op: str, x: Tensor, weight: Tensor, global_scale: Tensor, order: Tensor, offsets: Tensor,
+    topk_weights: Tensor | None, gated: bool,
+) -> int:  # fmt: skip
+    n = _checks.check_weight(op, "weight", weight, global_scale, "x", x, batched=True, gated=gated, k=x.shape[1])
+    _checks.check_tensor(op, "order", order, "x", x, (torch.int32,), ["slots"])
+    _checks.check_tensor(op, "offsets", offsets, "x", x, (torch.int32,), [weight.shape[0] + 1])
+    rows, slots = x.shape[0], order.shape[0]
+    if topk_weights is not None:
+        _checks.check_tensor(op, "topk_weights", topk_weights, "x", x, (torch.float32,), [rows, "top_k"])
+        expected, fits = "as many slots as topk_weights", slots == topk_weights.numel()
+    else:
+        expected, fits = "a multiple of x's rows", slots % torch.sym_max(rows, 1) == 0
+    count = rows if topk_weights is None else topk_weights.numel()
+    torch._check(fits, lambda: f"nvfp4::{op}: order must hold {expected} ({count}), got {slots}")
+    return n
+
+
+def _check_x(op: str, x: Tensor) -> None:
+    _checks.check_activations(op, "x", x, ["rows", "K"])
+    _checks.check_last_dim(op, "x", x, 16)
+
+
+@register_fake("grouped_gemm")
+def _(
+    x: Tensor,
+    weight: Tensor,
+    global_scale: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    topk_weights: Tensor | None = None,
+) -> Tensor:
+    op = "grouped_gemm"
+    _check_x(op, x)
+    gated = _checks.is_gated(op, global_scale, batched=True)
+    n = _check(op, x, weight, global_scale, order, offsets, topk_weights, gated)
+    return x.new_empty((order.shape[0], n))
+
+
+@register_fake("grouped_gemm_swiglu")
+def _(
+    x: Tensor,
+    weight: Tensor,
+    global_scale: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    topk_weights: Tensor | None = None,
+    *,
+    activation: int = 0,
+    clamp_limit: float | None = None,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+) -> Tensor:
+    op = "grouped_gemm_swiglu"
+    _check_x(op, x)
+    _checks.check_gate(op, activation, clamp_limit, alpha, beta)
+    n = _check(op, x, weight, global_scale, order, offsets, topk_weights, True)
+    return x.new_empty((order.shape[0], n // 2))
+
+
+register_no_autograd("grouped_gemm", "torch_nvfp4.reference.grouped_gemm")
+register_no_autograd("grouped_gemm_swiglu", "torch_nvfp4.reference.grouped_gemm_swiglu")

@@ -1,0 +1,38 @@
+"""A dense layer with NVFP4 weights and 16-bit activations."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torch_nvfp4.ops import _checks
+from torch_nvfp4.ops._library import register_fake, register_no_autograd
+
+
+def linear(x: Tensor, weight: Tensor, global_scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x @ W^T + bias``, accumulated in fp32 and rounded once.
+
+    Args:
+        x: [..., K] bfloat16 or float16, on the CPU also float32; K a multiple of 16.
+        weight: ``pack`` of [N, K], gated or not.
+        global_scale: float32 [], or [2] (gate, up) for a weight packed with gated=True.
+        bias: [N] in x's dtype.
+
+    Returns [..., N] in x's dtype, gate columns before up columns. Raises RuntimeError (expected and got).
+    """
+    return torch.ops.nvfp4.linear(x, weight, global_scale, bias)
+
+
+@register_fake("linear")
+def _(x: Tensor, weight: Tensor, global_scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    op = "linear"
+    _checks.check_activations(op, "x", x, _checks.any_shape(x, "K"))
+    _checks.check_last_dim(op, "x", x, 16)
+    gated = _checks.is_gated(op, global_scale, batched=False)
+    n = _checks.check_weight(op, "weight", weight, global_scale, "x", x, batched=False, gated=gated, k=x.shape[-1])
+    if bias is not None:
+        _checks.check_tensor(op, "bias", bias, "x", x, (x.dtype,), [n])
+    return x.new_empty((*x.shape[:-1], n))
+
+
+register_no_autograd("linear", "torch_nvfp4.reference.linear")

@@ -1,0 +1,93 @@
+"""The fused mixture-of-experts layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torch_nvfp4.activation import parse_activation
+from torch_nvfp4.ops import _checks
+from torch_nvfp4.ops._library import register_fake, register_no_autograd
+
+
+def moe(
+    hidden_states: Tensor,
+    w13: Tensor,
+    w13_global_scale: Tensor,
+    w2: Tensor,
+    w2_global_scale: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    expert_map: Tensor | None = None,
+    *,
+    activation: str | int = "silu",
+    clamp_limit: float | None = None,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    apply_router_weight_on_input: bool = False,
+) -> Tensor:
+    """For every token, the weighted sum over its experts e of ``w2[e] @ act(w13[e] @ x)``.
+
+    The clamp is applied to the fp32 pre-activations, before the one rounding of the intermediate to 16 bits; sums are
+    in fp32. ``torch_nvfp4.reference.moe`` is the specification, ``torch_nvfp4.activation.gated_activation`` has the
+    formulas (DeepSeek-V4's modelling code for ``silu`` with a limit).
+
+    Args:
+        hidden_states: [M, K] bfloat16 or float16, on the CPU also float32; K a multiple of 16.
+        w13: ``pack(..., gated=True)`` of [E, 2I, K], gate rows first.
+        w13_global_scale: [E, 2] float32 (gate, up).
+        w2: ``pack(...)`` of [E, K, I].
+        w2_global_scale: [E] float32.
+        topk_weights: [M, top_k] float32.
+        topk_ids: [M, top_k] int32 or int64. Ids outside [0, E) contribute nothing; repeated ids add up.
+        expert_map: [global experts] int32, local expert or -1; then topk_ids are global.
+        activation: silu, swiglustep, gelu, gelu_tanh or relu2.
+        clamp_limit: finite and positive, or None for no clamp; only silu and swiglustep have one.
+        alpha, beta: of silu, ``g * sigmoid(alpha * g) * (u + beta)``.
+        apply_router_weight_on_input: topk_weights scale the pre-activations (before the clamp), not the output.
+
+    Returns [M, K] in hidden_states' dtype. A token with NaN or infinity comes out as NaN.
+
+    Raises RuntimeError (expected and got) for a wrong dtype, device, shape, layout or gate parameter, ValueError for an
+    unknown activation name.
+    """
+    return torch.ops.nvfp4.moe(
+        hidden_states, w13, w13_global_scale, w2, w2_global_scale, topk_weights, topk_ids, expert_map,
+        activation=parse_activation(activation).value, clamp_limit=clamp_limit, alpha=alpha, beta=beta,
+        apply_router_weight_on_input=apply_router_weight_on_input,
+    )  # fmt: skip
+
+
+@register_fake("moe")
+def _(
+    hidden_states: Tensor,
+    w13: Tensor,
+    w13_global_scale: Tensor,
+    w2: Tensor,
+    w2_global_scale: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    expert_map: Tensor | None = None,
+    *,
+    activation: int = 0,
+    clamp_limit: float | None = None,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    apply_router_weight_on_input: bool = False,
+) -> Tensor:
+    op, like = "moe", "hidden_states"
+    _checks.check_activations(op, like, hidden_states, ["M", "K"])
+    _checks.check_last_dim(op, like, hidden_states, 16)
+    tokens, k = hidden_states.shape
+    two_i = _checks.check_weight(op, "w13", w13, w13_global_scale, like, hidden_states, batched=True, gated=True, k=k)
+    _checks.check_weight(
+        op, "w2", w2, w2_global_scale, like, hidden_states, batched=True, gated=False, experts=w13.shape[0], n=k,
+        k=two_i // 2,
+    )  # fmt: skip
+    _checks.check_tensor(op, "topk_weights", topk_weights, like, hidden_states, (torch.float32,), [tokens, "top_k"])
+    _checks.check_routing(op, topk_ids, expert_map, [tokens, topk_weights.shape[1]], like, hidden_states)
+    _checks.check_gate(op, activation, clamp_limit, alpha, beta)
+    return torch.empty_like(hidden_states)
+
+
+register_no_autograd("moe", "torch_nvfp4.reference.moe")

@@ -1,0 +1,71 @@
+"""The offline change of weight layout, and its inverse."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torch_nvfp4.format import NVFP4Weight, validate
+from torch_nvfp4.ops import _checks
+from torch_nvfp4.ops._library import register_fake
+
+
+def pack(weight: NVFP4Weight, *, gated: bool = False) -> Tensor:
+    """Codes and block scales in the order in which the kernels of the weight's device read them.
+
+    The result's shape names its layout, so that a tensor packed for another device, another K or the other ``gated``
+    is an error and never garbage. CPU: [..., N, ceil(K / 64), 36]; CUDA: [..., N, R] with R the bytes a row takes once
+    rows and K are padded to 64. With ``gated``, [..., 2, I, ...] in the place of N.
+
+    Args:
+        weight: NVFP4Weight [N, K] or [E, N, K]; K and N (gated: N / 2) multiples of 16. Its global scale is not packed:
+            pass it to the op beside the packed weight.
+        gated: rows are gate rows, then up rows, to be interleaved for an op with a gated activation.
+
+    Returns uint8, 0.5625 byte a value where N and K are multiples of 64. Raises TypeError or ValueError for a weight
+    that is not valid NVFP4 (NaN scales included), RuntimeError (expected and got) for sizes that do not fit.
+    """
+    validate(weight, gated=gated if gated else None)
+    return torch.ops.nvfp4.pack(weight.data.contiguous(), weight.scale.view(torch.uint8).contiguous(), gated)
+
+
+def unpack(packed: Tensor, in_features: int, global_scale: Tensor, *, gated: bool = False) -> NVFP4Weight:
+    """The exact inverse of ``pack``: every code and every scale byte comes back.
+
+    Args:
+        packed: from ``pack``, on the device it was packed for.
+        in_features: K.
+        global_scale: of the weight, passed through.
+        gated: as it was packed.
+
+    Raises RuntimeError (expected and got) where the shape does not fit.
+    """
+    data, scale = torch.ops.nvfp4.unpack(packed, in_features, gated)
+    return NVFP4Weight(data, scale.view(torch.float8_e4m3fn), global_scale)
+
+
+@register_fake("pack")
+def _(weight: Tensor, scale: Tensor, gated: bool = False) -> Tensor:
+    op = "pack"
+    batched = weight.dim() != 2
+    _checks.check_tensor(
+        op, "weight", weight, "weight", weight, (torch.uint8,), ["E", "N", "K / 2"] if batched else ["N", "K / 2"],
+        " or [N, K / 2]" if batched else "",
+    )  # fmt: skip
+    n, k = weight.shape[-2], 2 * weight.shape[-1]
+    _checks.check_in_features(op, k)
+    _checks.check_out_features(op, n, gated)
+    lead = [weight.shape[0]] if batched else []
+    _checks.check_tensor(op, "scale", scale, "weight", weight, (torch.float8_e4m3fn, torch.uint8), [*lead, n, k // 16])
+    return weight.new_empty(_checks.packed_shape(weight, weight.shape[0] if batched else None, n, k, gated))
+
+
+@register_fake("unpack")
+def _(packed: Tensor, in_features: int, gated: bool = False) -> tuple[Tensor, Tensor]:
+    op = "unpack"
+    _checks.check_in_features(op, in_features)
+    plain_rank = (2 if gated else 1) + (1 if _checks.is_cuda(packed) else 2)
+    batched = packed.dim() != plain_rank
+    n = _checks.check_packed(op, "packed", packed, "packed", packed, batched=batched, gated=gated, k=in_features)
+    lead = [packed.shape[0]] if batched else []
+    return packed.new_empty([*lead, n, in_features // 2]), packed.new_empty([*lead, n, in_features // 16])

@@ -1,0 +1,50 @@
+"""The gated activation with its clamp, on its own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torch_nvfp4.activation import parse_activation
+from torch_nvfp4.ops import _checks
+from torch_nvfp4.ops._library import register_fake, register_no_autograd
+
+
+def swiglu(
+    gate_up: Tensor,
+    activation: str | int = "silu",
+    clamp_limit: float | None = None,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+) -> Tensor:
+    """``act(gate, up)`` in fp32, rounded once; ``torch_nvfp4.activation.gated_activation`` has the formulas.
+
+    Args:
+        gate_up: [..., 2I] bfloat16 or float16, on the CPU also float32; gate columns first.
+        activation, clamp_limit, alpha, beta: as in ``moe``.
+
+    Returns [..., I] in gate_up's dtype. Raises RuntimeError (expected and got), ValueError for an unknown activation
+    name.
+    """
+    return torch.ops.nvfp4.swiglu(
+        gate_up, activation=parse_activation(activation).value, clamp_limit=clamp_limit, alpha=alpha, beta=beta
+    )
+
+
+@register_fake("swiglu")
+def _(
+    gate_up: Tensor,
+    *,
+    activation: int = 0,
+    clamp_limit: float | None = None,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+) -> Tensor:
+    op = "swiglu"
+    _checks.check_activations(op, "gate_up", gate_up, _checks.any_shape(gate_up, "2I"))
+    _checks.check_last_dim(op, "gate_up", gate_up, 2)
+    _checks.check_gate(op, activation, clamp_limit, alpha, beta)
+    return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
+
+
+register_no_autograd("swiglu", "torch_nvfp4.reference.swiglu")
