@@ -98,7 +98,7 @@ class BuildLibraries(build_ext):
         cuda = ext.name.endswith("_cuda")
         target = Path(self.get_ext_fullpath(ext.name))
         objects = Path(self.build_temp) / ext.name
-        includes = [f"-isystem{root / 'include'}", STABLE_ABI]
+        includes = ["-isystem", str(root / "include"), STABLE_ABI]
         if cuda:
             compiler = find_nvcc()
             host = ",".join(flag for flag in CXX_FLAGS if flag not in ("-O3", "-std=c++20", "-Wall", "-Wextra"))
