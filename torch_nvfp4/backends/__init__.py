@@ -1,0 +1,136 @@
+"""The ordered registry of MoE backends, and the choice among them.
+
+A backend is one module with
+
+- ``name`` and ``CLAMP_ACTIVATIONS``, the activations to which it can apply a clamp;
+- ``supports(config)``: None, or why it cannot run the layer;
+- ``prepare(w13, w2)``: canonical weights -> the tensors that it reads, and ``restore``, its exact inverse;
+- ``apply(tensors, quant, hidden_states, topk_weights, topk_ids, ...)``: one layer.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from typing import Protocol, cast
+
+from torch import Tensor
+
+from torch_nvfp4.activation import Activation
+from torch_nvfp4.backends import cpu, flashinfer_trtllm, marlin, reference
+from torch_nvfp4.backends.config import Libraries, MoEBackendConfig
+from torch_nvfp4.format import NVFP4Weight
+from torch_nvfp4.quant_config import MoEQuantConfig
+
+__all__ = [
+    "BACKENDS",
+    "ENVIRONMENT_VARIABLE",
+    "Libraries",
+    "MoEBackend",
+    "MoEBackendConfig",
+    "explain_moe_backends",
+    "moe_backend",
+    "select_moe_backend",
+]
+
+ENVIRONMENT_VARIABLE = "TORCH_NVFP4_BACKEND"
+
+_logger = logging.getLogger(__name__)
+_logged: set[str] = set()
+
+
+class MoEBackend(Protocol):
+    name: str
+    CLAMP_ACTIVATIONS: frozenset[Activation]
+
+    def supports(self, config: MoEBackendConfig) -> str | None: ...
+
+    def prepare(self, w13: NVFP4Weight, w2: NVFP4Weight) -> dict[str, Tensor]: ...
+
+    def restore(
+        self, tensors: Mapping[str, Tensor], hidden_size: int, intermediate_size: int
+    ) -> tuple[NVFP4Weight, NVFP4Weight]: ...
+
+    def apply(
+        self,
+        tensors: Mapping[str, Tensor],
+        quant: MoEQuantConfig,
+        hidden_states: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        expert_map: Tensor | None = None,
+        apply_router_weight_on_input: bool = False,
+    ) -> Tensor: ...
+
+
+BACKENDS: tuple[MoEBackend, ...] = cast(tuple[MoEBackend, ...], (flashinfer_trtllm, marlin, cpu, reference))
+"""In order of preference."""
+
+
+def moe_backend(name: str) -> MoEBackend:
+    """The backend of that name; ValueError lists what there is."""
+    for backend in BACKENDS:
+        if backend.name == name:
+            return backend
+    raise ValueError(f"expected a backend of {', '.join(backend.name for backend in BACKENDS)}, got {name!r}")
+
+
+def _reason_against(backend: MoEBackend, config: MoEBackendConfig) -> str | None:
+    """Why ``backend`` cannot run ``config``, or None. A clamp leaves only backends that can apply it."""
+    if config.clamp_limit is not None and config.activation not in backend.CLAMP_ACTIVATIONS:
+        clampable = " or ".join(sorted(activation.name for activation in backend.CLAMP_ACTIVATIONS)) or "no activation"
+        return (
+            f"expected a backend that applies clamp_limit {config.clamp_limit:g} to {config.activation.name}, "
+            f"got one that clamps {clampable}"
+        )
+    return backend.supports(config)
+
+
+def explain_moe_backends(config: MoEBackendConfig) -> dict[str, str | None]:
+    """Every backend in order of preference: None if it can run ``config``, else why it cannot."""
+    return {backend.name: _reason_against(backend, config) for backend in BACKENDS}
+
+
+def select_moe_backend(config: MoEBackendConfig, backend: str | None = None) -> MoEBackend:
+    """The first backend of ``BACKENDS`` that can run ``config``, or the one asked for.
+
+    Each distinct decision is logged once, at level INFO, with the reasons against the backends that were passed over.
+
+    Args:
+        config: the layer and the device.
+        backend: a name; the choice then is not automatic. None takes the environment variable TORCH_NVFP4_BACKEND, if
+            it is set and not empty, for an explicit request.
+
+    Raises:
+        ValueError: the explicit request is unknown or cannot run ``config``, with the reason.
+        NotImplementedError: no backend can, with every backend's reason.
+    """
+    asked_by = "backend"
+    if backend is None:
+        backend, asked_by = os.environ.get(ENVIRONMENT_VARIABLE) or None, ENVIRONMENT_VARIABLE
+    if backend is not None:
+        try:
+            requested = moe_backend(backend)
+        except ValueError as error:
+            raise ValueError(f"{asked_by}: {error}") from None
+        reason = _reason_against(requested, config)
+        if reason is not None:
+            raise ValueError(f"{asked_by}={backend!r} cannot run this MoE layer ({config}): {reason}")
+        _log_once(f"MoE backend {backend}, asked for by {asked_by}, for {config}")
+        return requested
+
+    reasons = explain_moe_backends(config)
+    for candidate in BACKENDS:
+        if reasons[candidate.name] is None:
+            passed_over = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason is not None)
+            _log_once(f"MoE backend {candidate.name} for {config}; passed over: {passed_over or 'none'}")
+            return candidate
+    listed = "".join(f"\n  {name}: {reason}" for name, reason in reasons.items())
+    raise NotImplementedError(f"no backend can run this MoE layer ({config}):{listed}")
+
+
+def _log_once(message: str) -> None:
+    if message not in _logged:
+        _logged.add(message)
+        _logger.info(message)

@@ -1,0 +1,77 @@
+"""What a backend is asked to run, as plain values, which can be filled in for hardware that is not there."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from torch_nvfp4.activation import Activation
+
+
+@dataclass(frozen=True)
+class Libraries:
+    """What is installed."""
+
+    cpu_ops: bool
+    cuda_ops: bool
+    flashinfer: bool
+
+    @classmethod
+    def detect(cls) -> Libraries:
+        """This process's libraries. Does not import flashinfer, whose import takes seconds."""
+        return cls(
+            cpu_ops=torch._C._dispatch_has_kernel_for_dispatch_key("nvfp4::moe", "CPU"),
+            cuda_ops=torch._C._dispatch_has_kernel_for_dispatch_key("nvfp4::moe", "CUDA"),
+            flashinfer=importlib.util.find_spec("flashinfer") is not None,
+        )
+
+
+@dataclass(frozen=True)
+class MoEBackendConfig:
+    """One MoE layer and the device that is to run it."""
+
+    device_type: str
+    hidden_size: int  # K
+    intermediate_size: int  # I, of this rank
+    compute_capability: tuple[int, int] | None = None  # CUDA only
+    dtype: torch.dtype | None = None  # of hidden_states; None: one that the backend takes
+    activation: Activation = Activation.silu
+    clamp_limit: float | None = None
+    alpha: float = 1.0
+    beta: float = 0.0
+    expert_map: bool = False  # ids are global, and only some of the experts are here
+    apply_router_weight_on_input: bool = False
+    equal_gate_up_scales: bool = True  # global scales of gate and up agree in every expert
+    libraries: Libraries = field(default_factory=Libraries.detect)
+
+    @classmethod
+    def for_device(
+        cls, device: torch.device | str, hidden_size: int, intermediate_size: int, **kwargs: Any
+    ) -> MoEBackendConfig:
+        """With the device's type and compute capability; ``kwargs`` are further fields."""
+        device = torch.device(device)
+        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+        return cls(device.type, hidden_size, intermediate_size, capability, **kwargs)
+
+    def __str__(self) -> str:
+        where = self.device_type
+        if self.compute_capability is not None:
+            where += f" SM{self.compute_capability[0]}{self.compute_capability[1]}"
+        limit = "no clamp" if self.clamp_limit is None else f"clamp_limit {self.clamp_limit:g}"
+        return f"{where}, K {self.hidden_size}, I {self.intermediate_size}, {self.activation.name}, {limit}"
+
+
+def size_error(config: MoEBackendConfig, multiple: int) -> str | None:
+    if config.hidden_size % multiple or config.intermediate_size % multiple:
+        return f"expected K and I to be multiples of {multiple}, got {config.hidden_size}, {config.intermediate_size}"
+    return None
+
+
+def dtype_error(config: MoEBackendConfig, *dtypes: torch.dtype) -> str | None:
+    if config.dtype is not None and config.dtype not in dtypes:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        return f"expected hidden_states in {names}, got {str(config.dtype).removeprefix('torch.')}"
+    return None
