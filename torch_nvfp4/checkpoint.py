@@ -182,7 +182,7 @@ class Checkpoint:
         self.config = config
         self.quant_config = quant_config
         self.tensors = _collect_tensors(path)
-        self._facts = _ConfigFacts(path / "config.json", config)
+        self._facts = ConfigFacts(path / "config.json", config)
         self._categories: dict[str, tuple[set[str], list[TensorInfo]]] = {}
         self._experts: dict[int, list[_Expert]] = {}
         self._linears: dict[str, _Linear] = {}
@@ -677,7 +677,7 @@ _ACTIVATIONS = {
 }
 
 
-class _ConfigFacts:
+class ConfigFacts:
     """The keys of config.json (or of its text_config) that the experts need, checked when read."""
 
     def __init__(self, file: Path, config: Mapping[str, Any]) -> None:
@@ -689,7 +689,7 @@ class _ConfigFacts:
         self.num_experts = self._integer(*_NUM_EXPERTS_KEYS)
         self.hidden_size = self._integer("hidden_size")
         self.intermediate_size = self._integer("moe_intermediate_size")
-        self._num_layers = self._integer("num_hidden_layers")
+        self.num_layers = self._integer("num_hidden_layers")
         self._has_mtp = bool(self._integer("num_nextn_predict_layers", "num_mtp_modules"))
         self.hidden_act: str | None = self._get(*_HIDDEN_ACT_KEYS)
         self._limits = self._read_limits()
@@ -700,8 +700,8 @@ class _ConfigFacts:
         """True for the layers of multi-token prediction: `mtp.*`, or as layers past num_hidden_layers."""
         if any(part == "mtp" or part.startswith("mtp_") for part in name.split(".")):
             return True
-        match = _LAYER.match(name) if self._has_mtp and self._num_layers is not None else None
-        return match is not None and int(match[1]) >= (self._num_layers or 0)
+        match = _LAYER.match(name) if self._has_mtp and self.num_layers is not None else None
+        return match is not None and int(match[1]) >= (self.num_layers or 0)
 
     def clamp_limit(self, layer: int) -> float | None:
         if not isinstance(self._limits, list):
@@ -728,6 +728,11 @@ class _ConfigFacts:
             )
         # gpt-oss and MiniMax-M3 leave to the code what they do not declare: sigmoid(1.702 g) and up + 1.
         gpt_oss = hidden_act == "swigluoai" or model_type.startswith(("gpt_oss", "minimax_m3"))
+        if gpt_oss and limit is None and self._get("swiglu_limit") is None:
+            raise CheckpointError(
+                f"{self._file}: expected swiglu_limit, because the code of {model_type or hidden_act} clamps, got no such "
+                "key; add the model's limit (0 for none) to config.json"
+            )
         alpha = self._alpha if self._alpha is not None else (1.702 if gpt_oss else 1.0)
         beta = self._beta if self._beta is not None else (1.0 if gpt_oss else 0.0)
         if alpha != 1.0 and self._beta is None and not gpt_oss:
@@ -800,8 +805,8 @@ class _ConfigFacts:
         key = "swiglu_limits" if plural is not None else "swiglu_limit"
         if not isinstance(value, list):
             return self._limit(key, value)
-        if self._num_layers is not None and len(value) < self._num_layers:
-            raise CheckpointError(f"{self._file}: {key}: expected {self._num_layers} limits, got {len(value)}")
+        if self.num_layers is not None and len(value) < self.num_layers:
+            raise CheckpointError(f"{self._file}: {key}: expected {self.num_layers} limits, got {len(value)}")
         return [self._limit(f"{key}[{layer}]", limit) for layer, limit in enumerate(value)]
 
     def _limit(self, key: str, value: Any) -> float | None:
