@@ -730,8 +730,8 @@ class ConfigFacts:
         gpt_oss = hidden_act == "swigluoai" or model_type.startswith(("gpt_oss", "minimax_m3"))
         if gpt_oss and limit is None and self._get("swiglu_limit") is None:
             raise CheckpointError(
-                f"{self._file}: expected swiglu_limit, because the code of {model_type or hidden_act} clamps, got no such "
-                "key; add the model's limit (0 for none) to config.json"
+                f"{self._file}: expected swiglu_limit, because the code of {model_type or hidden_act} clamps, got no "
+                "such key; add the model's limit (0 for none) to config.json"
             )
         alpha = self._alpha if self._alpha is not None else (1.702 if gpt_oss else 1.0)
         beta = self._beta if self._beta is not None else (1.0 if gpt_oss else 0.0)

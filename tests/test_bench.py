@@ -1,0 +1,272 @@
+"""The benchmark's accounting against numbers worked out by hand, its protocol on a fake clock, and its errors."""
+
+import importlib.util
+import itertools
+import json
+import math
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from torch_nvfp4 import bench, reference
+from torch_nvfp4.bench import cpu
+from torch_nvfp4.cli import app
+from torch_nvfp4.format import NVFP4Weight
+from torch_nvfp4.testing import random_routing, random_weight, relative_l2
+
+TINY = bench.Shape(experts=4, hidden=64, intermediate=32, top_k=2)
+# 3 * 64 * 32 values of 4.5 bits, and three global scales.
+TINY_EXPERT_BYTES = 3456 + 12
+
+
+def test_accounting_by_hand():
+    shape = bench.Shape(experts=16, hidden=4096, intermediate=2048, top_k=6)
+    # 25,165,824 values an expert: 12,582,912 bytes of codes, 1,572,864 of block scales, 12 of global scales.
+    assert shape.expert_bytes == 14_155_788
+    assert shape.flop(1) == 301_989_888
+    assert shape.flop(256) == 77_309_411_328
+    ids = torch.tensor([[3, 5, 3], [5, -1, 16]])  # two experts; -1 and 16 are none
+    assert shape.experts_hit(ids) == 2
+    assert shape.touched_bytes(ids) == 2 * 14_155_788
+    assert TINY.expert_bytes == TINY_EXPERT_BYTES
+    assert bench.SHAPES["dsv4-flash"].expert_bytes * 256 == 3_623_881_728
+
+
+def test_cases_differ_in_routing_and_repeat_with_the_seed():
+    first, second = itertools.islice(bench.cases(TINY, 8), 2)
+    again = next(bench.cases(TINY, 8))
+    assert torch.equal(first.hidden_states, again.hidden_states)
+    assert torch.equal(first.topk_ids, again.topk_ids)
+    assert not torch.equal(first.topk_ids, second.topk_ids)
+    assert not torch.equal(first.hidden_states, second.hidden_states)
+    torch.testing.assert_close(first.topk_weights.sum(-1), torch.ones(8))
+
+
+@pytest.mark.parametrize(("activation", "limit"), [("silu", 5.0), ("silu", None), ("swiglustep", 5.0), ("gelu", None)])
+def test_dequantize_then_matmul_is_the_layer(activation, limit):
+    generator = torch.Generator().manual_seed(0)
+    w13 = random_weight((4, 64, 64), gated=True, generator=generator)
+    w2 = random_weight((4, 64, 32), generator=generator)
+    x = torch.randn(9, 64, generator=generator)
+    topk_weights, topk_ids = random_routing(9, 4, 2, generator=generator)
+    topk_ids[0] = torch.tensor([1, 1])
+    topk_ids[1] = torch.tensor([-1, 4])
+    out = bench.dequantize_then_matmul(
+        bench.Case(x, topk_weights, topk_ids), w13, w2, activation=activation, clamp_limit=limit
+    )
+    expected = reference.moe(x, w13, w2, topk_weights, topk_ids, activation=activation, clamp_limit=limit)
+    assert relative_l2(out, expected) < 1e-5
+    assert torch.equal(out[1], torch.zeros(64))
+
+
+def test_transformers_computes_the_same_layer():
+    pytest.importorskip("transformers")
+    layer = bench.Layer.random(TINY, clamp_limit=5.0)
+    contenders = bench.transformers_contenders(layer)
+    assert [c.name for c in contenders] == ["eager bf16", "grouped_mm bf16", "eager fp16", "grouped_mm fp16"]
+    bench.check_agreement([bench.our_contender(layer, torch.bfloat16), *contenders], next(bench.cases(TINY, 8)))
+
+
+def test_a_contender_without_the_clamp_is_not_timed():
+    layer = bench.Layer.random(TINY, clamp_limit=2.0)
+    ours = bench.our_contender(layer, torch.bfloat16)
+    unclamped = bench.dequantize_contender(
+        bench.Layer(layer.shape, layer.w13, layer.w2, clamp_limit=1e9), torch.bfloat16
+    )
+    with pytest.raises(bench.BenchError, match="expected dequantize to agree with torch_nvfp4"):
+        bench.check_agreement([ours, unclamped], next(bench.cases(TINY, 8)))
+
+
+class FakeProbes:
+    """1 GB/s and 1 TFLOP/s in even rounds, 2 GB/s and 2 TFLOP/s in odd ones."""
+
+    def __init__(self):
+        self.reads = self.matmuls = 0
+
+    def read_rate(self):
+        self.reads += 1
+        return (1.0 + (self.reads - 1) // 2 % 2) * 1e9
+
+    def matmul_rate(self):
+        self.matmuls += 1
+        return (1.0 + (self.matmuls - 1) % 2) * 1e12
+
+
+def test_ratios_are_taken_within_a_round(monkeypatch):
+    # The machine is twice as fast in odd rounds: times halve, ratios stay.
+    now = {"round": 0}
+
+    def ours(case):
+        return torch.zeros_like(case.hidden_states)
+
+    def peer(case):
+        return torch.ones_like(case.hidden_states)
+
+    def fake_seconds(run):
+        out = run()
+        factor = 1.0 + now["round"] % 2
+        if float(out.sum()) == 0.0:
+            return 8e-6 / factor
+        now["round"] += 1  # the only peer ends the round
+        return 24e-6 / factor
+
+    monkeypatch.setattr(cpu, "wall_seconds", fake_seconds)
+    monkeypatch.setattr(cpu, "peak_extra_bytes", lambda run: 5)
+    # All four experts of every routing are hit, so that each round touches the same bytes.
+    shape = TINY._replace(top_k=4)
+    contenders = [bench.Contender("torch_nvfp4", ours, torch.float32), bench.Contender("peer", peer, torch.float32)]
+    row = bench.measure_cpu(shape, 3, contenders, FakeProbes(), seconds=math.inf)
+    touched = 4 * TINY_EXPERT_BYTES
+    assert row.rounds == 40
+    assert row.experts_hit == 4
+    assert row.touched_bytes == touched
+    assert row.flop == 2 * 3 * 4 * 3 * 64 * 32
+    assert row.speedup == {"peer": pytest.approx(3.0)}
+    assert row.over_read == pytest.approx(8e-6 / (touched / 1e9))
+    assert row.over_floor == row.over_read  # 13.9 us to read, 0.15 us to multiply
+    assert row.read_seconds == pytest.approx(touched / 1.5e9)  # the median of 1 and 2 GB/s
+    assert row.floor_seconds == row.read_seconds
+    assert row.seconds == {"torch_nvfp4": pytest.approx(6e-6), "peer": pytest.approx(18e-6)}
+    assert row.extra_bytes == 5
+    assert row.best("p") == "peer"
+    assert row.best("x") is None
+
+
+def test_a_slow_peer_sits_rounds_out(monkeypatch):
+    calls = []
+
+    def run(name, out):
+        calls.append(name)
+        return out
+
+    monkeypatch.setattr(cpu, "wall_seconds", lambda call: [call(), 1e-3 if calls[-1] == "ours" else 10.0][1])
+    monkeypatch.setattr(cpu, "peak_extra_bytes", lambda run: None)
+    contenders = [
+        bench.Contender("ours", lambda case: run("ours", case.hidden_states), torch.float32),
+        bench.Contender("slow", lambda case: run("slow", case.hidden_states), torch.float32),
+    ]
+    row = bench.measure_cpu(TINY, 1, contenders, FakeProbes(), seconds=0.0, min_rounds=5)
+    assert row.rounds == 5
+    assert calls.count("ours") == 6  # one warm-up
+    assert calls.count("slow") == 3  # one warm-up, and two rounds
+    assert row.speedup["slow"] == pytest.approx(1e4)
+
+
+def test_peak_extra_bytes():
+    def allocate():
+        torch.ones(64 * 2**20, dtype=torch.uint8)
+        torch.ones(16 * 2**20, dtype=torch.uint8)
+
+    allocate()
+    peak = bench.peak_extra_bytes(allocate)
+    if peak is None:
+        pytest.skip("this system does not tell the peak")
+    assert 60 * 2**20 < peak < 76 * 2**20
+    assert bench.peak_extra_bytes(lambda: None) < 8 * 2**20
+
+
+def test_a_call_holds_no_dequantized_matrix():
+    shape = bench.Shape(experts=4, hidden=2048, intermediate=1024, top_k=2)
+    ours = bench.our_contender(bench.Layer.random(shape, clamp_limit=10.0), torch.bfloat16)
+    case = next(bench.cases(shape, 4))
+    case = case._replace(hidden_states=case.hidden_states.to(torch.bfloat16))
+    ours.run(case)
+    peak = bench.peak_extra_bytes(lambda: ours.run(case))
+    if peak is None:
+        pytest.skip("this system does not tell the peak")
+    assert peak < 3 * 2**20  # w2 of one expert alone takes 4 MiB in bf16
+
+
+def test_a_tiny_run(tmp_path):
+    peers = ["--peer", "dequantize"]
+    arguments = ["bench", "--device", "cpu", "--tokens", "1,5", "--shape", "4,64,32,2", "--seconds", "0", *peers]
+    file = tmp_path / "report.json"
+    result = CliRunner().invoke(app, [*arguments, "--json", str(file)])
+    assert result.exit_code == 0, result.output
+    report = json.loads(file.read_text())
+    assert report["shape"] == {"experts": 4, "hidden": 64, "intermediate": 32, "top_k": 2}
+    assert report["dtype"] == "bf16"
+    assert report["versions"]["torch"] == torch.__version__
+    assert [row["tokens"] for row in report["rows"]] == [1, 5]
+    for row in report["rows"]:
+        # The rounds' routings follow one warm-up each of the two contenders.
+        routings = itertools.islice(bench.cases(TINY, row["tokens"]), 2, 2 + row["rounds"])
+        hits = [len(set(case.topk_ids.flatten().tolist())) for case in routings]
+        assert row["experts_hit"] == pytest.approx(sum(hits) / len(hits))
+        assert row["touched_bytes"] == pytest.approx(TINY_EXPERT_BYTES * sum(hits) / len(hits))
+        assert row["flop"] == 2 * row["tokens"] * 2 * 3 * 64 * 32
+        assert row["read_seconds"] == pytest.approx(row["touched_bytes"] / row["read_rate"])
+        assert row["compute_seconds"] == pytest.approx(row["flop"] / row["matmul_rate"])
+        assert row["floor_seconds"] == max(row["read_seconds"], row["compute_seconds"])
+        assert set(row["seconds"]) == {"torch_nvfp4", "dequantize"}
+        assert min(row["seconds"].values()) > 0
+    assert "E=4 K=64 I=32 top-k 2, bf16 activations, clamp 10" in result.output
+    assert max(map(len, result.output.splitlines())) <= 120
+
+
+def test_plot(tmp_path):
+    pytest.importorskip("matplotlib")
+    row = bench.Row(
+        tokens=1, experts_hit=2, touched_bytes=3e9, flop=10**9, rounds=5, read_rate=3e9, matmul_rate=1e12,
+        read_seconds=1.0, compute_seconds=1e-3, seconds={"torch_nvfp4": 2.0, "dequantize": 4.0}, over_read=2.0,
+        over_floor=2.0, speedup={"dequantize": 2.0},
+    )  # fmt: skip
+    report = bench.Report("cpu", "a processor", 2, "today", {}, TINY._asdict(), "bf16", 10.0, [row])
+    bench.plot(report, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tokens", "1,x"], "expected positive integers between commas, got '1,x'"),
+        (["--tokens", "0"], "expected positive integers between commas, got '0'"),
+        (["--shape", "4,64,32"], "expected E,K,I,TOPK or one of cpu, dsv4-flash"),
+        (["--shape", "4,60,32,2"], "expected positive sizes with K and I multiples of 16, got '4,60,32,2'"),
+        (["--shape", "4,64,32,5"], "expected TOPK <= E, got '4,64,32,5'"),
+        (["--dtype", "int8"], "--dtype: expected one of bf16, fp16, fp32 on cpu, got 'int8'"),
+        (["--peer", "vllm"], "--peer: expected one of dequantize, transformers, none on cpu, got 'vllm'"),
+        (["--clamp-limit", "-1"], "expected clamp_limit to be finite and positive"),
+        (["--device", "tpu"], "--device: expected cpu or cuda, got 'tpu'"),
+    ],
+)
+def test_errors(arguments, message):
+    device = [] if "--device" in arguments else ["--device", "cpu"]
+    result = CliRunner().invoke(app, ["bench", *device, *arguments])
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith(f"torch-nvfp4 bench: {message}")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_cuda_without_a_gpu():
+    result = CliRunner().invoke(app, ["bench", "--device", "cuda"])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("torch-nvfp4 bench: --device cuda: expected a CUDA device, got a machine")
+
+
+def test_a_plot_needs_matplotlib_before_anything_is_measured(monkeypatch, tmp_path):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
+    result = CliRunner().invoke(app, ["bench", "--device", "cpu", "--plot", str(tmp_path / "plot.png")])
+    assert result.exit_code == 2
+    assert "--plot: expected matplotlib, which is not installed; pip install 'torch-nvfp4[bench]'" in result.stderr
+
+
+def test_global_scales_of_the_random_layer_fit_peers_with_one_per_expert():
+    layer = bench.Layer.random(TINY, clamp_limit=10.0)
+    assert isinstance(layer.w13, NVFP4Weight)
+    assert layer.w13.global_scale.shape == (4, 2)
+    assert torch.equal(layer.w13.global_scale[:, 0], layer.w13.global_scale[:, 1])
+    assert layer.w13.data.shape == (4, 64, 32)
+    assert layer.w2.data.shape == (4, 64, 16)
+
+
+@pytest.mark.parametrize(("package", "make"), [("vllm", bench.vllm_contender), ("humming", bench.humming_contender)])
+def test_a_peer_that_is_not_installed(package, make):
+    if importlib.util.find_spec(package) is not None:
+        pytest.skip(f"{package} is installed")
+    with pytest.raises(bench.BenchError, match=f"--peer {package}: expected .*, got: No module named '{package}'"):
+        make(bench.Layer.random(TINY, clamp_limit=10.0), torch.bfloat16)

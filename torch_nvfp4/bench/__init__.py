@@ -1,0 +1,57 @@
+"""Times the MoE layer against its floor and against other implementations, interleaved in one run.
+
+A shared machine drifts by tens of percent within minutes. So every round of a measurement runs each contender once,
+with that round's own routing, between two probes of the machine's speed; the table shows medians over the rounds, and
+its ratios are medians of the ratios within a round.
+
+On the CPU the floor of a layer call is the larger of two times: the bytes of the experts hit over the read bandwidth,
+and the operations over the bf16 matmul rate, both measured in the same rounds. On CUDA a contender is one graph of
+several calls with different routings, and the bandwidth and matmul rate are constants of the card.
+"""
+
+from torch_nvfp4.bench.contenders import (
+    dequantize_contender,
+    dequantize_then_matmul,
+    humming_contender,
+    our_contender,
+    transformers_contenders,
+    vllm_contender,
+)
+from torch_nvfp4.bench.cpu import Probes, measure_cpu, peak_extra_bytes, wall_seconds
+from torch_nvfp4.bench.cuda import event_seconds, measure_cuda
+from torch_nvfp4.bench.layer import SHAPES, BenchError, Case, Contender, Layer, Shape, cases, check_agreement
+from torch_nvfp4.bench.report import Report, Row, cpu_name, plot, render, wide_console
+from torch_nvfp4.bench.run import CPU_LEVEL_VARIABLE, command, fail, one_line_errors
+
+__all__ = [
+    "CPU_LEVEL_VARIABLE",
+    "SHAPES",
+    "BenchError",
+    "Case",
+    "Contender",
+    "Layer",
+    "Probes",
+    "Report",
+    "Row",
+    "Shape",
+    "cases",
+    "check_agreement",
+    "command",
+    "cpu_name",
+    "dequantize_contender",
+    "dequantize_then_matmul",
+    "event_seconds",
+    "fail",
+    "humming_contender",
+    "measure_cpu",
+    "measure_cuda",
+    "one_line_errors",
+    "our_contender",
+    "peak_extra_bytes",
+    "plot",
+    "render",
+    "transformers_contenders",
+    "vllm_contender",
+    "wall_seconds",
+    "wide_console",
+]

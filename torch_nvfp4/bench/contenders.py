@@ -1,0 +1,202 @@
+"""This package and its peers, each as a ``Contender``. Peers are imported when they are asked for."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from torch_nvfp4 import ops
+from torch_nvfp4.activation import gated_activation, parse_activation
+from torch_nvfp4.bench.layer import DEQUANTIZE, OURS, BenchError, Case, Contender, Layer, dtype_name
+from torch_nvfp4.format import NVFP4Weight, dequantize
+
+
+def dequantize_then_matmul(
+    case: Case, w13: NVFP4Weight, w2: NVFP4Weight, *, activation: str | int = "silu", clamp_limit: float | None,
+    alpha: float = 1.0, beta: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """The layer in plain torch: each expert that was hit is dequantized to the dtype of the input, then multiplied."""
+    x, topk_weights, topk_ids = case
+    act = parse_activation(activation)
+    out = torch.zeros_like(x)
+    for expert in topk_ids.unique().tolist():
+        if not 0 <= expert < w13.data.shape[0]:
+            continue
+        token, slot = torch.where(topk_ids == expert)
+        gate, up = F.linear(x[token], _dequantize_expert(w13, expert, x.dtype)).chunk(2, -1)
+        hidden = gated_activation(gate, up, act, clamp_limit, alpha, beta)
+        hidden = F.linear(hidden, _dequantize_expert(w2, expert, x.dtype))
+        out.index_add_(0, token, hidden * topk_weights[token, slot, None].to(x.dtype))
+    return out
+
+
+def _dequantize_expert(weight: NVFP4Weight, expert: int, dtype: torch.dtype) -> Tensor:
+    return dequantize(NVFP4Weight(*(part[expert] for part in weight)), dtype)
+
+
+def our_contender(layer: Layer, dtype: torch.dtype) -> Contender:
+    p13, p2 = ops.pack(layer.w13, gated=True), ops.pack(layer.w2)
+    g13, g2, limit = layer.w13.global_scale, layer.w2.global_scale, layer.clamp_limit
+
+    def run(case: Case) -> Tensor:
+        return ops.moe(
+            case.hidden_states, p13, g13, p2, g2, case.topk_weights, case.topk_ids, activation="silu", clamp_limit=limit
+        )
+
+    return Contender(OURS, run, dtype)
+
+
+def dequantize_contender(layer: Layer, dtype: torch.dtype) -> Contender:
+    def run(case: Case) -> Tensor:
+        return dequantize_then_matmul(case, layer.w13, layer.w2, clamp_limit=layer.clamp_limit)
+
+    return Contender(DEQUANTIZE, run, dtype)
+
+
+def transformers_contenders(layer: Layer) -> list[Contender]:
+    """DeepSeek-V4's experts of transformers with weights dequantized beforehand: eager and grouped_mm, bf16 and fp16.
+
+    Not batched_mm: it copies the weights of every slot before it multiplies.
+
+    Raises BenchError when transformers is not there, or has no DeepSeek-V4.
+    """
+    try:
+        from transformers import DeepseekV4Config
+        from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts
+    except ImportError as error:
+        raise BenchError(
+            f"expected a transformers that has DeepSeek-V4 (>= 5.9), got: {error}; pip install 'torch-nvfp4[bench]'"
+        ) from error
+    contenders = []
+    for dtype in (torch.bfloat16, torch.float16):
+        gate_up, down = _dequantize_experts(layer.w13, dtype), _dequantize_experts(layer.w2, dtype)
+        for implementation in ("eager", "grouped_mm"):
+            config = DeepseekV4Config(
+                n_routed_experts=layer.shape.experts,
+                hidden_size=layer.shape.hidden,
+                moe_intermediate_size=layer.shape.intermediate,
+                num_experts_per_tok=layer.shape.top_k,
+                swiglu_limit=layer.clamp_limit,
+                experts_implementation=implementation,  # type: ignore[call-arg, unused-ignore]
+            )
+            with torch.device("meta"):
+                module = DeepseekV4Experts(config)
+            module.gate_up_proj = torch.nn.Parameter(gate_up, requires_grad=False)
+            module.down_proj = torch.nn.Parameter(down, requires_grad=False)
+            name = f"{implementation} {dtype_name(dtype)}"
+            contenders.append(Contender(name, _call_experts(module), dtype, weights_dtype=dtype))
+    return contenders
+
+
+def _call_experts(module: Any) -> Callable[[Case], Tensor]:
+    # transformers' own router hands its weights over in the dtype of the hidden states.
+    return lambda case: module(case.hidden_states, case.topk_ids, case.topk_weights)
+
+
+def _dequantize_experts(weight: NVFP4Weight, dtype: torch.dtype) -> Tensor:
+    # An expert at a time: the fp32 intermediate of all of them would be twice the result.
+    *_, n, half_k = weight.data.shape
+    out = torch.empty(weight.data.shape[0], n, 2 * half_k, dtype=dtype, device=weight.data.device)
+    for expert in range(out.shape[0]):
+        out[expert] = _dequantize_expert(weight, expert, dtype)
+    return out
+
+
+def vllm_contender(layer: Layer, dtype: torch.dtype) -> Contender:
+    """vLLM's Marlin MoE with its own weight preparation and its clamped SiLU.
+
+    Raises BenchError when vLLM is not there or lacks one of these.
+    """
+    layers = "vllm.model_executor.layers"
+    try:
+        marlin = importlib.import_module(f"{layers}.fused_moe.experts.marlin_moe")
+        fp4 = importlib.import_module(f"{layers}.quantization.utils.marlin_utils_fp4")
+        quant_type = importlib.import_module("vllm.scalar_type").scalar_types.float4_e2m1f.id
+        silu_and_mul_with_clamp = torch.ops._C.silu_and_mul_with_clamp
+    except (ImportError, AttributeError) as error:
+        raise BenchError(f"--peer vllm: expected vLLM (0.33) with its Marlin NVFP4 MoE, got: {error}") from error
+    shape = layer.shape
+    described = SimpleNamespace(
+        num_experts=shape.experts,
+        hidden_size=shape.hidden,
+        intermediate_size_per_partition=shape.intermediate,
+        params_dtype=dtype,
+    )
+    # Its global scale is one per expert; Layer.random gives gate and up the same one.
+    w13, s13, g13, w2, s2, g2 = fp4.prepare_nvfp4_moe_layer_for_marlin(
+        described, layer.w13.data, layer.w13.scale, layer.w13.global_scale[:, 0].contiguous(), layer.w2.data,
+        layer.w2.scale, layer.w2.global_scale, is_act_and_mul=True,
+    )  # fmt: skip
+
+    def activation(_: object, out: Tensor, gate_up: Tensor, **__: object) -> None:
+        silu_and_mul_with_clamp(out, gate_up, layer.clamp_limit)
+
+    def run(case: Case) -> Tensor:
+        return marlin.fused_marlin_moe(
+            case.hidden_states, w13, w2, None, None, s13, s2, case.topk_weights, case.topk_ids,
+            quant_type_id=quant_type, global_scale1=g13, global_scale2=g2, activation_func=activation,
+        )  # fmt: skip
+
+    return Contender("vllm", run, dtype, ids_dtype=torch.int32)
+
+
+def humming_contender(layer: Layer, dtype: torch.dtype) -> Contender:
+    """Humming's grouped GEMM over rows sorted by expert, with its own tuning table and its own fused activation.
+
+    Humming has no routing and no weighted sum, so that ``route`` and ``combine`` of this package stand around it.
+
+    Raises BenchError when Humming is not there.
+    """
+    try:
+        humming_ops = importlib.import_module("humming.ops")
+        humming_layer = importlib.import_module("humming.layer").HummingLayer
+        heuristics = importlib.import_module("humming.tune").get_heuristics_config
+    except ImportError as error:
+        raise BenchError(f"--peer humming: expected the package humming-kernels (0.1.19), got: {error}") from error
+    shape, limit, gemm_type = layer.shape, layer.clamp_limit, "grouped_contiguous"
+
+    def gemm(weight: NVFP4Weight, global_scale: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        experts, n, half_k = weight.data.shape
+        module = humming_layer(
+            shape_n=n, shape_k=2 * half_k, num_experts=experts, torch_dtype=dtype,
+            weight_config={"quant_method": "modelopt", "quant_algo": "nvfp4"},
+        ).to(weight.data.device)  # fmt: skip
+        module.load_from_tensors(
+            {"weight": weight.data, "weight_scale": weight.scale, "weight_scale_2": global_scale.contiguous()}
+        )
+        module.transform()
+        tuning = heuristics(layer_config=module.humming_config, gemm_type=gemm_type, device=weight.data.device)
+        return lambda x, offsets: module(
+            x, expert_layout=offsets, compute_config={"gemm_type": gemm_type}, tuning_config=tuning
+        )
+
+    up, down = gemm(layer.w13, layer.w13.global_scale[:, 0]), gemm(layer.w2, layer.w2.global_scale)
+    clamped_silu = f"(fminf(a, {limit}f) / (1.0f + __expf(-fminf(a, {limit}f)))) * fmaxf(fminf(b, {limit}f), -{limit}f)"
+
+    def run(case: Case) -> Tensor:
+        x, topk_weights, topk_ids = case
+        order, offsets = ops.route(topk_ids, None, shape.experts)
+        rows, starts = order.long(), offsets.long()
+        gate_up = up(x[rows // shape.top_k], starts)
+        hidden, _, _ = humming_ops.process_input(gate_up, activation_type="binary_split", activation_impl=clamped_silu)
+        by_slot = torch.empty(len(rows), shape.hidden, dtype=dtype, device=x.device)
+        by_slot[rows] = down(hidden, starts)
+        return ops.combine(by_slot, topk_weights, topk_ids, None, shape.experts)
+
+    return Contender("humming", run, dtype)
+
+
+CPU_PEERS: dict[str, Callable[[Layer, torch.dtype], list[Contender]]] = {
+    DEQUANTIZE: lambda layer, dtype: [dequantize_contender(layer, dtype)],
+    "transformers": lambda layer, dtype: transformers_contenders(layer),
+}
+CUDA_PEERS: dict[str, Callable[[Layer, torch.dtype], list[Contender]]] = {
+    "vllm": lambda layer, dtype: [vllm_contender(layer, dtype)],
+    "humming": lambda layer, dtype: [humming_contender(layer, dtype)],
+}
