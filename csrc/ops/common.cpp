@@ -299,10 +299,14 @@ Routing check_routing(const char* op, const Tensor& topk_ids, const std::optiona
   if (topk_ids.numel() >= int64_t{1} << 31) {
     fail(op, "M * top_k must be below 2**31, got ", topk_ids.numel(), "; split the batch");
   }
+  // An empty tensor's data pointer is null, which would say that ids are local.
+  static constexpr int32_t kEmptyMap = -1;
+  const int32_t* map = optional_data<const int32_t>(expert_map);
+  if (expert_map && map == nullptr) map = &kEmptyMap;
   return Routing{
       .topk_ids = topk_ids.data_ptr(),
       .ids_are_int64 = topk_ids.scalar_type() == ScalarType::Long,
-      .expert_map = optional_data<const int32_t>(expert_map),
+      .expert_map = map,
       .expert_map_size = expert_map ? expert_map->numel() : 0,
       .tokens = topk_ids.size(0),
       .top_k = topk_ids.size(1),

@@ -1,0 +1,132 @@
+"""torch.library.opcheck of every op: schema, autograd registration, fake against kernel, AOT dispatch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import torch_nvfp4
+from torch_nvfp4 import Activation
+from torch_nvfp4.testing import random_routing, random_weight
+
+UTILS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+
+Sample = tuple[tuple[Any, ...], dict[str, Any]]
+
+GATES: list[dict[str, Any]] = [
+    {},
+    {"activation": Activation.silu.value, "clamp_limit": 7.0, "alpha": 1.702, "beta": 1.0},
+    {"activation": Activation.swiglustep.value, "clamp_limit": 10.0},
+    {"activation": Activation.gelu_tanh.value},
+]
+
+
+class Samples:
+    """Sample arguments of each op on one device, a method an op."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.generator = torch.Generator().manual_seed(0)
+        self.dtypes = [torch.bfloat16, torch.float16, *([torch.float32] if device == "cpu" else [])]
+
+    def x(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.randn(shape, generator=self.generator).to(self.device, dtype)
+
+    def packed(self, *shape: int, gated: bool = False) -> tuple[Tensor, Tensor]:
+        weight = random_weight(shape, gated=gated, generator=self.generator, device=self.device)
+        return torch_nvfp4.pack(weight, gated=gated), weight.global_scale
+
+    def routing(self, m: int, e: int, top_k: int, ids_dtype: torch.dtype = torch.int64) -> tuple[Tensor, Tensor]:
+        return random_routing(m, e, top_k, ids_dtype=ids_dtype, generator=self.generator, device=self.device)
+
+    def expert_map(self, size: int, experts: int) -> Tensor:
+        return torch.arange(-1, size - 1, dtype=torch.int32, device=self.device).clamp(max=experts)
+
+    def moe(self) -> Iterator[Sample]:
+        for m, gate, dtype in zip((2, 5, 1, 0), GATES, (*self.dtypes, *self.dtypes), strict=False):
+            weights = (*self.packed(4, 64, 80, gated=True), *self.packed(4, 80, 32))
+            yield (self.x(m, 80, dtype=dtype), *weights, *self.routing(m, 4, 2)), gate
+        weights = (*self.packed(4, 64, 80, gated=True), *self.packed(4, 80, 32))
+        routing = self.routing(3, 8, 4, torch.int32)
+        on_input = {"apply_router_weight_on_input": True}
+        yield (self.x(3, 80), *weights, *routing, self.expert_map(8, 4)), on_input
+
+    def route(self) -> Iterator[Sample]:
+        for m in (0, 1, 6):
+            yield (self.routing(m, 5, 3)[1], None, 5), {}
+        yield (self.routing(4, 8, 2, torch.int32)[1], self.expert_map(8, 3), 3), {}
+
+    def _routed(self, m: int, gated: bool, rows_per_token: int = 1) -> tuple[Any, ...]:
+        topk_weights, ids = self.routing(m, 4, 3)
+        order, offsets = torch_nvfp4.route(ids, None, 4)
+        weight = self.packed(4, 96, 48, gated=gated)
+        scale = topk_weights if rows_per_token == 1 else None
+        return self.x(m * rows_per_token, 48), *weight, order, offsets, scale
+
+    def grouped_gemm(self) -> Iterator[Sample]:
+        yield self._routed(5, gated=False), {}
+        yield self._routed(5, gated=True), {}
+        yield self._routed(2, gated=False, rows_per_token=3), {}
+        yield self._routed(0, gated=False), {}
+
+    def grouped_gemm_swiglu(self) -> Iterator[Sample]:
+        for m, gate in zip((4, 1, 3, 0), GATES, strict=True):
+            yield self._routed(m, gated=True), gate
+        yield self._routed(2, gated=True, rows_per_token=3), {}
+
+    def combine(self) -> Iterator[Sample]:
+        for dtype in self.dtypes:
+            yield (self.x(8, 20, dtype=dtype), *self.routing(4, 5, 2), None, 5), {}
+        yield (self.x(6, 20), *self.routing(2, 8, 3, torch.int32), self.expert_map(8, 3), 3), {}
+
+    def linear(self) -> Iterator[Sample]:
+        for shape, dtype in zip(((80,), (3, 80), (2, 3, 80)), (*self.dtypes, torch.bfloat16), strict=False):
+            yield (self.x(*shape, dtype=dtype), *self.packed(48, 80), None), {}
+            yield (self.x(*shape, dtype=dtype), *self.packed(64, 80, gated=True), self.x(64, dtype=dtype)), {}
+
+    def swiglu(self) -> Iterator[Sample]:
+        for shape, gate in zip(((6,), (3, 20), (2, 3, 8), (0, 4)), GATES, strict=True):
+            yield (self.x(*shape),), gate
+
+    def pack(self) -> Iterator[Sample]:
+        for shape, gated in (((48, 80), False), ((64, 80), True), ((3, 48, 16), False), ((2, 32, 144), True)):
+            weight = random_weight(shape, all_scales=True, generator=self.generator, device=self.device)
+            # Block scales as bytes: opcheck compares values, and E4M3 has neither comparison nor addition.
+            yield (weight.data, weight.scale.view(torch.uint8), gated), {}
+
+    def unpack(self) -> Iterator[Sample]:
+        for shape, gated in (((48, 80), False), ((64, 80), True), ((3, 48, 16), False), ((2, 32, 144), True)):
+            yield (self.packed(*shape, gated=gated)[0], shape[-1], gated), {}
+
+
+OPS = [name for name in vars(Samples) if name in torch_nvfp4.__all__]
+
+
+def test_every_op_is_checked() -> None:
+    registered = {
+        str(schema.name).removeprefix("nvfp4::")
+        for schema in torch._C._jit_get_all_schemas()
+        if schema.name.startswith("nvfp4::")
+    }
+    assert registered == set(OPS)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_opcheck(op: str, device: str) -> None:
+    for args, kwargs in getattr(Samples(device), op)():
+        result = torch.library.opcheck(getattr(torch.ops.nvfp4, op).default, args, kwargs, test_utils=UTILS)
+        assert result == dict.fromkeys(UTILS, "SUCCESS")
+
+
+@pytest.mark.parametrize("op", ["moe", "grouped_gemm", "grouped_gemm_swiglu", "combine", "linear", "swiglu"])
+def test_opcheck_with_activations_that_require_grad(op: str, device: str) -> None:
+    """The autograd registration is sound; AOT dispatch would run backward, which these ops refuse."""
+    (x, *rest), kwargs = next(getattr(Samples(device), op)())
+    args = (x.requires_grad_(), *rest)
+    utils = [name for name in UTILS if name != "test_aot_dispatch_dynamic"]
+    result = torch.library.opcheck(getattr(torch.ops.nvfp4, op).default, args, kwargs, test_utils=utils)
+    assert result == dict.fromkeys(utils, "SUCCESS")

@@ -1,0 +1,68 @@
+"""Where the tests run: on the CPU, at every instruction level that it has, and on a GPU where there is one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import torch_nvfp4  # noqa: F401  (registers the ops)
+
+# Processor flags that a level needs, as /proc/cpuinfo names them: a second opinion on the library's own detection.
+LEVEL_FLAGS = {
+    "avx512": {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"},
+    "avx2": {"avx2", "fma", "f16c"},
+    "portable": set(),
+}
+
+
+def processor_flags() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return {flag for line in lines if line.startswith("flags") for flag in line.split(":", 1)[1].split()}
+
+
+LEVELS = [level for level, needed in LEVEL_FLAGS.items() if needed <= processor_flags()]
+HAS_GPU = torch.cuda.is_available() and torch._C._dispatch_has_kernel_for_dispatch_key("nvfp4::moe", "CUDA")
+DEVICES = ["cpu", *(["cuda"] if HAS_GPU else [])]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--gpu", action="store_true", help="fail unless the tests that need a GPU can run")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a GPU and the CUDA library; skipped where there is none")
+    if config.getoption("--gpu") and not HAS_GPU:
+        what = "torch without a CUDA device" if not torch.cuda.is_available() else "torch_nvfp4 without _C_cuda.so"
+        raise pytest.UsageError(f"--gpu: expected a CUDA device and torch_nvfp4's CUDA library, got {what}")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not HAS_GPU:
+        for item in items:
+            if item.get_closest_marker("gpu") is not None:
+                item.add_marker(pytest.mark.skip(reason="no GPU, or no CUDA library"))
+
+
+@pytest.fixture(autouse=True)
+def _default_level(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCH_NVFP4_CPU_LEVEL", raising=False)
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    """Every device, the CPU at its best level."""
+    return request.param
+
+
+@pytest.fixture(params=[*(f"cpu-{level}" for level in LEVELS), *DEVICES[1:]])
+def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The device of every kernel: the CPU once per instruction level."""
+    device, _, level = request.param.partition("-")
+    if level:
+        monkeypatch.setenv("TORCH_NVFP4_CPU_LEVEL", level)
+    return device

@@ -1,0 +1,46 @@
+"""NVFP4 mixture-of-experts layers with the SwiGLU clamp, as torch.compile custom ops for pre-Blackwell GPUs and CPUs.
+
+Importing the package loads the op libraries and registers everything about the ops (fakes, autograd), which has to
+happen before the first trace.
+"""
+
+from torch_nvfp4 import reference
+from torch_nvfp4.activation import Activation
+from torch_nvfp4.backends import select_moe_backend
+from torch_nvfp4.format import NVFP4Weight, dequantize, quantize
+from torch_nvfp4.nn import NVFP4Experts, NVFP4Linear
+from torch_nvfp4.ops import (
+    combine,
+    grouped_gemm,
+    grouped_gemm_swiglu,
+    library_paths,
+    linear,
+    moe,
+    pack,
+    route,
+    swiglu,
+    unpack,
+)
+from torch_nvfp4.quant_config import MoEQuantConfig
+
+__all__ = [
+    "Activation",
+    "MoEQuantConfig",
+    "NVFP4Experts",
+    "NVFP4Linear",
+    "NVFP4Weight",
+    "combine",
+    "dequantize",
+    "grouped_gemm",
+    "grouped_gemm_swiglu",
+    "library_paths",
+    "linear",
+    "moe",
+    "pack",
+    "quantize",
+    "reference",
+    "route",
+    "select_moe_backend",
+    "swiglu",
+    "unpack",
+]
