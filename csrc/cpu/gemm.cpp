@@ -1,0 +1,396 @@
+// grouped_gemm, linear and moe: which thread multiplies which tokens with which panels.
+#include <algorithm>
+
+#include "layout.h"
+#include "level_kernels.h"
+#include "routing.h"
+#include "schedule.h"
+
+namespace nvfp4::cpu {
+namespace {
+
+constexpr int64_t kTasksPerThread = 8;
+
+int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Whether activations of a dtype are multiplied in fp32, at the level that is active now.
+bool multiplies_exactly(DType dtype) { return dtype == DType::fp32 || active_kernels().always_exact; }
+
+int64_t bytes_of(DType dtype) { return dtype == DType::fp32 ? 4 : 2; }
+
+char* at(void* base, DType dtype, int64_t index) { return static_cast<char*>(base) + index * bytes_of(dtype); }
+
+// Some tokens of one expert: the slots order[begin .. begin + count).
+struct Chunk {
+  int64_t expert;
+  int64_t begin;
+  int64_t count;
+};
+
+// What a thread writes while it multiplies.
+struct Scratch {
+  TokenTile tile;
+  const Chunk* gathered;  // the chunk that is in the tile
+  int32_t* rows;          // [kMaxTileTokens]
+  float* sums;            // [kMaxTileTokens, 2, kPanelRows]
+};
+
+// A matrix product of gathered rows with one expert each: the common part of all ops of this file.
+struct Product {
+  DType dtype;  // of x and of the output
+  const void* x;
+  int64_t slots_per_row;
+  Weight weight;
+  const int32_t* order;
+  const Chunk* chunks;
+  int64_t chunk_count;
+  Scratch* scratch;
+
+  int64_t panels() const { return weight.n / kPanelRows; }
+  int64_t pairs() const { return div_up(panels(), 2); }
+};
+
+int64_t most_chunks(int64_t slots, int64_t experts) { return std::min(slots, experts) + slots / kMaxTileTokens; }
+
+// Splits each expert's slots into chunks of equal size. Returns their number.
+int64_t make_chunks(const int32_t* offsets, int64_t experts, Chunk* chunks) {
+  int64_t made = 0;
+  for (int64_t expert = 0; expert < experts; ++expert) {
+    const int64_t begin = offsets[expert];
+    const int64_t count = offsets[expert + 1] - begin;
+    const int64_t parts = div_up(count, kMaxTileTokens);
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t first = begin + count * part / parts;
+      chunks[made++] = {expert, first, begin + count * (part + 1) / parts - first};
+    }
+  }
+  return made;
+}
+
+// A tile of up to k columns and `tokens` tokens.
+TokenTile take_tile(Arena& arena, int64_t k, int64_t tokens, bool exact) {
+  const int64_t rows = blocks_of(k) * tokens;
+  if (exact) return {0, 0, true, arena.take<float>(rows * kBlockColumns), nullptr, nullptr};
+  void* values = arena.take<int16_t>(rows * kBlockColumns);
+  auto* scale = arena.take<float>(rows);
+  return {0, 0, false, values, scale, arena.take<int32_t>(rows)};
+}
+
+// One Scratch a thread, for chunks of up to `slots` slots.
+Scratch* take_scratch(Arena& arena, int64_t k, int64_t slots, bool exact) {
+  const int64_t threads = num_threads();
+  const int64_t tokens = std::min<int64_t>(slots, kMaxTileTokens);
+  auto* scratch = arena.take<Scratch>(threads);
+  for (int64_t thread = 0; thread < threads; ++thread) {
+    const TokenTile tile = take_tile(arena, k, tokens, exact);
+    auto* rows = arena.take<int32_t>(tokens);
+    auto* sums = arena.take<float>(tokens * 2 * kPanelRows);
+    if (scratch != nullptr) scratch[thread] = {tile, nullptr, rows, sums};
+  }
+  return scratch;
+}
+
+void gather_chunk(const LevelKernels& kernels, const Product& product, const Chunk& chunk, Scratch& scratch) {
+  if (scratch.gathered == &chunk) return;
+  for (int64_t i = 0; i < chunk.count; ++i) {
+    scratch.rows[i] = static_cast<int32_t>(product.order[chunk.begin + i] / product.slots_per_row);
+  }
+  scratch.tile.count = chunk.count;
+  scratch.tile.blocks = blocks_of(product.weight.k);
+  kernels.gather({product.dtype, product.x, product.weight.k, scratch.rows}, &scratch.tile);
+  scratch.gathered = &chunk;
+}
+
+// Multiplies panels 2 * pair and 2 * pair + 1 (if there is one) with a tile. Returns how many panels that are.
+int64_t multiply_pair(const LevelKernels& kernels, const Weight& weight, int64_t expert, int64_t pair,
+                      const TokenTile& tile, float* sums) {
+  const int64_t count = std::min<int64_t>(2, weight.n / kPanelRows - 2 * pair);
+  kernels.multiply(weight.packed + expert * weight.expert_bytes + 2 * pair * panel_bytes(weight.k), count, tile, sums);
+  return count;
+}
+
+// The global scale of a panel: up panels of a gated weight are the odd ones.
+float panel_scale(const Weight& weight, int64_t expert, int64_t panel) {
+  return weight.gated ? weight.global_scale[2 * expert + panel % 2] : weight.global_scale[expert];
+}
+
+// Calls body(thread, chunk, first, last) until every chunk has met all of its panels, counted in `units` of equal size,
+// in tasks of similar cost.
+template <class Body>
+void for_each_chunk_and_units(const Product& product, int64_t units, const Body& body) {
+  // Reading the weights costs about as much as multiplying them with four tokens.
+  auto cost = [&](const Chunk& chunk) { return std::max<int64_t>(chunk.count, 4) * units; };
+  int64_t total = 0;
+  for (int64_t c = 0; c < product.chunk_count; ++c) total += cost(product.chunks[c]);
+  const int64_t wanted = std::max<int64_t>(total / (num_threads() * kTasksPerThread), 1);
+  auto tasks_of = [&](const Chunk& chunk) { return std::min(units, div_up(cost(chunk), wanted)); };
+  int64_t tasks = 0;
+  for (int64_t c = 0; c < product.chunk_count; ++c) tasks += tasks_of(product.chunks[c]);
+  for_each_task(tasks, [&](int64_t thread, int64_t task) {
+    const Chunk* chunk = product.chunks;
+    for (; task >= tasks_of(*chunk); ++chunk) task -= tasks_of(*chunk);
+    const int64_t parts = tasks_of(*chunk);
+    body(thread, *chunk, units * task / parts, units * (task + 1) / parts);
+  });
+}
+
+// Multiplies a gate and an up panel with the chunk in the tile; token i's 16 results go to row_of(i).
+template <class RowOf>
+void multiply_gate_up(const LevelKernels& kernels, const Product& product, const Gate& gate, const float* slot_scale,
+                      const Chunk& chunk, int64_t pair, Scratch& scratch, DType out_dtype, const RowOf& row_of) {
+  const Weight& weight = product.weight;
+  multiply_pair(kernels, weight, chunk.expert, pair, scratch.tile, scratch.sums);
+  const float gate_scale = panel_scale(weight, chunk.expert, 0);
+  const float up_scale = panel_scale(weight, chunk.expert, 1);
+  for (int64_t i = 0; i < chunk.count; ++i) {
+    const float scale = slot_scale == nullptr ? 1.0f : slot_scale[product.order[chunk.begin + i]];
+    kernels.gate_panel(gate, scratch.sums + i * 2 * kPanelRows, scale * gate_scale, scale * up_scale, out_dtype,
+                       row_of(i));
+  }
+}
+
+// out[slot] = gate(x W^T).
+void multiply_gated(const LevelKernels& kernels, const Product& product, const Gate& gate, const float* slot_scale,
+                    void* out) {
+  const int64_t width = product.weight.n / 2;
+  for_each_chunk_and_units(product, product.pairs(), [&](int64_t thread, const Chunk& chunk, int64_t first, int64_t last) {
+    Scratch& scratch = product.scratch[thread];
+    gather_chunk(kernels, product, chunk, scratch);
+    for (int64_t pair = first; pair < last; ++pair) {
+      multiply_gate_up(kernels, product, gate, slot_scale, chunk, pair, scratch, product.dtype, [&](int64_t i) {
+        return at(out, product.dtype, product.order[chunk.begin + i] * width + pair * kPanelRows);
+      });
+    }
+  });
+}
+
+// out[slot] = x W^T + bias.
+void multiply_plain(const LevelKernels& kernels, const Product& product, const float* slot_scale, const void* bias,
+                    void* out) {
+  const Weight& weight = product.weight;
+  for_each_chunk_and_units(product, product.pairs(), [&](int64_t thread, const Chunk& chunk, int64_t first, int64_t last) {
+    Scratch& scratch = product.scratch[thread];
+    gather_chunk(kernels, product, chunk, scratch);
+    for (int64_t pair = first; pair < last; ++pair) {
+      const int64_t count = multiply_pair(kernels, weight, chunk.expert, pair, scratch.tile, scratch.sums);
+      for (int64_t panel = 2 * pair; panel < 2 * pair + count; ++panel) {
+        const int64_t row = panel_first_row(panel, weight.n, weight.gated);
+        const void* row_bias = bias == nullptr ? nullptr : at(const_cast<void*>(bias), product.dtype, row);
+        for (int64_t i = 0; i < chunk.count; ++i) {
+          const int64_t slot = product.order[chunk.begin + i];
+          const float scale = slot_scale == nullptr ? 1.0f : slot_scale[slot];
+          kernels.store(scratch.sums + (i * 2 + panel % 2) * kPanelRows, kPanelRows,
+                        scale * panel_scale(weight, chunk.expert, panel), row_bias, product.dtype,
+                        at(out, product.dtype, slot * weight.n + row));
+        }
+      }
+    }
+  });
+}
+
+// The activated intermediate of all slots, chunk after chunk in the form in which the next product reads it.
+struct HiddenTiles {
+  TokenTile all;  // as if all slots were one tile
+  int64_t k;
+
+  TokenTile of(const Chunk& chunk) const {
+    const int64_t first = chunk.begin * blocks_of(k);
+    TokenTile tile{chunk.count, blocks_of(k), all.exact, nullptr, nullptr, nullptr};
+    if (all.exact) {
+      tile.values = static_cast<float*>(all.values) + first * kBlockColumns;
+    } else {
+      tile.values = static_cast<int16_t*>(all.values) + first * kBlockColumns;
+      tile.scale = all.scale + first;
+      tile.corrections = all.corrections + first;
+    }
+    return tile;
+  }
+};
+
+constexpr int64_t kPairsPerBlock = kBlockColumns / kPanelRows;
+
+// hidden = gate(x W^T). A task makes whole blocks of the hidden tiles: four panel pairs are 64 columns.
+void multiply_hidden(const LevelKernels& kernels, const Product& product, const Gate& gate, const float* slot_scale,
+                     float* const* block_values, const HiddenTiles& hidden) {
+  for_each_chunk_and_units(product, blocks_of(hidden.k), [&](int64_t thread, const Chunk& chunk, int64_t first, int64_t last) {
+    Scratch& scratch = product.scratch[thread];
+    float* values = block_values[thread];
+    TokenTile tile = hidden.of(chunk);
+    gather_chunk(kernels, product, chunk, scratch);
+    for (int64_t block = first; block < last; ++block) {
+      const int64_t pairs = std::min(product.pairs() - block * kPairsPerBlock, kPairsPerBlock);
+      for (int64_t pair = 0; pair < pairs; ++pair) {
+        multiply_gate_up(kernels, product, gate, slot_scale, chunk, block * kPairsPerBlock + pair, scratch, DType::fp32,
+                         [&](int64_t i) { return values + i * kBlockColumns + pair * kPanelRows; });
+      }
+      for (int64_t pair = pairs; pair < kPairsPerBlock; ++pair) {
+        for (int64_t i = 0; i < chunk.count; ++i) {
+          std::fill_n(values + i * kBlockColumns + pair * kPanelRows, kPanelRows, 0.0f);
+        }
+      }
+      kernels.fill_block(values, block, &tile);
+    }
+  });
+}
+
+// How many panel pairs a task of multiply_combine sums up at once, limited by the memory of its sums.
+int64_t combined_pairs(int64_t tokens, int64_t n) {
+  const int64_t pairs = div_up(n / kPanelRows, 2);
+  const int64_t wanted = div_up(pairs, num_threads() * kTasksPerThread);
+  return std::clamp<int64_t>(int64_t{8192} / std::max<int64_t>(tokens, 1), 1, wanted);
+}
+
+// out[token] = sum over its slots of slot_weights[slot] * hidden[slot] W^T. A task has all slots of some output rows, so
+// that no two threads write one value.
+void multiply_combine(const LevelKernels& kernels, const Product& product, const HiddenTiles& hidden,
+                      const float* slot_weights, int64_t tokens, float* const* task_sums, void* out) {
+  const Weight& weight = product.weight;
+  const int64_t pairs_per_task = combined_pairs(tokens, weight.n);
+  constexpr int64_t kPairRows = 2 * kPanelRows;
+  for_each_task(div_up(product.pairs(), pairs_per_task), [&](int64_t thread, int64_t task) {
+    Scratch& scratch = product.scratch[thread];
+    float* sums = task_sums[thread];  // [pairs of the task, tokens, kPairRows]
+    const int64_t first = task * pairs_per_task;
+    const int64_t last = std::min(first + pairs_per_task, product.pairs());
+    std::fill_n(sums, (last - first) * tokens * kPairRows, 0.0f);
+    for (int64_t c = 0; c < product.chunk_count; ++c) {
+      const Chunk& chunk = product.chunks[c];
+      const TokenTile tile = hidden.of(chunk);
+      for (int64_t pair = first; pair < last; ++pair) {
+        multiply_pair(kernels, weight, chunk.expert, pair, tile, scratch.sums);
+        for (int64_t i = 0; i < chunk.count; ++i) {
+          const int64_t slot = product.order[chunk.begin + i];
+          const float scale = slot_weights == nullptr ? 1.0f : slot_weights[slot];
+          kernels.accumulate(DType::fp32, scratch.sums + i * kPairRows, kPairRows,
+                             scale * weight.global_scale[chunk.expert],
+                             sums + ((pair - first) * tokens + slot / product.slots_per_row) * kPairRows);
+        }
+      }
+    }
+    for (int64_t token = 0; token < tokens; ++token) {
+      for (int64_t pair = first; pair < last; ++pair) {
+        kernels.store(sums + ((pair - first) * tokens + token) * kPairRows,
+                      std::min(kPairRows, weight.n - pair * kPairRows), 1.0f, nullptr, product.dtype,
+                      at(out, product.dtype, token * weight.n + pair * kPairRows));
+      }
+    }
+  });
+}
+
+struct GroupedGemmWorkspace {
+  Chunk* chunks;
+  Scratch* scratch;
+};
+
+GroupedGemmWorkspace lay_out(Arena& arena, const GroupedGemmArgs& args) {
+  return {arena.take<Chunk>(most_chunks(args.slots, args.weight.experts)),
+          take_scratch(arena, args.weight.k, args.slots, multiplies_exactly(args.dtype))};
+}
+
+struct LinearWorkspace {
+  int32_t* order;
+  Chunk* chunks;
+  Scratch* scratch;
+};
+
+LinearWorkspace lay_out(Arena& arena, const LinearArgs& args) {
+  return {arena.take<int32_t>(args.rows), arena.take<Chunk>(most_chunks(args.rows, 1)),
+          take_scratch(arena, args.weight.k, args.rows, multiplies_exactly(args.dtype))};
+}
+
+struct MoeWorkspace {
+  int32_t* order;
+  int32_t* offsets;
+  Chunk* chunks;
+  Scratch* scratch;
+  HiddenTiles hidden;
+  float** block_values;  // a thread: [kMaxTileTokens, kBlockColumns]
+  float** task_sums;     // a thread: [combined_pairs, tokens, 2 * kPanelRows]
+};
+
+// An array of `count` floats for each thread.
+float** take_per_thread(Arena& arena, int64_t count) {
+  auto** arrays = arena.take<float*>(num_threads());
+  for (int64_t thread = 0; thread < num_threads(); ++thread) {
+    auto* array = arena.take<float>(count);
+    if (arrays != nullptr) arrays[thread] = array;
+  }
+  return arrays;
+}
+
+MoeWorkspace lay_out(Arena& arena, const MoeArgs& args) {
+  const int64_t tokens = args.routing.tokens;
+  const int64_t slots = tokens * args.routing.top_k;
+  const bool exact = multiplies_exactly(args.dtype);
+  return {arena.take<int32_t>(slots),
+          arena.take<int32_t>(args.routing.experts + 1),
+          arena.take<Chunk>(most_chunks(slots, args.routing.experts)),
+          take_scratch(arena, args.w13.k, slots, exact),
+          {take_tile(arena, args.w2.k, slots, exact), args.w2.k},
+          take_per_thread(arena, std::min<int64_t>(slots, kMaxTileTokens) * kBlockColumns),
+          take_per_thread(arena, combined_pairs(tokens, args.w2.n) * tokens * 2 * kPanelRows)};
+}
+
+template <class Args>
+size_t workspace_bytes(const Args& args) {
+  Arena arena(nullptr);
+  lay_out(arena, args);
+  return arena.used();
+}
+
+}  // namespace
+
+void grouped_gemm(const GroupedGemmArgs& args, const Context& context) {
+  if (args.slots == 0) return;
+  const LevelKernels& kernels = active_kernels();
+  Arena arena(context.workspace);
+  const GroupedGemmWorkspace space = lay_out(arena, args);
+  const int64_t chunks = make_chunks(args.offsets, args.weight.experts, space.chunks);
+  const Product product{args.dtype, args.x,       args.slots / args.rows, args.weight,
+                        args.order, space.chunks, chunks,                 space.scratch};
+  const int64_t width = args.gate == nullptr ? args.weight.n : args.weight.n / 2;
+  for (int64_t i = args.offsets[args.weight.experts]; i < args.slots; ++i) {
+    char* row = at(args.out, args.dtype, args.order[i] * width);
+    std::fill_n(row, width * bytes_of(args.dtype), char{0});
+  }
+  if (args.gate != nullptr) {
+    multiply_gated(kernels, product, *args.gate, args.slot_scale, args.out);
+  } else {
+    multiply_plain(kernels, product, args.slot_scale, nullptr, args.out);
+  }
+}
+
+void linear(const LinearArgs& args, const Context& context) {
+  if (args.rows == 0) return;
+  const LevelKernels& kernels = active_kernels();
+  Arena arena(context.workspace);
+  const LinearWorkspace space = lay_out(arena, args);
+  for (int64_t row = 0; row < args.rows; ++row) space.order[row] = static_cast<int32_t>(row);
+  const int32_t offsets[] = {0, static_cast<int32_t>(args.rows)};
+  const int64_t chunks = make_chunks(offsets, 1, space.chunks);
+  const Product product{args.dtype, args.x, 1, args.weight, space.order, space.chunks, chunks, space.scratch};
+  multiply_plain(kernels, product, nullptr, args.bias, args.out);
+}
+
+void moe(const MoeArgs& args, const Context& context) {
+  const Routing& routing = args.routing;
+  if (routing.tokens == 0) return;
+  const LevelKernels& kernels = active_kernels();
+  Arena arena(context.workspace);
+  const MoeWorkspace space = lay_out(arena, args);
+  route({routing, space.order, space.offsets}, context);
+  const int64_t chunks = make_chunks(space.offsets, routing.experts, space.chunks);
+  const float* input_weights = args.apply_router_weight_on_input ? args.topk_weights : nullptr;
+  const float* output_weights = args.apply_router_weight_on_input ? nullptr : args.topk_weights;
+  Product product{args.dtype,  args.hidden_states, routing.top_k, args.w13,
+                  space.order, space.chunks,       chunks,        space.scratch};
+  multiply_hidden(kernels, product, args.gate, input_weights, space.block_values, space.hidden);
+  product.weight = args.w2;
+  multiply_combine(kernels, product, space.hidden, output_weights, routing.tokens, space.task_sums, args.out);
+}
+
+size_t grouped_gemm_workspace(const GroupedGemmArgs& args) { return workspace_bytes(args); }
+size_t linear_workspace(const LinearArgs& args) { return workspace_bytes(args); }
+size_t moe_workspace(const MoeArgs& args) { return workspace_bytes(args); }
+
+}  // namespace nvfp4::cpu

@@ -1,0 +1,62 @@
+// What one instruction level provides. The scheduling around it (gemm.cpp, rowwise.cpp) is the same for all levels.
+#pragma once
+
+#include <cstdint>
+
+#include "../kernels.h"
+
+namespace nvfp4::cpu {
+
+constexpr int kMaxTileTokens = 128;
+
+// Activations of the tokens that one expert multiplies, in the order in which the multiply kernels read them.
+// 16-bit dtypes become int16 with one power-of-two scale per token and block of 64 columns; inside each run of eight
+// columns the order is 0 4 1 5 2 6 3 7, the pairs that shifting a 32-bit lane of codes brings side by side.
+// The largest magnitude of a block comes to lie in [2^13, 2^14). A block with a NaN or an infinity gets zeros and a NaN
+// scale. fp32 stays fp32 in natural order.
+struct TokenTile {
+  int64_t count;   // tokens, at most kMaxTileTokens
+  int64_t blocks;  // of 64 columns
+  bool exact;      // fp32 values: activations in fp32, or a level that has nothing faster
+  void* values;    // int16 or float [blocks, count, 64]
+  float* scale;    // [blocks, count], int16 only: what one unit of (2 * code * scale * 2^-8) * value is worth
+  int32_t* corrections;  // [blocks, count], int16 only: room for a level's own use
+};
+
+// Rows of a [rows, k] matrix; tile token i is row rows[i].
+struct TokenRows {
+  DType dtype;
+  const void* x;
+  int64_t k;
+  const int32_t* rows;
+};
+
+struct LevelKernels {
+  bool always_exact;  // tiles are fp32 for all dtypes
+
+  // Fill a tile whose count, blocks and exact are set: all of it from rows of a matrix, or one block from fp32 values.
+  void (*gather)(const TokenRows& tokens, TokenTile* tile);
+  void (*fill_block)(const float* values, int64_t block, TokenTile* tile);  // [count, 64]
+
+  // sums[t, p, r] = sum over k of weight[p, r, k] * token[t, k], without the global scale; one or two panels.
+  void (*multiply)(const uint8_t* panels, int64_t panel_count, const TokenTile& tile, float* sums);  // [count, 2, 16]
+
+  // out[i] = gate(gate_scale * sums[0, i], up_scale * sums[1, i]) for one panel pair of one token.
+  void (*gate_panel)(const Gate& gate, const float* sums, float gate_scale, float up_scale, DType dtype, void* out);
+
+  // sums[i] += scale * x[i]; out[i] = scale * sums[i] + bias[i], where bias may be null.
+  void (*accumulate)(DType dtype, const void* x, int64_t n, float scale, float* sums);
+  void (*store)(const float* sums, int64_t n, float scale, const void* bias, DType dtype, void* out);
+
+  // out[i] = gate(gate_row[i], up_row[i]).
+  void (*swiglu)(const Gate& gate, const void* gate_row, const void* up_row, int64_t n, DType dtype, void* out);
+};
+
+extern const LevelKernels kPortableKernels;
+extern const LevelKernels kAvx2Kernels;
+extern const LevelKernels kAvx512Kernels;
+
+// Those of active_level().
+const LevelKernels& active_kernels();
+
+}  // namespace nvfp4::cpu
