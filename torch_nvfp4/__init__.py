@@ -4,6 +4,8 @@ Importing the package loads the op libraries and registers everything about the 
 happen before the first trace.
 """
 
+from typing import Any
+
 from torch_nvfp4 import reference
 from torch_nvfp4.activation import Activation
 from torch_nvfp4.backends import select_moe_backend
@@ -11,6 +13,7 @@ from torch_nvfp4.format import NVFP4Weight, dequantize, quantize
 from torch_nvfp4.nn import NVFP4Experts, NVFP4Linear
 from torch_nvfp4.ops import (
     combine,
+    decompositions,
     grouped_gemm,
     grouped_gemm_swiglu,
     library_paths,
@@ -30,9 +33,11 @@ __all__ = [
     "NVFP4Linear",
     "NVFP4Weight",
     "combine",
+    "decompositions",
     "dequantize",
     "grouped_gemm",
     "grouped_gemm_swiglu",
+    "inductor_options",
     "library_paths",
     "linear",
     "moe",
@@ -44,3 +49,12 @@ __all__ = [
     "swiglu",
     "unpack",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # fusion imports Inductor, which takes seconds that only those who compile should pay.
+    if name == "inductor_options":
+        from torch_nvfp4.fusion import inductor_options
+
+        return inductor_options
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,13 +4,14 @@ from torch_nvfp4.ops._library import library_paths
 from torch_nvfp4.ops.combine import combine
 from torch_nvfp4.ops.grouped_gemm import grouped_gemm, grouped_gemm_swiglu
 from torch_nvfp4.ops.linear import linear
-from torch_nvfp4.ops.moe import moe
+from torch_nvfp4.ops.moe import decompositions, moe
 from torch_nvfp4.ops.pack import pack, unpack
 from torch_nvfp4.ops.route import route
 from torch_nvfp4.ops.swiglu import swiglu
 
 __all__ = [
     "combine",
+    "decompositions",
     "grouped_gemm",
     "grouped_gemm_swiglu",
     "library_paths",

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+from torch.autograd import forward_ad
 
+_AUTOGRAD = torch.library.Library("nvfp4", "FRAGMENT")
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
@@ -31,18 +33,44 @@ def _load() -> None:
 
 
 def register_no_autograd(op: str, alternative: str) -> None:
-    """Makes backward through ``nvfp4::<op>`` raise with the alternative, where torch would silently give no gradient.
+    """Makes derivatives of ``nvfp4::<op>`` raise with the alternative, where torch would silently give none.
 
-    Registered at import: autograd that is registered after an op was first traced gives wrong gradients under AOT.
+    Registered at import: autograd that is registered after an op was first traced gives wrong gradients under AOT. Not
+    ``torch.library.register_autograd``: under torch.func its errors do not name the op, and forward mode gives zeros.
     """
+    overload = getattr(torch.ops.nvfp4, op).default
 
-    def backward(ctx: Any, *grads: torch.Tensor) -> None:
+    def fail(*_: Any) -> NoReturn:
         raise NotImplementedError(
             f"nvfp4::{op} has no gradient: its weights are quantized for inference. Call it under torch.no_grad(), or "
             f"use {alternative} (plain torch, differentiable in its activations)."
         )
 
-    torch.library.register_autograd(f"nvfp4::{op}", backward)
+    def below(*args: Any, **kwargs: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload(*args, **kwargs)
+
+    class NoGradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, kwargs: dict[str, Any], *args: Any) -> Any:
+            return below(*args, **kwargs)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> None:
+            fail()
+
+    def autograd(*args: Any, **kwargs: Any) -> Any:
+        tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+        in_forward_mode = forward_ad._current_level >= 0
+        if in_forward_mode and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+            fail()
+        if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in tensors):
+            return below(*args, **kwargs)
+        if torch._C._are_functorch_transforms_active():
+            fail()
+        return NoGradient.apply(kwargs, *args)
+
+    _AUTOGRAD.impl(op, autograd, "Autograd")
 
 
 def register_fake(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

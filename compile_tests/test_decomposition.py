@@ -1,0 +1,293 @@
+"""``moe`` as its steps: in make_fx, in run_decompositions, and as a graph pass inside torch.compile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from torch import Tensor, fx, nn
+from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import torch_nvfp4
+from torch_nvfp4.fusion import decompose_moe, inductor_options
+from torch_nvfp4.ops.moe import decompositions
+from torch_nvfp4.testing import assert_accurate, random_routing, random_weight, relative_l2
+
+EXPERTS, TOKENS, TOP_K = 4, 10, 2
+
+Render = Callable[[fx.Graph], str]
+
+
+class Experts(nn.Module):
+    def __init__(
+        self, *, hidden: int = 64, intermediate: int = 32, experts: int = EXPERTS, device: str = "cpu", **gate: Any
+    ) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.dense13 = random_weight(
+            (experts, 2 * intermediate, hidden), gated=True, generator=generator, device=device
+        )
+        self.dense2 = random_weight((experts, hidden, intermediate), generator=generator, device=device)
+        self.register_buffer("w13", torch_nvfp4.pack(self.dense13, gated=True))
+        self.register_buffer("w13_global_scale", self.dense13.global_scale)
+        self.register_buffer("w2", torch_nvfp4.pack(self.dense2))
+        self.register_buffer("w2_global_scale", self.dense2.global_scale)
+        self.gate = gate
+
+    def forward(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, expert_map: Tensor | None = None) -> Tensor:
+        weights = (self.w13, self.w13_global_scale, self.w2, self.w2_global_scale)
+        return torch_nvfp4.moe(x, *weights, topk_weights, topk_ids, expert_map, **self.gate)
+
+    def reference(self, *args: Tensor | None) -> Tensor:
+        x, *routing = args
+        return torch_nvfp4.reference.moe(x, self.dense13, self.dense2, *routing, **self.gate)
+
+
+def inputs(
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    tokens: int = TOKENS,
+    hidden: int = 64,
+    experts: int = EXPERTS,
+    top_k: int = TOP_K,
+    device: str = "cpu",
+) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = (torch.randn(tokens, hidden, generator=generator) * 5).to(device, dtype)
+    return x, *random_routing(tokens, experts, top_k, generator=generator, device=device)
+
+
+def trace(model: nn.Module, args: tuple[Tensor | None, ...], table: Any) -> fx.GraphModule:
+    """A graph of (buffers, *args)."""
+
+    def call(buffers: dict[str, Tensor], *args: Tensor | None) -> Tensor:
+        return torch.func.functional_call(model, buffers, args)
+
+    with torch.no_grad():
+        return make_fx(call, table, tracing_mode="fake")(dict(model.named_buffers()), *args)
+
+
+def decomposed(model: nn.Module, args: tuple[Tensor | None, ...]) -> fx.GraphModule:
+    return trace(model, args, decompositions())
+
+
+def run(gm: fx.GraphModule, model: nn.Module, args: tuple[Tensor | None, ...]) -> Tensor:
+    return gm(dict(model.named_buffers()), *args)
+
+
+def ops(graph: fx.Graph) -> list[str]:
+    return [node.target._opname for node in graph.nodes if "nvfp4" in str(node.target)]
+
+
+STEPS = ["route", "grouped_gemm", "grouped_gemm", "combine"]
+
+
+def test_table_has_moe_alone() -> None:
+    assert list(decompositions()) == [torch.ops.nvfp4.moe.default]
+
+
+def test_moe_stays_one_node_without_the_table() -> None:
+    assert ops(trace(Experts(), inputs(), {}).graph) == ["moe"]
+
+
+def test_make_fx_graph(render: Render) -> None:
+    model = Experts(clamp_limit=7.0, alpha=1.702, beta=1.0, apply_router_weight_on_input=True)
+    assert_expected_inline(
+        render(decomposed(model, inputs()).graph),
+        """\
+%1: (int32[20], int32[5]) = nvfp4.route.default(%0: int64[10, 2], None, 4)
+%2: int32[20] = getitem(%1, 0)
+%3: int32[5] = getitem(%1, 1)
+%8: bfloat16[20, 64] = nvfp4.grouped_gemm.default(%4: bfloat16[10, 64], %5: uint8[4, 2, 32, 1, 36], %6:
+    float32[4, 2], %2, %3, %7: float32[10, 2])
+%9: float32[20, 64] = aten._to_copy.default(%8, dtype=torch.float32)
+%10: (float32[20, 32], float32[20, 32]) = aten.split.Tensor(%9, 32, -1)
+%11: float32[20, 32] = getitem(%10, 0)
+%12: float32[20, 32] = getitem(%10, 1)
+%13: float32[20, 32] = aten.clamp.default(%12, -7.0, 7.0)
+%14: float32[20, 32] = aten.clamp.default(%11, None, 7.0)
+%15: float32[20, 32] = aten.mul.Tensor(%14, 1.702)
+%16: float32[20, 32] = aten.sigmoid.default(%15)
+%17: float32[20, 32] = aten.mul.Tensor(%14, %16)
+%18: float32[20, 32] = aten.add.Tensor(%13, 1.0)
+%19: float32[20, 32] = aten.mul.Tensor(%17, %18)
+%20: bfloat16[20, 32] = aten._to_copy.default(%19, dtype=torch.bfloat16)
+%23: bfloat16[20, 64] = nvfp4.grouped_gemm.default(%20, %21: uint8[4, 64, 1, 36], %22: float32[4], %2, %3)
+%24: float32[10, 2] = aten.ones_like.default(%7, pin_memory=False)
+%25: bfloat16[10, 64] = nvfp4.combine.default(%23, %24, %0, None, 4)
+return [%25]""",
+    )
+
+
+def test_run_decompositions_graph(render: Render) -> None:
+    """A dynamic batch, an expert map, and an activation whose clamp is outside."""
+    model = Experts(activation="swiglustep", clamp_limit=5.0)
+    args = (*inputs(), torch.tensor([1, -1, 0, 3], dtype=torch.int32))
+    tokens = {0: torch.export.Dim("tokens", min=2)}
+    program = torch.export.export(model, args, dynamic_shapes=(tokens, tokens, tokens, None))
+    assert ops(program.graph) == ["moe"]
+    steps = program.run_decompositions(decompositions())
+    assert_expected_inline(
+        render(steps.graph),
+        """\
+%2: (int32[2*M], int32[5]) = nvfp4.route.default(%0: int64[M, 2], %1: int32[4], 4)
+%3: int32[2*M] = getitem(%2, 0)
+%4: int32[5] = getitem(%2, 1)
+%8: bfloat16[2*M, 64] = nvfp4.grouped_gemm.default(%5: bfloat16[M, 64], %6: uint8[4, 2, 32, 1, 36], %7:
+    float32[4, 2], %3, %4)
+%9: float32[2*M, 64] = aten._to_copy.default(%8, dtype=torch.float32)
+%10: (float32[2*M, 32], float32[2*M, 32]) = aten.split.Tensor(%9, 32, -1)
+%11: float32[2*M, 32] = getitem(%10, 0)
+%12: float32[2*M, 32] = getitem(%10, 1)
+%13: float32[2*M, 32] = aten.clamp.default(%12, -5.0, 5.0)
+%14: float32[2*M, 32] = aten.sigmoid.default(%11)
+%15: float32[2*M, 32] = aten.mul.Tensor(%11, %14)
+%16: float32[2*M, 32] = aten.clamp.default(%15, None, 5.0)
+%17: float32[2*M, 32] = aten.mul.Tensor(%16, %13)
+%18: bfloat16[2*M, 32] = aten._to_copy.default(%17, dtype=torch.bfloat16)
+%21: bfloat16[2*M, 64] = nvfp4.grouped_gemm.default(%18, %19: uint8[4, 64, 1, 36], %20: float32[4], %3, %4)
+%23: bfloat16[M, 64] = nvfp4.combine.default(%21, %22: float32[M, 2], %0, %1, 4)
+return [%23]""",
+    )
+    for few in (args, (*(a[:3] for a in args[:3]), args[3])):
+        assert relative_l2(steps.module()(*few), model.reference(*few)) <= TOLERANCE[torch.bfloat16]
+
+
+# Twice the fused op's bounds in 16 bits: the pre-activations are rounded before relu2 squares them, and few and short
+# sums do not average the roundings out.
+TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 1e-5}
+
+GATES = {
+    "silu": {},
+    "silu 10": {"clamp_limit": 10.0},
+    "gpt-oss": {"clamp_limit": 7.0, "alpha": 1.702, "beta": 1.0},
+    "swiglustep 5": {"activation": "swiglustep", "clamp_limit": 5.0},
+    "gelu": {"activation": "gelu"},
+    "gelu_tanh": {"activation": "gelu_tanh"},
+    "relu2": {"activation": "relu2"},
+}
+
+
+@pytest.mark.parametrize("on_input", [False, True])
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_values(dtype: torch.dtype, gate: str, mapped: bool, on_input: bool, device: str) -> None:
+    if device == "cuda" and dtype == torch.float32:
+        pytest.skip("the CUDA kernels take 16-bit activations")
+    model = Experts(**GATES[gate], apply_router_weight_on_input=on_input, device=device)
+    x, topk_weights, topk_ids = inputs(dtype, device=device)
+    topk_ids[0] = -1  # no expert at all
+    expert_map = torch.tensor([2, 0, -1, 1], dtype=torch.int32, device=device) if mapped else None
+    args = (x, topk_weights, topk_ids, expert_map)
+    gm = decomposed(model, args)
+    assert ops(gm.graph) == STEPS
+    out = run(gm, model, args)
+    assert out.dtype == dtype
+    assert not out[0].any()
+    assert relative_l2(out, model.reference(*args)) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("gate", ["silu", "silu 10", "gpt-oss"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_accuracy_at_full_size(dtype: torch.dtype, gate: str) -> None:
+    """The bound of the fused op holds for the models' activations."""
+    model = Experts(hidden=4096, intermediate=2048, experts=2, **GATES[gate])
+    x, *routing = inputs(dtype, tokens=4, hidden=4096, experts=2, top_k=2)
+    args = (x / 5, *routing)
+    assert_accurate(run(decomposed(model, args), model, args), model.reference(*args))
+
+
+def test_empty_batch() -> None:
+    model = Experts(clamp_limit=7.0)
+    args = inputs(tokens=0)
+    assert run(decomposed(model, args), model, args).shape == (0, 64)
+
+
+def test_clamp_of_nan_and_infinity() -> None:
+    model = Experts(clamp_limit=7.0)
+    x, *routing = inputs()
+    x[0, 0], x[1, 0] = torch.nan, torch.inf
+    args = (x, *routing)
+    out = run(decomposed(model, args), model, args)
+    assert out[:2].isnan().all()
+    assert_accurate(out[2:], model.reference(*args)[2:])
+
+
+def test_bad_arguments_raise_as_from_moe() -> None:
+    """The fake of moe has checked them before the decomposition runs, or the steps do."""
+    model = Experts(clamp_limit=-1.0)
+    with pytest.raises((RuntimeError, ValueError), match=r"clamp_limit to be finite and positive.*got -1"):
+        decomposed(model, inputs())
+
+
+# Inside torch.compile.
+@pytest.fixture(scope="module")
+def inductor_cache() -> Iterator[None]:
+    with fresh_cache():
+        yield
+
+
+def compile_with(model: nn.Module, options: dict[str, Any] | None, **kwargs: Any) -> Any:
+    """Compiled as by a new process that finds the caches as they are."""
+    torch._dynamo.reset()
+    counters.clear()
+    return torch.compile(model, fullgraph=True, options=options, **kwargs)
+
+
+def test_pass_in_a_graph() -> None:
+    model = Experts(clamp_limit=7.0)
+    args = inputs()
+    gm = trace(model, args, {})
+    assert decompose_moe(gm.graph) == 1
+    gm.graph.lint()
+    gm.recompile()
+    assert ops(gm.graph) == STEPS
+    torch.testing.assert_close(run(gm, model, args), run(decomposed(model, args), model, args), rtol=0, atol=0)
+    assert decompose_moe(gm.graph) == 0
+
+
+def test_caches_keep_decomposed_and_whole_apart(inductor_cache: None) -> None:
+    """With the gate fused again there is nothing to compile, but the two graphs round differently."""
+    model, args = Experts(clamp_limit=7.0), inputs()
+    reference = model.reference(*args)
+    whole = model(*args)
+    with torch.no_grad():
+        # Whole first: its cached graph must not answer for the decomposed one.
+        torch.testing.assert_close(compile_with(model, None)(*args), whole, rtol=0, atol=0)
+        options = inductor_options(decompose_moe=True)
+        steps = compile_with(model, options)(*args)
+        assert counters["inductor"]["fxgraph_cache_hit"] == 0
+        assert options["joint_custom_pre_pass"].decomposed == 1
+        assert options["joint_custom_pre_pass"].fused == 1
+        assert not torch.equal(steps, whole)
+        assert_accurate(steps, reference)
+
+        # Then both, and the pass without the decomposition, with warm caches.
+        torch.testing.assert_close(compile_with(model, None)(*args), whole, rtol=0, atol=0)
+        assert counters["inductor"]["fxgraph_cache_hit"] == 1
+        torch.testing.assert_close(compile_with(model, inductor_options())(*args), whole, rtol=0, atol=0)
+        assert counters["inductor"]["fxgraph_cache_hit"] == 0
+        options = inductor_options(decompose_moe=True)
+        torch.testing.assert_close(compile_with(model, options)(*args), steps, rtol=0, atol=0)
+        assert counters["inductor"]["fxgraph_cache_hit"] == 1
+        assert counters["aot_autograd"]["autograd_cache_hit"] == 1
+        assert options["joint_custom_pre_pass"].decomposed == 0  # the cache answered before the pass
+
+
+def test_left_to_inductor() -> None:
+    """Clamp and activation compiled by Inductor, once for every batch."""
+    model = Experts(clamp_limit=7.0, alpha=1.702, beta=1.0)
+    options = inductor_options(fuse_gates=False, decompose_moe=True)
+    with torch.no_grad(), torch.compiler.config.patch(force_disable_caches=True):
+        compiled = compile_with(model, options, dynamic=True)
+        for tokens in (TOKENS, 3):
+            args = inputs(tokens=tokens)
+            assert_accurate(compiled(*args), model.reference(*args))
+    assert (options["joint_custom_pre_pass"].decomposed, options["joint_custom_pre_pass"].fused) == (1, 0)
+    assert counters["stats"]["unique_graphs"] == 1

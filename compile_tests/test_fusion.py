@@ -1,0 +1,689 @@
+"""The pass that fuses an eager clamp-SwiGLU gate into the GEMM before it: what it finds, leaves alone and keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+from zipfile import ZipFile
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.utils import fresh_cache
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import torch_nvfp4
+from torch_nvfp4.fusion import fuse_gates, inductor_options
+from torch_nvfp4.testing import assert_accurate, random_routing, random_weight
+
+E, K, TOKENS, TOP_K = 4, 64, 10, 2
+I = 32  # noqa: E741  (the intermediate size, as everywhere)
+L = 7.0
+
+Gate = Callable[[Tensor], Tensor]
+
+
+class Layer(NamedTuple):
+    """A GEMM's arguments, and the weight that they hold."""
+
+    op: Any
+    args: tuple[Tensor, ...]
+    weight: torch_nvfp4.NVFP4Weight
+
+    def fused(self, **gate: Any) -> Tensor:
+        if self.op is torch.ops.nvfp4.grouped_gemm:
+            return torch_nvfp4.grouped_gemm_swiglu(*self.args, **gate)
+        x, packed, scale = self.args
+        rows = x.reshape(-1, K)
+        order = torch.arange(len(rows), dtype=torch.int32, device=x.device)
+        offsets = torch.tensor([0, len(rows)], dtype=torch.int32, device=x.device)
+        out = torch_nvfp4.grouped_gemm_swiglu(rows, packed[None], scale[None], order, offsets, **gate)
+        return out.reshape(*x.shape[:-1], I)
+
+    def reference(self, **gate: Any) -> Tensor:
+        if self.op is torch.ops.nvfp4.grouped_gemm:
+            x, _, _, *routing = self.args
+            return torch_nvfp4.reference.grouped_gemm_swiglu(x, self.weight, *routing, **gate)
+        return torch_nvfp4.reference.swiglu(torch_nvfp4.reference.linear(self.args[0], self.weight), **gate)
+
+
+@cache
+def grouped_layer(dtype: torch.dtype = torch.bfloat16, *, device: str = "cpu", router_weights: bool = False) -> Layer:
+    generator = torch.Generator().manual_seed(0)
+    weight = random_weight((E, 2 * I, K), gated=True, generator=generator, device=device)
+    x = (torch.randn(TOKENS, K, generator=generator) * 20).to(device, dtype)
+    topk_weights, topk_ids = random_routing(TOKENS, E, TOP_K, generator=generator, device=device)
+    routing = torch_nvfp4.route(topk_ids, None, E)
+    extra = (topk_weights,) if router_weights else ()
+    packed = torch_nvfp4.pack(weight, gated=True)
+    return Layer(torch.ops.nvfp4.grouped_gemm, (x, packed, weight.global_scale, *routing, *extra), weight)
+
+
+@cache
+def linear_layer(dtype: torch.dtype = torch.bfloat16, *, device: str = "cpu", shape: tuple[int, ...] = (3, 5)) -> Layer:
+    generator = torch.Generator().manual_seed(1)
+    weight = random_weight((2 * I, K), gated=True, generator=generator, device=device)
+    x = (torch.randn(*shape, K, generator=generator) * 20).to(device, dtype)
+    return Layer(torch.ops.nvfp4.linear, (x, torch_nvfp4.pack(weight, gated=True), weight.global_scale), weight)
+
+
+# As aten, and as Inductor decomposes it before its passes.
+TABLES = {"aten": dict, "inductor": select_decomp_table}
+
+
+def trace(layer: Layer, gate: Gate, table: str = "inductor", mode: str = "fake") -> torch.fx.GraphModule:
+    def model(*args: Tensor) -> Tensor:
+        return gate(layer.op(*args))
+
+    with torch.no_grad():
+        return make_fx(model, TABLES[table](), tracing_mode=mode)(*layer.args)
+
+
+def fuse(gm: torch.fx.GraphModule) -> int:
+    count = fuse_gates(gm.graph)
+    gm.graph.lint()
+    gm.recompile()
+    return count
+
+
+def gemms(gm: torch.fx.GraphModule) -> list[str]:
+    return [node.target._opname for node in gm.graph.nodes if "nvfp4" in str(node.target)]
+
+
+def assert_fused(layer: Layer, gate: Gate, table: str = "inductor", **parameters: Any) -> None:
+    gm = trace(layer, gate, table)
+    assert fuse(gm) == 1
+    assert gemms(gm) == ["grouped_gemm_swiglu"]
+    out = gm(*layer.args)
+    torch.testing.assert_close(out, layer.fused(**parameters), rtol=0, atol=0)
+    assert_accurate(out, layer.reference(**parameters))
+
+
+# The gates as the models' code has them.
+def deepseek_v4(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    gate = gate.clamp(max=10.0)
+    up = up.clamp(min=-10.0, max=10.0)
+    return F.silu(gate) * up
+
+
+def minimax_m3(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    gate = gate.clamp(max=7.0)
+    up = up.clamp(min=-7.0, max=7.0)
+    glu = gate * torch.sigmoid(gate * 1.702)
+    return (up + 1.0) * glu
+
+
+def gpt_oss(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up[..., :I], gate_up[..., I:]
+    gate = gate.clamp(min=None, max=7.0)
+    up = up.clamp(min=-7.0, max=7.0)
+    glu = gate * torch.sigmoid(gate * 1.702)
+    return (up + 1) * glu
+
+
+def step_3_5(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    gate = F.silu(gate).clamp(min=None, max=5.0)
+    up = up.clamp(min=-5.0, max=5.0)
+    return gate * up
+
+
+def unclamped(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+MODELS = {
+    deepseek_v4: {"clamp_limit": 10.0},
+    minimax_m3: {"clamp_limit": 7.0, "alpha": 1.702, "beta": 1.0},
+    gpt_oss: {"clamp_limit": 7.0, "alpha": 1.702, "beta": 1.0},
+    step_3_5: {"activation": "swiglustep", "clamp_limit": 5.0},
+    unclamped: {},
+}
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("make", [grouped_layer, linear_layer])
+def test_models(make: Callable[..., Layer], dtype: torch.dtype, model: Gate, table: str, device: str) -> None:
+    if device == "cuda" and dtype == torch.float32:
+        pytest.skip("the CUDA kernels take 16-bit activations")
+    layer = make(dtype, device=device)
+    assert torch_nvfp4.reference.clamped_share(layer.op(*layer.args), clamp_limit=10.0) > 0.1
+    assert_fused(layer, model, table, **MODELS[model])
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (0,), (2, 3, 4)], ids=str)
+def test_linear_shapes(shape: tuple[int, ...], device: str) -> None:
+    assert_fused(linear_layer(shape=shape, device=device), deepseek_v4, **MODELS[deepseek_v4])
+
+
+def test_router_weights_on_the_input(device: str) -> None:
+    assert_fused(grouped_layer(router_weights=True, device=device), deepseek_v4, **MODELS[deepseek_v4])
+
+
+# The halves, by every way of writing them.
+def by_size(y: Tensor) -> Any:
+    return y.split(I, dim=-1)
+
+
+def by_sizes(y: Tensor) -> Any:
+    return torch.split(y, [I, I], 1)
+
+
+def by_sections(y: Tensor) -> Any:
+    return torch.tensor_split(y, 2, -1)
+
+
+def by_slice(y: Tensor) -> Any:
+    return y[:, :I], y[:, -I:]
+
+
+def by_narrow(y: Tensor) -> Any:
+    return y.narrow(-1, 0, I), y.narrow(-1, I, I)
+
+
+def by_unbind(y: Tensor) -> Any:
+    return y.unflatten(-1, (2, I)).unbind(-2)
+
+
+def by_select(y: Tensor) -> Any:
+    stacked = y.view(-1, 2, I)
+    return stacked[:, 0], stacked.select(1, 1)
+
+
+def by_copies(y: Tensor) -> Any:
+    return tuple(half.contiguous() for half in y.chunk(2, -1))
+
+
+def by_upcast(y: Tensor) -> Any:
+    return y.float().chunk(2, -1)
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize(
+    "halves",
+    [by_size, by_sizes, by_sections, by_slice, by_narrow, by_unbind, by_select, by_copies, by_upcast],
+)
+def test_halves(halves: Callable[[Tensor], Any], table: str) -> None:
+    def gate(y: Tensor) -> Tensor:
+        g, u = halves(y)
+        return (F.silu(g.clamp(max=L)) * u.clamp(-L, L)).to(y.dtype)
+
+    assert_fused(grouped_layer(), gate, table, clamp_limit=L)
+
+
+def test_halves_of_a_view_keep_its_shape() -> None:
+    def gate(y: Tensor) -> Tensor:
+        g, u = y.view(TOKENS, TOP_K, 2 * I).chunk(2, -1)
+        return F.silu(g.clamp(max=L)) * u.clamp(-L, L)
+
+    layer = grouped_layer()
+    gm = trace(layer, gate)
+    assert fuse(gm) == 1
+    expected = layer.fused(clamp_limit=L).view(TOKENS, TOP_K, I)
+    torch.testing.assert_close(gm(*layer.args), expected, rtol=0, atol=0)
+
+
+# The clamps of g and u, by every way of writing them.
+def clamp_int(g: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    return g.clamp(max=7), u.clamp(-7, 7)
+
+
+def clamp_mixed_numbers(g: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    return g.clamp(max=7), u.clamp(-7.0, 7)
+
+
+def clamp_one_sided(g: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.clamp_max(g, L), u.clamp_max(L).clamp_min(-L)
+
+
+def clamp_other_order(g: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.clip(g, None, L), u.clamp_min(-L).clamp_max(L)
+
+
+def clamp_full(g: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    bound = torch.full((TOKENS * TOP_K, I), L)
+    low = torch.full((I,), -L)
+    return torch.minimum(bound, g), torch.maximum(low, torch.minimum(u, bound))
+
+
+def clamp_tensor(g: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    return g.clamp(max=torch.full((), L)), u.clamp(torch.full((), -L), torch.full((), L))
+
+
+def clamp_twice(g: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    return g.clamp(max=9.0).clamp(max=L), u.clamp(-L, 8.0).clamp(-8.0, L)
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize(
+    "clamps",
+    [clamp_int, clamp_mixed_numbers, clamp_one_sided, clamp_other_order, clamp_full, clamp_tensor, clamp_twice],
+)
+def test_clamps(clamps: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], table: str) -> None:
+    def gate(y: Tensor) -> Tensor:
+        g, u = clamps(*y.chunk(2, -1))
+        return (F.silu(g) * u).to(y.dtype)
+
+    assert_fused(grouped_layer(), gate, table, clamp_limit=L)
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("outside", [False, True])
+def test_infinite_limit_is_no_clamp(outside: bool, table: str) -> None:
+    """How Step-3.7's code has a layer without a limit."""
+
+    def gate(y: Tensor) -> Tensor:
+        g, u = y.chunk(2, -1)
+        activated = F.silu(g).clamp(max=torch.inf) if outside else F.silu(g.clamp(max=torch.inf))
+        return activated * u.clamp(min=-torch.inf, max=torch.inf)
+
+    assert_fused(grouped_layer(), gate, table)
+
+
+# The activation, by every way of writing it.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "silu_inplace_of_a_copy": lambda g: F.silu(g.clone(), inplace=True),
+    "x_sigmoid": lambda g: g * torch.sigmoid(g),
+    "sigmoid_x": lambda g: g.sigmoid() * g,
+    "division": lambda g: g / (1 + torch.exp(-g)),
+    "reciprocal": lambda g: (1.0 + (-g).exp()).reciprocal() * g,
+    "one_over": lambda g: g * (1 / (1 + torch.exp(-g))),
+}
+ORDERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "act_up": lambda a, u: a * u,
+    "up_act": lambda a, u: u * a,
+}
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(activation: str, order: str, table: str) -> None:
+    def gate(y: Tensor) -> Tensor:
+        g, u = y.chunk(2, -1)
+        return ORDERS[order](ACTIVATIONS[activation](g.clamp(max=L)), u.clamp(-L, L))
+
+    if activation == "silu_inplace_of_a_copy":
+        gate = torch.func.functionalize(gate)
+    assert_fused(grouped_layer(), gate, table, clamp_limit=L)
+
+
+FACTORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "glu_up": lambda g, u: g * torch.sigmoid(1.5 * g) * (u + 0.5),
+    "up_first": lambda g, u: (0.5 + u) * torch.sigmoid(g * 1.5) * g,
+    "grouped": lambda g, u: ((u + 0.5) * g) * torch.sigmoid(1.5 * g),
+    "divided": lambda g, u: (u + 0.5) * g / (1 + torch.exp(-1.5 * g)),
+    "alpha_divided": lambda g, u: (u + 0.5) * g * torch.sigmoid(g / (1 / 1.5)),
+}
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("factors", FACTORS)
+def test_alpha_and_beta(factors: str, table: str) -> None:
+    def gate(y: Tensor) -> Tensor:
+        g, u = y.chunk(2, -1)
+        return FACTORS[factors](g.clamp(max=L), u.clamp(-L, L))
+
+    assert_fused(grouped_layer(), gate, table, clamp_limit=L, alpha=1.5, beta=0.5)
+
+
+def upcast_all(y: Tensor) -> Tensor:
+    g, u = (half.float() for half in y.chunk(2, -1))
+    return (F.silu(g.clamp(max=L)) * u.clamp(-L, L)).to(y.dtype)
+
+
+def upcast_gate(y: Tensor) -> Tensor:
+    g, u = y.chunk(2, -1)
+    return F.silu(g.clamp(max=L).to(torch.float32)).to(y.dtype) * u.clamp(-L, L)
+
+
+def upcast_twice(y: Tensor) -> Tensor:
+    g, u = y.chunk(2, -1)
+    return (F.silu(g.float().clamp(max=L)) * u.double().clamp(-L, L)).type_as(y)
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("gate", [upcast_all, upcast_gate, upcast_twice])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_upcasts(gate: Gate, dtype: torch.dtype, table: str) -> None:
+    assert_fused(grouped_layer(dtype), gate, table, clamp_limit=L)
+
+
+def no_match(gate: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The gate of (output, gate half, up half)."""
+    return lambda y: gate(y, *y.chunk(2, -1))
+
+
+def silu_mul(g: Tensor, u: Tensor) -> Tensor:
+    return F.silu(g) * u
+
+
+REJECTED: dict[str, Gate] = {
+    "unequal limits": no_match(lambda y, g, u: silu_mul(g.clamp(max=7.0), u.clamp(-8.0, 8.0))),
+    "gate limit infinite": no_match(lambda y, g, u: silu_mul(g.clamp(max=torch.inf), u.clamp(-L, L))),
+    "up limit infinite": no_match(lambda y, g, u: silu_mul(g.clamp(max=L), u.clamp(-torch.inf, torch.inf))),
+    "unequal by rounding": no_match(lambda y, g, u: silu_mul(g.clamp(max=0.1 + 0.2), u.clamp(-0.3, 0.3))),
+    "up clamped unevenly": no_match(lambda y, g, u: silu_mul(g.clamp(max=L), u.clamp(-6.0, L))),
+    "up without a lower bound": no_match(lambda y, g, u: silu_mul(g.clamp(max=L), u.clamp(max=L))),
+    "up without a clamp": no_match(lambda y, g, u: silu_mul(g.clamp(max=L), u)),
+    "gate without a clamp": no_match(lambda y, g, u: silu_mul(g, u.clamp(-L, L))),
+    "gate clamped on both sides": no_match(lambda y, g, u: silu_mul(g.clamp(-L, L), u.clamp(-L, L))),
+    "negative limit": no_match(lambda y, g, u: silu_mul(g.clamp(max=-L), u.clamp(L, -L))),
+    "limit zero": no_match(lambda y, g, u: silu_mul(g.clamp(max=0.0), u.clamp(0.0, 0.0))),
+    "limit beyond fp32": no_match(lambda y, g, u: silu_mul(g.clamp(max=1e39), u.clamp(-1e39, 1e39))),
+    "crossed bounds": no_match(lambda y, g, u: silu_mul(g.clamp(max=L), u.clamp_min(9.0).clamp_max(L).clamp_min(-L))),
+    "fmin, which drops NaN": no_match(
+        lambda y, g, u: silu_mul(torch.fmin(g, torch.full((), L, dtype=g.dtype)), u.clamp(-L, L))
+    ),
+    "gate and up swapped": no_match(lambda y, g, u: silu_mul(u.clamp(max=L), g.clamp(-L, L))),
+    "gate with itself": no_match(lambda y, g, u: silu_mul(g.clamp(max=L), g.clamp(-L, L))),
+    "interleaved": lambda y: silu_mul(y[..., ::2].clamp(max=L), y[..., 1::2].clamp(-L, L)),
+    "interleaved view": lambda y: silu_mul(*y.unflatten(-1, (I, 2)).unbind(-1)),
+    "split of the rows": lambda y: silu_mul(*y.chunk(2, 0)),
+    "uneven halves": lambda y: silu_mul(y[:, : I + 16], y[:, I - 16 :]),
+    "overlapping halves": lambda y: silu_mul(y[:, :I], y[:, I // 2 : I + I // 2]),
+    "quarters": lambda y: silu_mul(*y.view(-1, 4, I // 2).unbind(1)[:2]),
+    "halves moved": lambda y: silu_mul(*y.view(TOKENS, TOP_K, 2 * I).transpose(0, 1).chunk(2, -1)),
+    "broadcast": lambda y: silu_mul(y[:1, :I], y[:, I:]),
+    "outer product": lambda y: silu_mul(y[:, None, :I], y[None, :, I:]),
+    "another activation": no_match(lambda y, g, u: torch.tanh(g.clamp(max=L)) * u.clamp(-L, L)),
+    "sigmoid of the other half": no_match(lambda y, g, u: g.clamp(max=L) * torch.sigmoid(u) * u.clamp(-L, L)),
+    "sigmoid of the unclamped gate": no_match(lambda y, g, u: g.clamp(max=L) * torch.sigmoid(g) * u.clamp(-L, L)),
+    "no gate factor": no_match(lambda y, g, u: torch.sigmoid(g.clamp(max=L)) * u.clamp(-L, L)),
+    "gate squared": no_match(lambda y, g, u: F.silu(g) * g * u),
+    "scaled": no_match(lambda y, g, u: F.silu(2 * g) * u),
+    "beta inside the clamp": no_match(lambda y, g, u: silu_mul(g.clamp(max=L), (u + 1).clamp(-L, L))),
+    "step with alpha": no_match(lambda y, g, u: (g * torch.sigmoid(1.5 * g)).clamp(max=L) * u.clamp(-L, L)),
+    "step with beta": no_match(lambda y, g, u: F.silu(g).clamp(max=L) * (u.clamp(-L, L) + 1)),
+    "step clamped on both sides": no_match(lambda y, g, u: F.silu(g).clamp(-L, L) * u.clamp(-L, L)),
+    "clamped twice, differently": no_match(lambda y, g, u: F.silu(g.clamp(max=L)).clamp(max=L) * u.clamp(-L, L)),
+    "rounded to fp16": no_match(lambda y, g, u: F.silu(g.half()).to(y.dtype) * u),
+    "rounded to an integer": no_match(lambda y, g, u: F.silu(g) * u.int().to(y.dtype)),
+    "result in fp32": no_match(lambda y, g, u: F.silu(g.float()) * u.float()),
+    "output read elsewhere": no_match(lambda y, g, u: torch.cat((silu_mul(g.clamp(max=L), u.clamp(-L, L)), y), -1)),
+    "half read elsewhere": no_match(lambda y, g, u: silu_mul(g, u) + g.amax()),
+    "clamp read elsewhere": no_match(lambda y, g, u: (c := g.clamp(max=L), silu_mul(c, u.clamp(-L, L)) + c.sum())[1]),
+    "activation read elsewhere": no_match(lambda y, g, u: (a := F.silu(g), a * u + a.sum())[1]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("name", REJECTED)
+def test_rejected(name: str, table: str) -> None:
+    layer = grouped_layer()
+    gm = trace(layer, REJECTED[name], table)
+    before = gm.code
+    assert fuse(gm) == 0
+    assert gm.code == before
+
+
+def test_product_with_something_else_fuses_the_gate_in_it() -> None:
+    layer = grouped_layer(router_weights=True)
+
+    def model(x: Tensor, weight: Tensor, scale: Tensor, order: Tensor, offsets: Tensor, topk: Tensor) -> Tensor:
+        gated = deepseek_v4(torch_nvfp4.grouped_gemm(x, weight, scale, order, offsets))
+        return 2.0 * gated * topk.reshape(-1, 1)
+
+    gm = make_fx(model, select_decomp_table(), tracing_mode="fake")(*layer.args)
+    assert fuse(gm) == 1
+    expected = 2.0 * Layer(layer.op, layer.args[:-1], layer.weight).fused(clamp_limit=10.0)
+    torch.testing.assert_close(gm(*layer.args), expected * layer.args[-1].reshape(-1, 1), rtol=0, atol=0)
+
+
+def test_rejected_weights() -> None:
+    """A weight that was not packed as gated has no halves, and the fused op has no bias."""
+    plain = random_weight((E, 2 * I, K))
+    layer = grouped_layer()
+    layer = layer._replace(args=(layer.args[0], torch_nvfp4.pack(plain), plain.global_scale, *layer.args[3:]))
+    assert fuse(trace(layer, deepseek_v4)) == 0
+    dense = random_weight((2 * I, K))
+    layer = linear_layer()
+    assert (
+        fuse(trace(layer._replace(args=(layer.args[0], torch_nvfp4.pack(dense), dense.global_scale)), deepseek_v4)) == 0
+    )
+    with_bias = layer._replace(args=(*layer.args, torch.zeros(2 * I, dtype=torch.bfloat16)))
+    assert fuse(trace(with_bias, deepseek_v4)) == 0
+
+
+def test_halves_of_two_gemms() -> None:
+    layer = grouped_layer()
+
+    def model(*args: Tensor) -> Tensor:
+        first, second = torch_nvfp4.grouped_gemm(*args), torch_nvfp4.grouped_gemm(*args)
+        return silu_mul(first[:, :I], second[:, I:])
+
+    gm = make_fx(model, tracing_mode="fake")(*layer.args)
+    assert fuse(gm) == 0
+
+
+def test_limit_known_only_at_run_time() -> None:
+    layer = grouped_layer()
+
+    def model(limit: Tensor, *args: Tensor) -> Tensor:
+        g, u = torch_nvfp4.grouped_gemm(*args).chunk(2, -1)
+        return silu_mul(torch.minimum(g, limit), torch.maximum(torch.minimum(u, limit), -limit))
+
+    gm = make_fx(model, tracing_mode="fake")(torch.tensor(L, dtype=torch.bfloat16), *layer.args)
+    assert fuse(gm) == 0
+
+
+def test_input_overwritten_after_the_gemm() -> None:
+    """The fused op reads the input where the GEMM read it."""
+    layer = grouped_layer()
+
+    def model(*args: Tensor) -> Tensor:
+        y = torch_nvfp4.grouped_gemm(*args)
+        args[0].zero_()
+        return deepseek_v4(y)
+
+    gm = make_fx(model, tracing_mode="fake")(*layer.args)
+    expected = layer.fused(clamp_limit=10.0)
+    assert fuse(gm) == 1
+    args = (layer.args[0].clone(), *layer.args[1:])
+    torch.testing.assert_close(gm(*args), expected, rtol=0, atol=0)
+    assert not args[0].any()
+
+
+def test_nan_and_infinity_pass_through() -> None:
+    layer = grouped_layer()
+    x = layer.args[0].clone()
+    x[0, 0], x[1, 0] = torch.nan, torch.inf
+    args = (x, *layer.args[1:])
+    gm = trace(layer, deepseek_v4)
+    expected = deepseek_v4(layer.op(*args))
+    assert fuse(gm) == 1
+    assert expected.isnan().any()
+    torch.testing.assert_close(gm(*args).isnan(), expected.isnan(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("make", [grouped_layer, linear_layer])
+def test_dynamic_shapes(make: Callable[..., Layer]) -> None:
+    """Every size is symbolic, those of the weight too."""
+
+    def gate(y: Tensor) -> Tensor:
+        g, u = y.unflatten(-1, (2, I)).unbind(-2)
+        return F.silu(g.clamp(max=L)) * u.clamp(-L, L)
+
+    layer = make()
+    gm = trace(layer, gate, mode="symbolic")
+    assert fuse(gm) == 1
+    for args in (layer.args, (layer.args[0][:1], *layer.args[1:])):
+        if make is grouped_layer and args is not layer.args:
+            ids = torch.tensor([[3, 1]])
+            args = (*args[:3], *torch_nvfp4.route(ids, None, E))
+        expected = layer._replace(args=args).fused(clamp_limit=L)
+        torch.testing.assert_close(gm(*args), expected, rtol=0, atol=0)
+
+
+# What follows runs the whole of torch.compile.
+class Block(nn.Module):
+    """A routed GEMM and a shared expert, each with an eager gate."""
+
+    def __init__(self, limit: float = 10.0) -> None:
+        super().__init__()
+        grouped, dense = grouped_layer(), linear_layer()
+        for name, tensor in zip(("packed", "scale"), grouped.args[1:3], strict=True):
+            self.register_buffer(name, tensor)
+        for name, tensor in zip(("shared_packed", "shared_scale"), dense.args[1:3], strict=True):
+            self.register_buffer(name, tensor)
+        self.limit = limit
+
+    def gate(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate.clamp(max=self.limit)) * up.clamp(min=-self.limit, max=self.limit)
+
+    def forward(self, x: Tensor, topk_ids: Tensor) -> Tensor:
+        order, offsets = torch_nvfp4.route(topk_ids, None, E)
+        return self.gate(torch_nvfp4.grouped_gemm(x, self.packed, self.scale, order, offsets))
+
+
+class Shared(Block):
+    """The shared expert alone; its input comes as columns."""
+
+    def forward(self, columns: Tensor) -> Tensor:
+        x = columns.mT.contiguous()  # a buffer whose layout Inductor may choose; the op needs rows
+        return self.gate(torch_nvfp4.linear(x, self.shared_packed, self.shared_scale))
+
+
+def block_inputs(tokens: int = TOKENS) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens, K, generator=generator, dtype=torch.bfloat16) * 20
+    return x, random_routing(tokens, E, TOP_K, generator=generator)[1]
+
+
+def expected_block(block: Block, x: Tensor, topk_ids: Tensor) -> Tensor:
+    order, offsets = torch_nvfp4.route(topk_ids, None, E)
+    return torch_nvfp4.grouped_gemm_swiglu(x, block.packed, block.scale, order, offsets, clamp_limit=block.limit)
+
+
+@pytest.fixture(scope="module")
+def inductor_cache() -> Iterator[None]:
+    """One empty cache for the module: its own, and warm from one test to the next where a test wants that."""
+    with fresh_cache():
+        yield
+
+
+def compile_with(model: nn.Module, options: dict[str, Any] | None, **kwargs: Any) -> Any:
+    """Compiled as by a new process that finds the caches as they are."""
+    torch._dynamo.reset()
+    counters.clear()
+    return torch.compile(model, fullgraph=True, options=options, **kwargs)
+
+
+def test_caches_keep_fused_and_unfused_apart(inductor_cache: None) -> None:
+    block, inputs = Block(), block_inputs()
+    fused = expected_block(block, *inputs)
+    with torch.no_grad():
+        options = inductor_options()
+        torch.testing.assert_close(compile_with(block, options)(*inputs), fused, rtol=0, atol=0)
+        assert options["joint_custom_pre_pass"].fused == 1
+        assert counters["inductor"]["fxgraph_cache_hit"] == 0
+
+        # Without the pass: neither cache may answer with the fused graph.
+        plain = compile_with(block, None)(*inputs)
+        assert counters["inductor"]["fxgraph_cache_hit"] == 0
+        assert not torch.equal(plain, fused)
+        assert_accurate(plain, fused.double())
+
+        # Both again, with warm caches.
+        options = inductor_options()
+        torch.testing.assert_close(compile_with(block, options)(*inputs), fused, rtol=0, atol=0)
+        assert counters["inductor"]["fxgraph_cache_hit"] == 1
+        assert counters["aot_autograd"]["autograd_cache_hit"] == 1
+        assert options["joint_custom_pre_pass"].fused == 0  # the cache answered before the pass
+        torch.testing.assert_close(compile_with(block, None)(*inputs), plain, rtol=0, atol=0)
+        assert counters["inductor"]["fxgraph_cache_hit"] == 1
+
+        # Another limit is another graph.
+        other = Block(limit=3.0)
+        out = compile_with(other, inductor_options())(*inputs)
+        assert counters["inductor"]["fxgraph_cache_hit"] == 0
+        torch.testing.assert_close(out, expected_block(other, *inputs), rtol=0, atol=0)
+
+
+def test_uuid() -> None:
+    def uuid(**kwargs: bool) -> str:
+        return inductor_options(**kwargs)["joint_custom_pre_pass"].uuid()
+
+    assert uuid() == uuid(fuse_gates=True)
+    assert (
+        len({uuid(), uuid(decompose_moe=True), uuid(fuse_gates=False), uuid(fuse_gates=False, decompose_moe=True)}) == 4
+    )
+
+
+def test_compiled_without_recompiling_for_other_batches(inductor_cache: None) -> None:
+    block = Block()
+    options = inductor_options()
+    with torch.no_grad():
+        compiled = compile_with(block, options, dynamic=True)
+        for tokens in (TOKENS, 3, 17):
+            inputs = block_inputs(tokens)
+            torch.testing.assert_close(compiled(*inputs), expected_block(block, *inputs), rtol=0, atol=0)
+    assert options["joint_custom_pre_pass"].fused == 1
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_runs_with_and_without_grad_mode(inductor_cache: None, grad: bool) -> None:
+    """The joint passes run for inference graphs whatever the grad mode; other limits so that no cache answers."""
+    block, inputs, options = Block(limit=4.0 + grad), block_inputs(), inductor_options()
+    with torch.set_grad_enabled(grad):
+        out = compile_with(block, options)(*inputs)
+    torch.testing.assert_close(out, expected_block(block, *inputs), rtol=0, atol=0)
+    assert options["joint_custom_pre_pass"].fused == 1
+
+
+def test_shared_expert_compiled(inductor_cache: None) -> None:
+    """The routing that the pass makes for linear, for any batch, and rows where Inductor would choose columns."""
+    block, options, dense = Shared(), inductor_options(), linear_layer()
+    with torch.no_grad():
+        compiled = compile_with(block, options, dynamic=True)
+        for tokens in (TOKENS, 3):
+            x, _ = block_inputs(tokens)
+            expected = dense._replace(args=(x, *dense.args[1:])).fused(clamp_limit=block.limit)
+            torch.testing.assert_close(compiled(x.mT.contiguous()), expected, rtol=0, atol=0)
+    assert options["joint_custom_pre_pass"].fused == 1
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_unbacked_batch(inductor_cache: None) -> None:
+    """One compile for every batch, empty and one token included."""
+    block, options = Block(limit=6.0), inductor_options()
+    with torch.no_grad():
+        compiled = compile_with(block, options)
+        for tokens in (TOKENS, 0, 1):
+            inputs = block_inputs(tokens)
+            if tokens == TOKENS:
+                for tensor in inputs:
+                    torch._dynamo.decorators.mark_unbacked(tensor, 0)
+            torch.testing.assert_close(compiled(*inputs), expected_block(block, *inputs), rtol=0, atol=0)
+    assert options["joint_custom_pre_pass"].fused == 1
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_aot_inductor(inductor_cache: None, tmp_path: Path) -> None:
+    """The options reach AOTInductor: the C++ that it writes (and here does not compile) calls the fused op."""
+    block, inputs, options = Block(), block_inputs(), inductor_options()
+    tokens = torch.export.Dim.DYNAMIC
+    program = torch.export.export(block, inputs, dynamic_shapes=({0: tokens}, {0: tokens}))
+    package = torch._inductor.aoti_compile_and_package(
+        program,
+        package_path=str(tmp_path / "block.pt2"),
+        inductor_configs={**options, "aot_inductor.package_cpp_only": True},
+    )
+    assert options["joint_custom_pre_pass"].fused == 1
+    with ZipFile(package) as archive:
+        (wrapper,) = (archive.read(name).decode() for name in archive.namelist() if name.endswith(".wrapper.cpp"))
+    assert "grouped_gemm_swiglu" in wrapper
+    assert "nvfp4::grouped_gemm " not in wrapper

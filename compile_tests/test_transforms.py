@@ -1,0 +1,204 @@
+"""The ops under PyTorch's other transforms: each is right, or raises an error that names the op and what to use."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import torch_nvfp4
+from torch_nvfp4 import NVFP4Weight
+from torch_nvfp4.testing import assert_accurate, random_routing, random_weight
+
+EXPERTS, HIDDEN, INTERMEDIATE, TOKENS, TOP_K = 4, 64, 32, 10, 2
+
+
+def weights(device: str = "cpu", seed: int = 0) -> tuple[NVFP4Weight, NVFP4Weight, NVFP4Weight]:
+    """w13 and w2 of the routed experts, and a shared projection."""
+    generator = torch.Generator().manual_seed(seed)
+    w13 = random_weight((EXPERTS, 2 * INTERMEDIATE, HIDDEN), gated=True, generator=generator, device=device)
+    w2 = random_weight((EXPERTS, HIDDEN, INTERMEDIATE), generator=generator, device=device)
+    return w13, w2, random_weight((HIDDEN, HIDDEN), generator=generator, device=device)
+
+
+class Layer(nn.Module):
+    """Routed experts and a shared projection that call the ops on buffers of their own."""
+
+    def __init__(self, device: str = "cpu", seed: int = 0) -> None:
+        super().__init__()
+        w13, w2, shared = weights(device, seed)
+        self.register_buffer("w13", torch_nvfp4.pack(w13, gated=True))
+        self.register_buffer("w13_global_scale", w13.global_scale)
+        self.register_buffer("w2", torch_nvfp4.pack(w2))
+        self.register_buffer("w2_global_scale", w2.global_scale)
+        self.register_buffer("shared", torch_nvfp4.pack(shared))
+        self.register_buffer("shared_global_scale", shared.global_scale)
+
+    def forward(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+        experts = (self.w13, self.w13_global_scale, self.w2, self.w2_global_scale)
+        routed = torch_nvfp4.moe(x, *experts, topk_weights, topk_ids, clamp_limit=7.0)
+        return routed + torch_nvfp4.linear(x, self.shared, self.shared_global_scale)
+
+
+def reference(x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+    w13, w2, shared = weights(x.device.type)
+    routed = torch_nvfp4.reference.moe(x, w13, w2, topk_weights, topk_ids, clamp_limit=7.0)
+    return routed + torch_nvfp4.reference.linear(x, shared)
+
+
+def inputs(
+    dtype: torch.dtype = torch.bfloat16, *, batch: tuple[int, ...] = (), device: str = "cpu"
+) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(*batch, TOKENS, HIDDEN, generator=generator).to(device, dtype) * 4
+    count = TOKENS * int(torch.tensor(batch).prod()) if batch else TOKENS
+    topk_weights, topk_ids = random_routing(count, EXPERTS, TOP_K, generator=generator, device=device)
+    return x, topk_weights.view(*batch, TOKENS, TOP_K), topk_ids.view(*batch, TOKENS, TOP_K)
+
+
+def assert_same(out: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
+
+
+def test_functional_call(device: str) -> None:
+    """The buffers of one layer in the code of another."""
+    args = inputs(device=device)
+    layer, other = Layer(device), Layer(device, seed=7)
+    out = torch.func.functional_call(layer, dict(other.named_buffers()), args)
+    assert not torch.equal(out, layer(*args))
+    assert_same(out, other(*args))
+
+
+def pickled(module: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(module))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, copy.copy, pickled])
+def test_copies(duplicate: Callable[[nn.Module], nn.Module], device: str) -> None:
+    args, layer = inputs(device=device), Layer(device)
+    expected = layer(*args)
+    twin = duplicate(layer)
+    assert_same(twin(*args), expected)
+    if duplicate is not copy.copy:
+        twin.w2_global_scale.zero_()
+        twin.shared_global_scale.zero_()
+        assert not twin(*args).any()
+        assert_same(layer(*args), expected)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled])
+def test_copies_of_experts(duplicate: Callable[[nn.Module], nn.Module]) -> None:
+    args = inputs()
+    experts = torch_nvfp4.NVFP4Experts.from_weights(*weights()[:2], clamp_limit=7.0)
+    expected = experts(*args)
+    assert_same(duplicate(experts)(*args), expected)
+    buffers = dict(experts.named_buffers())
+    assert_same(torch.func.functional_call(experts, buffers, args), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_leaves_the_ops_alone(dtype: torch.dtype, device: str) -> None:
+    """They keep the dtype of their input: autocast decides for the layers before them, not for them."""
+    layer = Layer(device)
+    for kept in (torch.bfloat16, torch.float16):
+        args = inputs(kept, device=device)
+        with torch.autocast(device, dtype=dtype):
+            out = layer(*args)
+        assert out.dtype == kept
+        assert_same(out, layer(*args))
+    x, *routing = inputs(torch.float32, device=device)
+    projection = nn.Linear(HIDDEN, HIDDEN, device=device).requires_grad_(False)
+    with torch.autocast(device, dtype=dtype):
+        out = layer(projection(x), *routing)
+    assert out.dtype == dtype
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_grad_modes(mode: Callable[[], object], device: str) -> None:
+    args, layer = inputs(device=device), Layer(device)
+    with mode():
+        out = layer(*args)
+    assert out.is_inference() == (mode is torch.inference_mode)
+    assert not out.requires_grad
+    assert_accurate(out.clone(), reference(*args))
+
+
+def test_inference_tensors_outside_inference_mode(device: str) -> None:
+    with torch.inference_mode():
+        layer, args = Layer(device), inputs(device=device)
+    assert_same(layer(*args), Layer(device)(*inputs(device=device)))
+
+
+def test_functionalize(device: str) -> None:
+    args, layer = inputs(device=device), Layer(device)
+    assert_same(torch.func.functionalize(layer)(*args), layer(*args))
+
+
+@pytest.mark.parametrize("in_dims", [(0, 0, 0), (0, None, None), (None, 0, None), (1, 0, 0)], ids=str)
+def test_vmap(in_dims: tuple[int | None, ...], device: str) -> None:
+    """As a loop: torch warns that there is no batching rule. Tokens are a batch already, so flatten instead."""
+    layer, batched = Layer(device), inputs(batch=(3,), device=device)
+    args = [tensor if dim is not None else tensor[0] for tensor, dim in zip(batched, in_dims, strict=True)]
+    args[0] = args[0].movedim(0, in_dims[0]) if in_dims[0] is not None else args[0]
+    out = torch.func.vmap(layer, in_dims=in_dims)(*args)
+    rows = [[batched[a][b if in_dims[a] is not None else 0] for a in range(3)] for b in range(3)]
+    assert_same(out, torch.stack([layer(*row) for row in rows]))
+    if in_dims == (0, 0, 0):
+        flat = layer(*(tensor.flatten(0, 1) for tensor in batched))
+        assert_accurate(flat, torch.stack([reference(*row) for row in rows]).flatten(0, 1))
+
+
+ERROR = r"nvfp4::(moe|linear) has no gradient.*torch_nvfp4\.reference\.(moe|linear) "
+
+
+def test_backward() -> None:
+    x, *routing = inputs()
+    out = Layer()(x.requires_grad_(), *routing)
+    with pytest.raises(NotImplementedError, match=ERROR):
+        out.sum().backward()
+
+
+LAYER = Layer()
+
+
+def scalar(x: Tensor, *routing: Tensor) -> Tensor:
+    return LAYER(x, *routing).float().sum()
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda x, *routing: torch.func.grad(scalar)(x, *routing),
+        lambda x, *routing: torch.func.jacrev(scalar)(x, *routing),
+        lambda x, *routing: torch.func.vjp(lambda x: scalar(x, *routing), x)[1](torch.tensor(1.0)),
+        lambda x, *routing: torch.func.vmap(torch.func.grad(scalar), (0, None, None))(x[None], *routing),
+        lambda x, *routing: torch.func.jvp(lambda x: scalar(x, *routing), (x,), (x,)),
+        lambda x, *routing: torch.func.jacfwd(scalar)(x, *routing),
+        lambda x, *routing: torch.compile(scalar, backend="aot_eager")(x.requires_grad_(), *routing).backward(),
+    ],
+    ids=["grad", "jacrev", "vjp", "vmap_of_grad", "jvp", "jacfwd", "compiled"],
+)
+def test_derivatives(transform: Callable[..., object]) -> None:
+    """Forward mode too, where an op without a rule would give zeros."""
+    with pytest.raises((NotImplementedError, RuntimeError), match=ERROR):
+        transform(*inputs())
+
+
+def test_forward_mode_with_dual_numbers() -> None:
+    x, *routing = inputs()
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match=ERROR):
+        Layer()(torch.autograd.forward_ad.make_dual(x, x), *routing)
+
+
+def test_reference_has_a_gradient() -> None:
+    """What the error says to use."""
+    x, *routing = inputs(torch.float64)
+    direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    step = 1e-6 * direction
+    reference(x.requires_grad_(), *routing).sum().backward()
+    difference = (reference(x + step, *routing) - reference(x - step, *routing)).sum() / 2e-6
+    torch.testing.assert_close((x.grad * direction).sum(), difference, rtol=1e-6, atol=0)
