@@ -38,13 +38,13 @@ struct Weight {
 
 // Which slots go to which expert. Slot s = token * top_k + j.
 struct Routing {
-  const void* topk_ids;       // [tokens, top_k], int64 if ids_are_int64, else int32
+  const void* topk_ids;  // [tokens, top_k], int64 if ids_are_int64, else int32
   bool ids_are_int64;
   const int32_t* expert_map;  // [expert_map_size] global id -> local expert or -1; null: ids are local
   int64_t expert_map_size;
   int64_t tokens;
   int64_t top_k;
-  int64_t experts;            // local experts; every other id is skipped
+  int64_t experts;  // local experts; every other id is skipped
 };
 
 struct PackArgs {
@@ -86,7 +86,7 @@ struct GroupedGemmArgs {
   const int32_t* order;     // [slots]
   const int32_t* offsets;   // [experts + 1]
   const float* slot_scale;  // [slots] or null
-  const Gate* gate;         // null: out is [slots, n], gate rows first; else the weight is gated and out is [slots, n / 2]
+  const Gate* gate;  // null: out is [slots, n], gate rows first; else the weight is gated and out is [slots, n / 2]
   void* out;
 };
 
@@ -114,7 +114,7 @@ struct MoeArgs {
 
 struct LinearArgs {
   DType dtype;
-  const void* x;     // [rows, k]
+  const void* x;  // [rows, k]
   int64_t rows;
   Weight weight;     // experts == 1
   const void* bias;  // [n] in dtype, or null
@@ -137,18 +137,18 @@ struct Context {
   void* workspace = nullptr;
 };
 
-#define NVFP4_BACKEND_FUNCTIONS                                      \
-  void pack(const PackArgs& args, const Context& context);           \
-  void unpack(const UnpackArgs& args, const Context& context);       \
-  void route(const RouteArgs& args, const Context& context);         \
-  void grouped_gemm(const GroupedGemmArgs& args, const Context&);    \
-  void combine(const CombineArgs& args, const Context& context);     \
-  void moe(const MoeArgs& args, const Context& context);             \
-  void linear(const LinearArgs& args, const Context& context);       \
-  void swiglu(const SwigluArgs& args, const Context& context);       \
-  size_t route_workspace(const RouteArgs& args);                     \
-  size_t grouped_gemm_workspace(const GroupedGemmArgs& args);        \
-  size_t moe_workspace(const MoeArgs& args);                         \
+#define NVFP4_BACKEND_FUNCTIONS                                   \
+  void pack(const PackArgs& args, const Context& context);        \
+  void unpack(const UnpackArgs& args, const Context& context);    \
+  void route(const RouteArgs& args, const Context& context);      \
+  void grouped_gemm(const GroupedGemmArgs& args, const Context&); \
+  void combine(const CombineArgs& args, const Context& context);  \
+  void moe(const MoeArgs& args, const Context& context);          \
+  void linear(const LinearArgs& args, const Context& context);    \
+  void swiglu(const SwigluArgs& args, const Context& context);    \
+  size_t route_workspace(const RouteArgs& args);                  \
+  size_t grouped_gemm_workspace(const GroupedGemmArgs& args);     \
+  size_t moe_workspace(const MoeArgs& args);                      \
   size_t linear_workspace(const LinearArgs& args);
 
 namespace cpu {

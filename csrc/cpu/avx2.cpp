@@ -23,8 +23,8 @@ constexpr float kWeightUnit = 0x1p-8f;
 
 // One half of a run of eight columns to four pairs of columns j and j + 4.
 NVFP4_INLINE void decode_run(const uint8_t* run, __m256i* pairs) {
-  const __m256i table = _mm256_broadcastsi128_si256(
-      _mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12));
+  const __m256i table =
+      _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12));
   const __m256i low_nibbles = _mm256_set1_epi8(15);
   const __m256i upper_bytes = _mm256_set1_epi16(static_cast<int16_t>(0xff00));
   const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(run));
@@ -58,8 +58,6 @@ NVFP4_INLINE void add_to(float* sums, __m256 products, __m256 scale) {
 
 NVFP4_INLINE __m256 token_unit(float token_scale) { return _mm256_set1_ps(token_scale * kWeightUnit); }
 
-// ---- few tokens ----
-
 template <int kTokens>
 void multiply_few(const uint8_t* panel, const TokenTile& tile, float* sums) {
   const int16_t* values = static_cast<const int16_t*>(tile.values);
@@ -90,8 +88,6 @@ void multiply_few(const uint8_t* panel, const TokenTile& tile, float* sums) {
     scale += kTokens;
   }
 }
-
-// ---- many tokens ----
 
 struct DecodedBlock {
   alignas(32) int16_t weights[kPairsPerBlock][2][2 * kHalfRows];
@@ -133,8 +129,8 @@ void multiply_block(const DecodedBlock& block, const int16_t* values, const floa
     }
     NVFP4_UNROLL for (int t = 0; t < kTokens; ++t) {
       NVFP4_UNROLL for (int half = 0; half < 2; ++half) {
-        products[t][half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots[t][half]), _mm256_load_ps(block.scales[group][half]),
-                                            products[t][half]);
+        products[t][half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots[t][half]),
+                                            _mm256_load_ps(block.scales[group][half]), products[t][half]);
       }
     }
   }
@@ -162,8 +158,6 @@ void multiply_many(const uint8_t* panel, const TokenTile& tile, float* sums) {
   }
 }
 
-// ---- exact ----
-
 // code * scale in fp32, [64 columns, 16 rows].
 struct DecodedExact {
   alignas(32) float weights[kBlockColumns][2][kHalfRows];
@@ -175,9 +169,8 @@ void decode_exact(const uint8_t* block, DecodedExact* out) {
   for (int run = 0; run < 8; ++run) {
     for (int half = 0; half < 2; ++half) {
       __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block + run * 64 + half * 32));
-      const __m256 scales =
-          _mm256_mul_ps(decode_scales(block + kBlockCodeBytes + run / 2 * kPanelRows + half * kHalfRows),
-                        _mm256_set1_ps(256.0f));
+      const __m256 scales = _mm256_mul_ps(
+          decode_scales(block + kBlockCodeBytes + run / 2 * kPanelRows + half * kHalfRows), _mm256_set1_ps(256.0f));
       for (int column = 0; column < 8; ++column) {
         const __m256 magnitude = _mm256_permutevar8x32_ps(magnitudes, codes);
         const __m256i sign = _mm256_and_si256(_mm256_slli_epi32(codes, 28), sign_bit);
@@ -223,8 +216,6 @@ void multiply_panel_exact(const uint8_t* panel, const TokenTile& tile, float* su
     }
   }
 }
-
-// ---- the table ----
 
 void multiply(const uint8_t* panels, int64_t panel_count, const TokenTile& tile, float* sums) {
   constexpr void (*kMultiplyFew[kFewTokens])(const uint8_t*, const TokenTile&, float*) = {

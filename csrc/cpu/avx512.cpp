@@ -1,10 +1,9 @@
 // The AVX-512 level. Build with
 // -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx2 -mfma -mf16c
 //
-// Three kernels multiply panels with a token tile:
-//   few tokens   decodes codes straight into registers, because reading the weights is what takes the time;
-//   many tokens  decodes a block into L1 as int16 and runs it over six tokens at a time;
-//   exact        the same in fp32.
+// Two kinds of kernels multiply panels with a token tile, in int16 and in fp32 (`exact`):
+//   for few tokens codes are decoded straight into registers, because reading the weights is what takes the time;
+//   for many tokens a block is decoded into L1 and run over six tokens at a time.
 
 // GCC 12 takes the deliberately undefined operands inside its own intrinsics for mistakes (GCC bug 105593).
 #pragma GCC diagnostic ignored "-Wuninitialized"
@@ -57,9 +56,8 @@ NVFP4_INLINE __m512i broadcast_pair(const int16_t* pair) {
   return _mm512_set1_epi32(both);
 }
 
-// ---- few tokens ----
-
-constexpr int kPrefetchBlocks = 16;  // into L2: nearer ones, and all into L1, measured slower
+// Into L2 and far ahead: fetching nearer blocks, or into L1, gets in the way of the hardware's own prefetching.
+constexpr int kPrefetchBlocks = 16;
 
 template <int kTokens>
 void multiply_few(const uint8_t* panel, const TokenTile& tile, float* sums) {
@@ -98,15 +96,13 @@ void multiply_few(const uint8_t* panel, const TokenTile& tile, float* sums) {
   NVFP4_UNROLL for (int t = 0; t < kTokens; ++t) _mm512_storeu_ps(sums + t * 2 * kPanelRows, totals[t]);
 }
 
-// ---- many tokens ----
-
 // A decoded block of two panels. Where the four group scales of every row lie close together, their integer mantissas
 // are folded into the int16 weights, so that a row has one power of two for the whole block and the sum over 64 columns
 // stays in int32.
 struct DecodedBlock {
   alignas(64) int16_t weights[kPairsPerBlock][2][2 * kPanelRows];
   alignas(64) float group_scales[kBlockGroups][2][kPanelRows];
-  alignas(64) float row_scales[2][kPanelRows];    // folded only
+  alignas(64) float row_scales[2][kPanelRows];     // folded only
   alignas(64) int32_t corrections[2][kPanelRows];  // folded only, see is_paired
 };
 
@@ -267,9 +263,9 @@ using MultiplyBlock = void (*)(const DecodedBlock& block, const int16_t* values,
 // Indexed by the number of tokens less one.
 constexpr MultiplyBlock kMultiplyGrouped[kTileTokens] = {multiply_grouped<1>, multiply_grouped<2>, multiply_grouped<3>,
                                                          multiply_grouped<4>, multiply_grouped<5>, multiply_grouped<6>};
-constexpr MultiplyBlock kMultiplyFolded[kTileTokens] = {
-    multiply_folded<1, false>, multiply_folded<2, false>, multiply_folded<3, false>,
-    multiply_folded<4, false>, multiply_folded<5, false>, multiply_folded<6, false>};
+constexpr MultiplyBlock kMultiplyFolded[kTileTokens] = {multiply_folded<1, false>, multiply_folded<2, false>,
+                                                        multiply_folded<3, false>, multiply_folded<4, false>,
+                                                        multiply_folded<5, false>, multiply_folded<6, false>};
 constexpr MultiplyBlock kMultiplyPaired[kTileTokens] = {multiply_folded<1, true>, multiply_folded<2, true>,
                                                         multiply_folded<3, true>, multiply_folded<4, true>,
                                                         multiply_folded<5, true>, multiply_folded<6, true>};
@@ -315,7 +311,39 @@ void multiply_many(const uint8_t* first, const uint8_t* second, const TokenTile&
   }
 }
 
-// ---- exact ----
+NVFP4_INLINE __m512 exact_code_table() {
+  return _mm512_setr_ps(0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f, -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f,
+                        -6.0f);
+}
+
+NVFP4_INLINE __m512 decode_exact_scales(const uint8_t* bytes) {
+  return _mm512_mul_ps(decode_scales(bytes), _mm512_set1_ps(256.0f));
+}
+
+template <int kTokens>
+void multiply_few_exact(const uint8_t* panel, const TokenTile& tile, float* sums) {
+  const __m512 table = exact_code_table();
+  const float* values = static_cast<const float*>(tile.values);
+  __m512 totals[kTokens];
+  NVFP4_UNROLL for (int t = 0; t < kTokens; ++t) totals[t] = _mm512_setzero_ps();
+  for (int64_t block = 0; block < tile.blocks; ++block, panel += kBlockBytes, values += kTokens * kBlockColumns) {
+    NVFP4_UNROLL for (int group = 0; group < kBlockGroups; ++group) {
+      __m512 products[kTokens];
+      NVFP4_UNROLL for (int t = 0; t < kTokens; ++t) products[t] = _mm512_setzero_ps();
+      NVFP4_UNROLL for (int column = 0; column < 16; ++column) {
+        const __m512i codes = _mm512_loadu_si512(panel + (group * 2 + column / 8) * 64);
+        const __m512 weights = _mm512_permutexvar_ps(_mm512_srli_epi32(codes, column % 8 * 4), table);
+        NVFP4_UNROLL for (int t = 0; t < kTokens; ++t) {
+          const __m512 x = _mm512_set1_ps(values[t * kBlockColumns + group * 16 + column]);
+          products[t] = _mm512_fmadd_ps(weights, x, products[t]);
+        }
+      }
+      const __m512 scales = decode_exact_scales(panel + kBlockCodeBytes + group * kPanelRows);
+      NVFP4_UNROLL for (int t = 0; t < kTokens; ++t) totals[t] = _mm512_fmadd_ps(products[t], scales, totals[t]);
+    }
+  }
+  NVFP4_UNROLL for (int t = 0; t < kTokens; ++t) _mm512_storeu_ps(sums + t * 2 * kPanelRows, totals[t]);
+}
 
 // code * scale in fp32, [64 columns, 2 panels, 16 rows].
 struct DecodedExact {
@@ -323,14 +351,13 @@ struct DecodedExact {
 };
 
 void decode_exact(const uint8_t* block, int panel, DecodedExact* out) {
-  const __m512 table = _mm512_setr_ps(0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f, -0.0f, -0.5f, -1.0f, -1.5f, -2.0f,
-                                      -3.0f, -4.0f, -6.0f);
+  const __m512 table = exact_code_table();
   for (int run = 0; run < 8; ++run) {
     __m512i codes = _mm512_loadu_si512(block + run * 64);
-    const __m512 scales =
-        _mm512_mul_ps(decode_scales(block + kBlockCodeBytes + run / 2 * kPanelRows), _mm512_set1_ps(256.0f));
+    const __m512 scales = decode_exact_scales(block + kBlockCodeBytes + run / 2 * kPanelRows);
     for (int column = 0; column < 8; ++column) {
-      _mm512_store_ps(out->weights[run * 8 + column][panel], _mm512_mul_ps(_mm512_permutexvar_ps(codes, table), scales));
+      _mm512_store_ps(out->weights[run * 8 + column][panel],
+                      _mm512_mul_ps(_mm512_permutexvar_ps(codes, table), scales));
       codes = _mm512_srli_epi32(codes, 4);
     }
   }
@@ -357,7 +384,7 @@ void multiply_exact(const DecodedExact& block, const float* values, float* sums)
   }
 }
 
-void multiply_all_exact(const uint8_t* first, const uint8_t* second, const TokenTile& tile, float* sums) {
+void multiply_many_exact(const uint8_t* first, const uint8_t* second, const TokenTile& tile, float* sums) {
   constexpr void (*kMultiply[kTileTokens])(const DecodedExact&, const float*, float*) = {
       multiply_exact<1>, multiply_exact<2>, multiply_exact<3>, multiply_exact<4>, multiply_exact<5>, multiply_exact<6>};
   const int64_t count = tile.count;
@@ -374,19 +401,22 @@ void multiply_all_exact(const uint8_t* first, const uint8_t* second, const Token
   }
 }
 
-// ---- the table ----
-
 // Panels 0 and 1; a missing second panel is multiplied as a copy of the first, into sums that nobody reads.
 void multiply(const uint8_t* panels, int64_t panel_count, const TokenTile& tile, float* sums) {
   constexpr void (*kMultiplyFew[kFewTokens])(const uint8_t*, const TokenTile&, float*) = {
       multiply_few<1>, multiply_few<2>, multiply_few<3>, multiply_few<4>,
       multiply_few<5>, multiply_few<6>, multiply_few<7>, multiply_few<8>};
+  constexpr void (*kMultiplyFewExact[kFewTokens])(const uint8_t*, const TokenTile&, float*) = {
+      multiply_few_exact<1>, multiply_few_exact<2>, multiply_few_exact<3>, multiply_few_exact<4>,
+      multiply_few_exact<5>, multiply_few_exact<6>, multiply_few_exact<7>, multiply_few_exact<8>};
   const int64_t bytes = tile.blocks * kBlockBytes;
   const uint8_t* second = panels + (panel_count - 1) * bytes;
-  if (tile.exact) return multiply_all_exact(panels, second, tile, sums);
-  if (tile.count > kFewTokens) return multiply_many(panels, second, tile, sums);
+  if (tile.count > kFewTokens) {
+    return tile.exact ? multiply_many_exact(panels, second, tile, sums) : multiply_many(panels, second, tile, sums);
+  }
+  const auto& few = tile.exact ? kMultiplyFewExact : kMultiplyFew;
   for (int64_t panel = 0; panel < panel_count; ++panel) {
-    kMultiplyFew[tile.count - 1](panels + panel * bytes, tile, sums + panel * kPanelRows);
+    few[tile.count - 1](panels + panel * bytes, tile, sums + panel * kPanelRows);
   }
 }
 

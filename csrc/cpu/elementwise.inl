@@ -20,8 +20,6 @@ constexpr int kLanes = 16;  // elements a step; every level splits them into its
 NVFP4_INLINE uint32_t bits_of(float x) { return __builtin_bit_cast(uint32_t, x); }
 NVFP4_INLINE float float_of(uint32_t bits) { return __builtin_bit_cast(float, bits); }
 
-// ---- 16-bit formats ----
-
 NVFP4_INLINE float bf16_to_float(uint16_t x) { return float_of(static_cast<uint32_t>(x) << 16); }
 
 NVFP4_INLINE uint16_t float_to_bf16(float x) {
@@ -73,8 +71,6 @@ NVFP4_INLINE void with_format(DType dtype, const Body& body) {
   if (dtype == DType::fp16) return body(Fp16{});
   body(Fp32{});
 }
-
-// ---- activations ----
 
 // exp(x) to 2e-7 relative. Overflows to infinity, underflows through the subnormals to zero, NaN stays NaN.
 NVFP4_INLINE float exp_of(float x) {
@@ -174,8 +170,6 @@ NVFP4_INLINE void with_activation(const Gate& gate, const Body& body) {
   }
 }
 
-// ---- kernels of the table ----
-
 static void gate_panel(const Gate& gate, const float* sums, float gate_scale, float up_scale, DType dtype, void* out) {
   with_activation(gate, [&](auto activation) {
     float values[kPanelRows];
@@ -223,8 +217,6 @@ static void store_row(const float* sums, int64_t n, float scale, const void* bia
   });
 }
 
-// ---- token tiles ----
-
 // The multipliers between a block's values and int16: the largest magnitude comes to lie in [2^13, 2^14).
 struct BlockScale {
   float to_int;
@@ -260,24 +252,26 @@ NVFP4_INLINE void load_block(Format format, const typename Format::Storage* row,
   }
 }
 
-// 64 values into row `index` of a tile.
+// 64 values into row `index` of a tile. An infinity becomes NaN, so that a clamp cannot make it look like a number.
 NVFP4_INLINE void store_values(const float* values, int64_t index, TokenTile* tile) {
-  if (tile->exact) {
-    std::memcpy(static_cast<float*>(tile->values) + index * kBlockColumns, values, kBlockColumns * sizeof(float));
-    return;
-  }
   uint32_t largest = 0;
   for (int i = 0; i < kBlockColumns; ++i) {
     const uint32_t magnitude = bits_of(values[i]) & 0x7fffffff;
     largest = magnitude > largest ? magnitude : largest;
   }
+  const bool finite = largest < 0x7f800000;
+  if (tile->exact) {
+    float* out = static_cast<float*>(tile->values) + index * kBlockColumns;
+    for (int i = 0; i < kBlockColumns; ++i) out[i] = finite ? values[i] : __builtin_nanf("");
+    return;
+  }
   auto* quantized = static_cast<int16_t*>(tile->values) + index * kBlockColumns;
   const BlockScale scale = block_scale(largest);
   tile->scale[index] = scale.from_int;
-  if (largest >= 0x7f800000) {
-    std::memset(quantized, 0, kBlockColumns * sizeof(int16_t));
-  } else {
+  if (finite) {
     quantize_block(values, scale.to_int, quantized);
+  } else {
+    std::memset(quantized, 0, kBlockColumns * sizeof(int16_t));
   }
 }
 

@@ -9,7 +9,7 @@
 namespace nvfp4::cpu {
 namespace {
 
-constexpr int64_t kTasksPerThread = 8;
+constexpr int64_t kTasksPerThread = 24;  // so that the last one to end is not long waited for
 
 int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -153,39 +153,41 @@ void multiply_gate_up(const LevelKernels& kernels, const Product& product, const
 void multiply_gated(const LevelKernels& kernels, const Product& product, const Gate& gate, const float* slot_scale,
                     void* out) {
   const int64_t width = product.weight.n / 2;
-  for_each_chunk_and_units(product, product.pairs(), [&](int64_t thread, const Chunk& chunk, int64_t first, int64_t last) {
-    Scratch& scratch = product.scratch[thread];
-    gather_chunk(kernels, product, chunk, scratch);
-    for (int64_t pair = first; pair < last; ++pair) {
-      multiply_gate_up(kernels, product, gate, slot_scale, chunk, pair, scratch, product.dtype, [&](int64_t i) {
-        return at(out, product.dtype, product.order[chunk.begin + i] * width + pair * kPanelRows);
+  for_each_chunk_and_units(
+      product, product.pairs(), [&](int64_t thread, const Chunk& chunk, int64_t first, int64_t last) {
+        Scratch& scratch = product.scratch[thread];
+        gather_chunk(kernels, product, chunk, scratch);
+        for (int64_t pair = first; pair < last; ++pair) {
+          multiply_gate_up(kernels, product, gate, slot_scale, chunk, pair, scratch, product.dtype, [&](int64_t i) {
+            return at(out, product.dtype, product.order[chunk.begin + i] * width + pair * kPanelRows);
+          });
+        }
       });
-    }
-  });
 }
 
 // out[slot] = x W^T + bias.
 void multiply_plain(const LevelKernels& kernels, const Product& product, const float* slot_scale, const void* bias,
                     void* out) {
   const Weight& weight = product.weight;
-  for_each_chunk_and_units(product, product.pairs(), [&](int64_t thread, const Chunk& chunk, int64_t first, int64_t last) {
-    Scratch& scratch = product.scratch[thread];
-    gather_chunk(kernels, product, chunk, scratch);
-    for (int64_t pair = first; pair < last; ++pair) {
-      const int64_t count = multiply_pair(kernels, weight, chunk.expert, pair, scratch.tile, scratch.sums);
-      for (int64_t panel = 2 * pair; panel < 2 * pair + count; ++panel) {
-        const int64_t row = panel_first_row(panel, weight.n, weight.gated);
-        const void* row_bias = bias == nullptr ? nullptr : at(const_cast<void*>(bias), product.dtype, row);
-        for (int64_t i = 0; i < chunk.count; ++i) {
-          const int64_t slot = product.order[chunk.begin + i];
-          const float scale = slot_scale == nullptr ? 1.0f : slot_scale[slot];
-          kernels.store(scratch.sums + (i * 2 + panel % 2) * kPanelRows, kPanelRows,
-                        scale * panel_scale(weight, chunk.expert, panel), row_bias, product.dtype,
-                        at(out, product.dtype, slot * weight.n + row));
+  for_each_chunk_and_units(
+      product, product.pairs(), [&](int64_t thread, const Chunk& chunk, int64_t first, int64_t last) {
+        Scratch& scratch = product.scratch[thread];
+        gather_chunk(kernels, product, chunk, scratch);
+        for (int64_t pair = first; pair < last; ++pair) {
+          const int64_t count = multiply_pair(kernels, weight, chunk.expert, pair, scratch.tile, scratch.sums);
+          for (int64_t panel = 2 * pair; panel < 2 * pair + count; ++panel) {
+            const int64_t row = panel_first_row(panel, weight.n, weight.gated);
+            const void* row_bias = bias == nullptr ? nullptr : at(const_cast<void*>(bias), product.dtype, row);
+            for (int64_t i = 0; i < chunk.count; ++i) {
+              const int64_t slot = product.order[chunk.begin + i];
+              const float scale = slot_scale == nullptr ? 1.0f : slot_scale[slot];
+              kernels.store(scratch.sums + (i * 2 + panel % 2) * kPanelRows, kPanelRows,
+                            scale * panel_scale(weight, chunk.expert, panel), row_bias, product.dtype,
+                            at(out, product.dtype, slot * weight.n + row));
+            }
+          }
         }
-      }
-    }
-  });
+      });
 }
 
 // The activated intermediate of all slots, chunk after chunk in the form in which the next product reads it.
@@ -212,25 +214,26 @@ constexpr int64_t kPairsPerBlock = kBlockColumns / kPanelRows;
 // hidden = gate(x W^T). A task makes whole blocks of the hidden tiles: four panel pairs are 64 columns.
 void multiply_hidden(const LevelKernels& kernels, const Product& product, const Gate& gate, const float* slot_scale,
                      float* const* block_values, const HiddenTiles& hidden) {
-  for_each_chunk_and_units(product, blocks_of(hidden.k), [&](int64_t thread, const Chunk& chunk, int64_t first, int64_t last) {
-    Scratch& scratch = product.scratch[thread];
-    float* values = block_values[thread];
-    TokenTile tile = hidden.of(chunk);
-    gather_chunk(kernels, product, chunk, scratch);
-    for (int64_t block = first; block < last; ++block) {
-      const int64_t pairs = std::min(product.pairs() - block * kPairsPerBlock, kPairsPerBlock);
-      for (int64_t pair = 0; pair < pairs; ++pair) {
-        multiply_gate_up(kernels, product, gate, slot_scale, chunk, block * kPairsPerBlock + pair, scratch, DType::fp32,
-                         [&](int64_t i) { return values + i * kBlockColumns + pair * kPanelRows; });
-      }
-      for (int64_t pair = pairs; pair < kPairsPerBlock; ++pair) {
-        for (int64_t i = 0; i < chunk.count; ++i) {
-          std::fill_n(values + i * kBlockColumns + pair * kPanelRows, kPanelRows, 0.0f);
+  for_each_chunk_and_units(
+      product, blocks_of(hidden.k), [&](int64_t thread, const Chunk& chunk, int64_t first, int64_t last) {
+        Scratch& scratch = product.scratch[thread];
+        float* values = block_values[thread];
+        TokenTile tile = hidden.of(chunk);
+        gather_chunk(kernels, product, chunk, scratch);
+        for (int64_t block = first; block < last; ++block) {
+          const int64_t pairs = std::min(product.pairs() - block * kPairsPerBlock, kPairsPerBlock);
+          for (int64_t pair = 0; pair < pairs; ++pair) {
+            multiply_gate_up(kernels, product, gate, slot_scale, chunk, block * kPairsPerBlock + pair, scratch,
+                             DType::fp32, [&](int64_t i) { return values + i * kBlockColumns + pair * kPanelRows; });
+          }
+          for (int64_t pair = pairs; pair < kPairsPerBlock; ++pair) {
+            for (int64_t i = 0; i < chunk.count; ++i) {
+              std::fill_n(values + i * kBlockColumns + pair * kPanelRows, kPanelRows, 0.0f);
+            }
+          }
+          kernels.fill_block(values, block, &tile);
         }
-      }
-      kernels.fill_block(values, block, &tile);
-    }
-  });
+      });
 }
 
 // How many panel pairs a task of multiply_combine sums up at once, limited by the memory of its sums.
@@ -240,8 +243,8 @@ int64_t combined_pairs(int64_t tokens, int64_t n) {
   return std::clamp<int64_t>(int64_t{8192} / std::max<int64_t>(tokens, 1), 1, wanted);
 }
 
-// out[token] = sum over its slots of slot_weights[slot] * hidden[slot] W^T. A task has all slots of some output rows, so
-// that no two threads write one value.
+// out[token] = sum over its slots of slot_weights[slot] * hidden[slot] W^T. A task has all slots of some output rows,
+// so that no two threads write one value.
 void multiply_combine(const LevelKernels& kernels, const Product& product, const HiddenTiles& hidden,
                       const float* slot_weights, int64_t tokens, float* const* task_sums, void* out) {
   const Weight& weight = product.weight;
@@ -346,8 +349,8 @@ void grouped_gemm(const GroupedGemmArgs& args, const Context& context) {
   Arena arena(context.workspace);
   const GroupedGemmWorkspace space = lay_out(arena, args);
   const int64_t chunks = make_chunks(args.offsets, args.weight.experts, space.chunks);
-  const Product product{args.dtype, args.x,       args.slots / args.rows, args.weight,
-                        args.order, space.chunks, chunks,                 space.scratch};
+  const Product product{args.dtype,   args.x, args.slots / args.rows, args.weight, args.order,
+                        space.chunks, chunks, space.scratch};
   const int64_t width = args.gate == nullptr ? args.weight.n : args.weight.n / 2;
   for (int64_t i = args.offsets[args.weight.experts]; i < args.slots; ++i) {
     char* row = at(args.out, args.dtype, args.order[i] * width);

@@ -51,8 +51,8 @@ Level active_level() {
   for (Level level : kLevels) {
     if (std::strcmp(wanted, level_name(level)) != 0) continue;
     if (level <= detected_level()) return level;
-    throw std::runtime_error(std::string(kVariable) + ": expected a level that this processor can run (at most " + best +
-                             "), got " + wanted + "; unset the variable or choose a lower level");
+    throw std::runtime_error(std::string(kVariable) + ": expected a level that this processor can run (at most " +
+                             best + "), got " + wanted + "; unset the variable or choose a lower level");
   }
   throw std::runtime_error(std::string(kVariable) + ": expected one of avx512, avx2, portable, got '" + wanted +
                            "'; unset the variable to use " + best);

@@ -12,14 +12,14 @@ constexpr int kMaxTileTokens = 128;
 // Activations of the tokens that one expert multiplies, in the order in which the multiply kernels read them.
 // 16-bit dtypes become int16 with one power-of-two scale per token and block of 64 columns; inside each run of eight
 // columns the order is 0 4 1 5 2 6 3 7, the pairs that shifting a 32-bit lane of codes brings side by side.
-// The largest magnitude of a block comes to lie in [2^13, 2^14). A block with a NaN or an infinity gets zeros and a NaN
-// scale. fp32 stays fp32 in natural order.
+// The largest magnitude of a block comes to lie in [2^13, 2^14). fp32 stays fp32 in natural order.
+// A block with a NaN or an infinity comes to be NaN: its scale, or all 64 values.
 struct TokenTile {
-  int64_t count;   // tokens, at most kMaxTileTokens
-  int64_t blocks;  // of 64 columns
-  bool exact;      // fp32 values: activations in fp32, or a level that has nothing faster
-  void* values;    // int16 or float [blocks, count, 64]
-  float* scale;    // [blocks, count], int16 only: what one unit of (2 * code * scale * 2^-8) * value is worth
+  int64_t count;         // tokens, at most kMaxTileTokens
+  int64_t blocks;        // of 64 columns
+  bool exact;            // fp32 values: activations in fp32, or a level that has nothing faster
+  void* values;          // int16 or float [blocks, count, 64]
+  float* scale;          // [blocks, count], int16 only: what one unit of (2 * code * scale * 2^-8) * value is worth
   int32_t* corrections;  // [blocks, count], int16 only: room for a level's own use
 };
 

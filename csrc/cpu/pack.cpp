@@ -46,9 +46,7 @@ void transpose_panels(const Args& args, Packed* packed, Rows* weight, Rows* scal
 
 }  // namespace
 
-void pack(const PackArgs& args, const Context&) {
-  transpose_panels<true>(args, args.packed, args.weight, args.scale);
-}
+void pack(const PackArgs& args, const Context&) { transpose_panels<true>(args, args.packed, args.weight, args.scale); }
 
 void unpack(const UnpackArgs& args, const Context&) {
   transpose_panels<false>(args, args.packed, args.weight, args.scale);

@@ -30,8 +30,9 @@ void swiglu(const SwigluArgs& args, const Context&) {
   const LevelKernels& kernels = active_kernels();
   const int64_t n = args.intermediate;
   for_each_row(args.rows, 2 * n, [&](int64_t row) {
-    kernels.swiglu(args.gate, at(args.gate_up, args.dtype, row * 2 * n), at(args.gate_up, args.dtype, (row * 2 + 1) * n),
-                   n, args.dtype, const_cast<char*>(at(args.out, args.dtype, row * n)));
+    kernels.swiglu(args.gate, at(args.gate_up, args.dtype, row * 2 * n),
+                   at(args.gate_up, args.dtype, (row * 2 + 1) * n), n, args.dtype,
+                   const_cast<char*>(at(args.out, args.dtype, row * n)));
   });
 }
 

@@ -52,8 +52,8 @@ def measure_cuda(
     source = cases(shape, tokens, device=device)
     inputs = [next(source) for _ in range(calls)]
     # The inputs stay alive with the graphs that read them.
-    cast = {contender.name: [cast(case, contender) for case in inputs] for contender in contenders}
-    graphs = {contender.name: _capture(contender, cast[contender.name]) for contender in contenders}
+    prepared = {contender.name: [cast(case, contender) for case in inputs] for contender in contenders}
+    graphs = {contender.name: _capture(contender, prepared[contender.name]) for contender in contenders}
     for graph in graphs.values():
         graph.replay()
     times: dict[str, list[float]] = {contender.name: [] for contender in contenders}
@@ -85,7 +85,7 @@ def measure_cuda(
             peer.name: statistics.median(b / a for a, b in zip(times[ours.name], times[peer.name], strict=True))
             for peer in peers
         },
-        extra_bytes=_cuda_extra_bytes(ours, cast[ours.name][0]),
+        extra_bytes=_cuda_extra_bytes(ours, prepared[ours.name][0]),
         kernels=_kernel_seconds(graphs[ours.name], calls) if breakdown else {},
     )
 
