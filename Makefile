@@ -50,7 +50,7 @@ gpu-test: install  ## the whole suite on a GPU
 sanitize: install  ## the op tests on a CPU library built with the address and undefined-behaviour sanitizers
 	TORCH_NVFP4_SANITIZE=1 TORCH_NVFP4_BUILD_CUDA=0 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  PYTHONPATH=build/sanitize/lib $(BIN)/python -P -m pytest tests/test_ops.py
+	  PYTHONPATH=build/sanitize/lib $(BIN)/pytest tests/test_ops.py
 
 clean:  ## remove what the targets made
 	rm -rf $(VENV) build *.egg-info torch_nvfp4/*.so

@@ -417,20 +417,20 @@ def test_good_arguments_are_accepted(op: str, device: str) -> None:
     call(op, good_arguments(op, device))
 
 
-@pytest.mark.parametrize("index", range(len(rows("cpu"))), ids=[row.name for row in rows("cpu")])
-def test_kernel_and_fake_raise_the_same_words(index: int, device: str) -> None:
-    row = rows(device)[index]
-    arguments = good_arguments(row.op, device)
+@pytest.mark.parametrize("op", OPS)
+def test_kernel_and_fake_raise_the_same_words(op: str, device: str) -> None:
     where = "cuda:0" if device == "cuda" else "cpu"
-    expected = f"nvfp4::{row.op}: " + row.message.replace("{device}", where)
-    for name, change in row.changes.items():
-        arguments[name] = change(arguments[name])
+    for row in (row for row in rows(device) if row.op == op):
+        arguments = good_arguments(op, device)
+        expected = f"nvfp4::{op}: " + row.message.replace("{device}", where)
+        for name, change in row.changes.items():
+            arguments[name] = change(arguments[name])
 
-    assert message_of(row.op, arguments) == expected
-    with FakeTensorMode() as mode:
-        assert message_of(row.op, map_tensors(arguments, mode.from_tensor)) == expected
-    if device == "cpu" and elsewhere not in row.changes.values():
-        assert message_of(row.op, map_tensors(arguments, on_meta)) == expected
+        assert message_of(op, arguments) == expected, row.name
+        with FakeTensorMode() as mode:
+            assert message_of(op, map_tensors(arguments, mode.from_tensor)) == expected, row.name
+        if device == "cpu" and elsewhere not in row.changes.values():
+            assert message_of(op, map_tensors(arguments, on_meta)) == expected, row.name
 
 
 def test_too_many_slots(tmp_path: Path) -> None:
