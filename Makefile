@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 CXX_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inl')
 
-.PHONY: help install demo test lint format bench gpu-test sanitize clean
+.PHONY: help install demo test lint format bench gpu-test cuda-build sanitize clean
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -46,6 +46,9 @@ bench: install  ## the README's table for this machine
 
 gpu-test: install  ## the whole suite on a GPU
 	$(BIN)/python -m pytest --gpu
+
+cuda-build: install  ## compile the CUDA library for one architecture, without a GPU, so that it does not rot
+	TORCH_NVFP4_BUILD_CUDA=1 TORCH_NVFP4_CUDA_ARCHS=90a $(BIN)/python setup.py -q build_ext --build-lib build/cuda
 
 sanitize: install  ## the op tests on a CPU library built with the address and undefined-behaviour sanitizers
 	TORCH_NVFP4_SANITIZE=1 TORCH_NVFP4_BUILD_CUDA=0 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib

@@ -1,0 +1,73 @@
+// Types and arithmetic that every piece shares; plain CUDA C++, no PTX.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace nvfp4::cuda {
+
+using bf16 = __nv_bfloat16;
+using fp16 = __half;
+
+constexpr int kWarp = 32;
+
+template <class I>
+__host__ __device__ constexpr I ceil_div(I a, I b) {
+  return (a + b - 1) / b;
+}
+
+template <class I>
+__host__ __device__ constexpr I round_up(I a, I b) {
+  return ceil_div(a, b) * b;
+}
+
+template <class T>
+__device__ __forceinline__ float to_float(T value);
+template <>
+__device__ __forceinline__ float to_float<bf16>(bf16 value) {
+  return __bfloat162float(value);
+}
+template <>
+__device__ __forceinline__ float to_float<fp16>(fp16 value) {
+  return __half2float(value);
+}
+
+template <class T>
+__device__ __forceinline__ T from_float(float value);
+template <>
+__device__ __forceinline__ bf16 from_float<bf16>(float value) {
+  return __float2bfloat16_rn(value);
+}
+template <>
+__device__ __forceinline__ fp16 from_float<fp16>(float value) {
+  return __float2half_rn(value);
+}
+
+// Two consecutive values as they lie in memory: `low` first.
+template <class T>
+__device__ __forceinline__ uint32_t pack2(float low, float high);
+template <>
+__device__ __forceinline__ uint32_t pack2<bf16>(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+template <>
+__device__ __forceinline__ uint32_t pack2<fp16>(float low, float high) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+
+template <class T>
+__device__ __forceinline__ float2 unpack2(uint32_t pair);
+template <>
+__device__ __forceinline__ float2 unpack2<bf16>(uint32_t pair) {
+  return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(pair));
+}
+template <>
+__device__ __forceinline__ float2 unpack2<fp16>(uint32_t pair) {
+  return __half22float2(reinterpret_cast<const __half2&>(pair));
+}
+
+}  // namespace nvfp4::cuda

@@ -1,0 +1,139 @@
+// The packed weight format and its decoding into MMA A fragments.
+//
+// Weights are the A operand (out^T = W x^T). A block is 64 rows x 64 k in 2304 contiguous bytes: 2048 of codes, then
+// 256 of scales. The blocks of a 64-row panel follow one another along k, panels follow one another, so an expert is
+// one contiguous stream of ceil(n / 64) * ceil(k / 64) blocks. Rows and k beyond n and k are zero codes with zero
+// scales.
+//
+// Warp tile w holds rows 16w .. 16w+15 of the block. Lane l (g = l / 4, t = l % 4) owns rows g and g + 8 and
+// k = 16t .. 16t+15, one scale group of each row:
+//   codes  at (w * 32 + l) * 16: words 0, 1 are row g, words 2, 3 row g + 8
+//   scales at 2048 + (l * 4 + w) * 2: the raw E4M3 byte of row g, then of row g + 8 (so a lane's four tiles are 8
+//   bytes)
+// In MMA step j = 0..3 the slots 2t, 2t+1, 2t+8, 2t+9 of quad thread t take k = 16t + 4j + 0..3 of the block. The token
+// operand takes the same order, so over a block a thread wants 16 consecutive values of each of its tokens.
+//
+// Gated weights interleave gate and up by 8: rows g and g + 8 of tile w of panel p are the gate and up rows of feature
+// 32p + 8w + g. Plain weights: row 64p + 16w + (g or g + 8).
+//
+// The two words (q0, q1) of one row hold 16 codes as 8 pairs of consecutive k. A pair's spread form has, in each 16-bit
+// lane (low lane = lower k), the code's sign at bit 15 and its magnitude at bits 8..6: as bf16 that is e2m1 * 2^-126.
+// Translates of the pattern {15, 8, 7, 6} fill a lane three times and leave bits {14, 13, 5, 4}, from which no fourth
+// can be cut by one rotation; but the leftovers of two words, one rotated by 2, hold exactly two more. So 16 codes cost
+// 16 instructions:
+//   pair 0 (4) = q0 (q1), pair 1 (5) = rotr(q, 4), pair 2 (6) = q << 6,
+//   pair 3 = z << 2, pair 7 = rotr(z, 8), with z = (q0 & leftover) | (rotl(q1, 2) & ~leftover), each masked by the
+//   pattern.
+#pragma once
+
+#include "common.cuh"
+#include "ptx.cuh"
+
+namespace nvfp4::cuda {
+
+constexpr int kBlockRows = 64;
+constexpr int kBlockK = 64;
+constexpr int kBlockCodeBytes = kBlockRows * kBlockK / 2;
+constexpr int kBlockScaleBytes = kBlockRows * kBlockK / 16;
+constexpr int kBlockBytes = kBlockCodeBytes + kBlockScaleBytes;
+
+__host__ __device__ constexpr int codes_at(int tile, int lane) { return (tile * 32 + lane) * 16; }
+__host__ __device__ constexpr int scales_at(int tile, int lane) { return kBlockCodeBytes + (lane * 4 + tile) * 2; }
+
+// decode() yields weight * block scale * 2^-8, exact in bf16 and fp16; the epilogue multiplies by this times
+// global_scale.
+constexpr float kDecodeFactor = 256.0f;
+
+constexpr uint32_t kPairMask = 0x81C081C0u;
+constexpr uint32_t kLeftoverMask = 0x60306030u;
+
+// The 16 codes of one row and scale group -> 8 pairs in spread form.
+__device__ __forceinline__ void spread_codes(uint32_t q0, uint32_t q1, uint32_t (&pair)[8]) {
+  const uint32_t z = ptx::blend(q0, ptx::rotate_left(q1, 2), kLeftoverMask);
+  pair[0] = q0 & kPairMask;
+  pair[1] = ptx::rotate_left(q0, 28) & kPairMask;
+  pair[2] = (q0 << 6) & kPairMask;
+  pair[3] = (z << 2) & kPairMask;
+  pair[4] = q1 & kPairMask;
+  pair[5] = ptx::rotate_left(q1, 28) & kPairMask;
+  pair[6] = (q1 << 6) & kPairMask;
+  pair[7] = ptx::rotate_left(z, 24) & kPairMask;
+}
+
+// The inverse of spread_codes.
+__device__ __forceinline__ uint2 gather_codes(const uint32_t (&pair)[8]) {
+  const uint32_t z = (pair[3] >> 2) | ptx::rotate_left(pair[7], 8);
+  const uint32_t q0 = pair[0] | ptx::rotate_left(pair[1], 4) | (pair[2] >> 6) | (z & kLeftoverMask);
+  const uint32_t q1 =
+      pair[4] | ptx::rotate_left(pair[5], 4) | (pair[6] >> 6) | ptx::rotate_left(z & ~kLeftoverMask, 30);
+  return make_uint2(q0, q1);
+}
+
+// The spread form of two canonical codes, and back.
+__device__ __forceinline__ uint32_t spread_pair(uint32_t low, uint32_t high) {
+  const uint32_t codes = low | (high << 16);
+  return ((codes & 0x00080008u) << 12) | ((codes & 0x00070007u) << 6);
+}
+__device__ __forceinline__ uint32_t pair_code(uint32_t pair, int lane) {
+  const uint32_t bits = pair >> (16 * lane);
+  return ((bits >> 12) & 8) | ((bits >> 6) & 7);
+}
+
+// What a 16-bit type needs to turn codes and raw E4M3 bytes into numbers. E4M3 bits moved to the top of the mantissa
+// are the scale times a small power of two, subnormal scales included; the multiplications that follow are exact.
+template <class T>
+struct Decode;
+
+template <>
+struct Decode<bf16> {
+  static __device__ __forceinline__ uint32_t codes(uint32_t pair) { return pair; }  // e2m1 * 2^-126
+  static __device__ __forceinline__ uint32_t scales(uint32_t bytes) {               // E4M3 * 2^118
+    const uint32_t raw = (bytes << 4) & 0x87F087F0u;                                // E4M3 * 2^-120
+    return multiply(multiply(raw, 0x7B807B80u), 0x7A807A80u);                       // * 2^120 * 2^118
+  }
+  static __device__ __forceinline__ uint32_t multiply(uint32_t a, uint32_t b) { return ptx::mul_bf16x2(a, b); }
+};
+
+template <>
+struct Decode<fp16> {
+  static __device__ __forceinline__ uint32_t codes(uint32_t pair) {  // e2m1 * 2^-14
+    return ptx::blend(pair << 3, pair, 0x0FF80FF8u);
+  }
+  static __device__ __forceinline__ uint32_t scales(uint32_t bytes) {  // E4M3 * 2^6
+    return multiply((bytes << 7) & 0xBF80BF80u, 0x74007400u);          // E4M3 * 2^-8 * 2^14
+  }
+  static __device__ __forceinline__ uint32_t multiply(uint32_t a, uint32_t b) { return ptx::mul_f16x2(a, b); }
+};
+
+// One lane's share of a warp tile -> the A fragments of its four MMA steps. `scales` holds the lane's two scale bytes
+// in its low half, or in its high half if kHigh. a[j] = {row g, row g+8, row g, row g+8} of slots {2t, 2t, 2t+8, 2t+8}.
+template <class T, bool kHigh = false>
+__device__ __forceinline__ void decode(uint4 codes, uint32_t scales, uint32_t (&a)[4][4]) {
+  using D = Decode<T>;
+  // Each byte to the low byte of a lane, its sign replicated above it, so that one shift puts sign and magnitude apart.
+  const uint32_t both = D::scales(ptx::permute(scales, 0, kHigh ? 0xB3A2 : 0x9180));
+  const uint32_t upper = ptx::broadcast_low(both);
+  const uint32_t lower = ptx::broadcast_high(both);
+  uint32_t pair[8];
+  spread_codes(codes.x, codes.y, pair);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) a[i / 2][i % 2 * 2] = D::multiply(D::codes(pair[i]), upper);
+  spread_codes(codes.z, codes.w, pair);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) a[i / 2][i % 2 * 2 + 1] = D::multiply(D::codes(pair[i]), lower);
+}
+
+// Where a weight row lies: its panel, its warp tile, and its row 0..15 in the tile.
+struct RowPlace {
+  int64_t panel;
+  int tile;
+  int row;
+};
+__host__ __device__ inline RowPlace place_row(int64_t row, int64_t n, bool gated) {
+  if (!gated) return {row / 64, static_cast<int>(row % 64 / 16), static_cast<int>(row % 16)};
+  const bool up = row >= n / 2;
+  const int64_t feature = up ? row - n / 2 : row;
+  return {feature / 32, static_cast<int>(feature % 32 / 8), static_cast<int>(feature % 8) + (up ? 8 : 0)};
+}
+
+}  // namespace nvfp4::cuda

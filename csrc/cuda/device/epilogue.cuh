@@ -1,0 +1,60 @@
+// From per-warp partial sums to output rows: a fixed-order reduction over the warps that share an item, then scale,
+// gate, bias, one rounding, and stores of consecutive features.
+#pragma once
+
+#include "common.cuh"
+#include "decode.cuh"
+#include "gate.cuh"
+#include "ptx.cuh"
+
+namespace nvfp4::cuda {
+
+// One warp's sums of 64 rows x 8 tokens. A token's 64 rows are contiguous; 4 floats of padding keep the stores of a
+// fragment (8 rows x 4 tokens at a time) on 32 different banks.
+struct PartialSums {
+  float token[8][kBlockRows + 4];
+
+  template <int kTiles>
+  __device__ __forceinline__ void store(const float (&sum)[4][kTiles][4], int column_tile) {
+    const int lane = threadIdx.x % kWarp;
+    const int row = lane / 4;
+    const int column = lane % 4 * 2;
+#pragma unroll
+    for (int tile = 0; tile < 4; ++tile) {
+      token[column][16 * tile + row] = sum[tile][column_tile][0];
+      token[column + 1][16 * tile + row] = sum[tile][column_tile][1];
+      token[column][16 * tile + row + 8] = sum[tile][column_tile][2];
+      token[column + 1][16 * tile + row + 8] = sum[tile][column_tile][3];
+    }
+  }
+};
+
+// Rows `row` and `row + 1` of one token, summed over `ways` warps in their order. Four at a time: one by one would wait
+// for every load.
+__device__ __forceinline__ float2 reduce(const PartialSums* warps, int ways, int token, int row) {
+  constexpr int kBatch = 4;
+  float2 total = make_float2(0.0f, 0.0f);
+  for (int first = 0; first < ways; first += kBatch) {
+    float2 part[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      part[i] = make_float2(0.0f, 0.0f);
+      if (first + i < ways) part[i] = *reinterpret_cast<const float2*>(&warps[first + i].token[token][row]);
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      total.x += part[i].x;
+      total.y += part[i].y;
+    }
+  }
+  return total;
+}
+
+__device__ __forceinline__ float2 scaled(float2 v, float scale) { return make_float2(v.x * scale, v.y * scale); }
+
+template <class T>
+__device__ __forceinline__ void store_pair(void* out, int64_t at, float2 v) {
+  *reinterpret_cast<uint32_t*>(static_cast<T*>(out) + at) = pack2<T>(v.x, v.y);
+}
+
+}  // namespace nvfp4::cuda

@@ -1,0 +1,84 @@
+// Token operands in registers, and the multiplication of one weight block by them.
+//
+// Over a block a thread needs 16 consecutive k of each of its tokens (decode.cuh), so it loads them straight from
+// global memory, 32 bytes a token: no shared memory, no ldmatrix, no permutation.
+#pragma once
+
+#include "common.cuh"
+#include "decode.cuh"
+#include "ptx.cuh"
+
+namespace nvfp4::cuda {
+
+// The tokens of kTiles MMA column tiles of 8, at one 64-k block.
+template <int kTiles>
+struct TokenBlock {
+  uint32_t value[kTiles][8];
+};
+
+// Walks token rows block by block. Columns without a token are never loaded: the caller zeroes the blocks once, and
+// multiplying by zeros takes less power than by anything else.
+template <int kTiles>
+struct TokenRows {
+  const uint4* at[kTiles];  // lane's 16 k of the current block, of token lane / 4 of each column tile
+  bool used[kTiles];        // whether there is such a token
+  int k_left;               // from the current block to the end of the row; <= 0: beyond it
+
+  __device__ __forceinline__ void load(TokenBlock<kTiles>& block, int step_k) {
+    if (k_left < kBlockK) {
+      block = {};
+      if (k_left > static_cast<int>(threadIdx.x % 4 * 16)) read(block);
+    } else {
+      read(block);
+    }
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) at[i] += step_k / 8;
+    k_left -= step_k;
+  }
+
+ private:
+  __device__ __forceinline__ void read(TokenBlock<kTiles>& block) const {
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+      uint32_t (&v)[8] = block.value[i];
+      ptx::load_global_128_if(used[i], at[i], v[0], v[1], v[2], v[3]);
+      ptx::load_global_128_if(used[i], at[i] + 1, v[4], v[5], v[6], v[7]);
+    }
+  }
+};
+
+// One warp's codes and scales of a whole 64-row block, in registers, so that the shared memory can be refilled early.
+struct WeightBlock {
+  uint4 codes[4];
+  uint2 scales;
+
+  static __device__ __forceinline__ WeightBlock read(const uint8_t* block) {
+    const int lane = threadIdx.x % kWarp;
+    WeightBlock w;
+#pragma unroll
+    for (int tile = 0; tile < 4; ++tile) w.codes[tile] = *reinterpret_cast<const uint4*>(block + codes_at(tile, lane));
+    w.scales = *reinterpret_cast<const uint2*>(block + scales_at(0, lane));
+    return w;
+  }
+};
+
+// sum[tile][i] += rows 16 tile .. 16 tile + 15 of the block times column tile i.
+template <class T, int kTiles>
+__device__ __forceinline__ void multiply(const WeightBlock& w, const TokenBlock<kTiles>& x,
+                                         float (&sum)[4][kTiles][4]) {
+#pragma unroll
+  for (int tile = 0; tile < 4; ++tile) {
+    uint32_t a[4][4];
+    const uint32_t scales = tile < 2 ? w.scales.x : w.scales.y;
+    tile % 2 ? decode<T, true>(w.codes[tile], scales, a) : decode<T, false>(w.codes[tile], scales, a);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i) {
+        ptx::mma_m16n8k16<T>(sum[tile][i], a[j], x.value[i][2 * j], x.value[i][2 * j + 1]);
+      }
+    }
+  }
+}
+
+}  // namespace nvfp4::cuda

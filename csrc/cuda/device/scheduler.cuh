@@ -1,0 +1,110 @@
+// Ragged work: every expert's tokens are cut into tiles, and an item is one token tile times one 64-row weight panel.
+// Items are ordered tile-major, so that neighbours in time stream neighbouring panels of one expert.
+//
+// Two sources of tiles, with the same functions, all called by whole warps:
+//   size()       how many tiles there are
+//   tile(i)      the i-th
+//   slot(tile)   in lane i, the slot of the tile's i-th token; the last one's beyond the count
+#pragma once
+
+#include "../../kernels.h"
+#include "common.cuh"
+
+namespace nvfp4::cuda {
+
+struct TokenTile {
+  int expert;
+  int begin;
+  int count;
+};
+
+// The local expert of a slot, or -1.
+__device__ __forceinline__ int local_expert(const Routing& routing, int64_t slot) {
+  int64_t id = routing.ids_are_int64 ? static_cast<const int64_t*>(routing.topk_ids)[slot]
+                                     : static_cast<const int32_t*>(routing.topk_ids)[slot];
+  if (routing.expert_map != nullptr) {
+    if (id < 0 || id >= routing.expert_map_size) return -1;
+    id = routing.expert_map[id];
+  }
+  return id >= 0 && id < routing.experts ? static_cast<int>(id) : -1;
+}
+
+// Tiles from the table that route's kernel left in the workspace: entry 0 holds their number in x, the others are
+// tiles. Without a table (a dense layer) they are cut from `rows` and belong to expert 0, and slots are rows.
+class TileTable {
+ public:
+  __device__ __forceinline__ TileTable(const int4* table, const int32_t* order, int rows, int width)
+      : table_(table), order_(order), rows_(rows), width_(width) {}
+
+  __device__ __forceinline__ int size() const {
+    return table_ != nullptr ? __ldcg(&table_->x) : ceil_div(rows_, width_);
+  }
+
+  __device__ __forceinline__ TokenTile tile(int i) const {
+    if (table_ == nullptr) return {0, i * width_, min(width_, rows_ - i * width_)};
+    const int4 entry = __ldcg(table_ + 1 + i);
+    return {entry.x, entry.y, entry.z};
+  }
+
+  __device__ __forceinline__ int slot(const TokenTile& tile) const {
+    const int at = tile.begin + min(static_cast<int>(threadIdx.x % kWarp), tile.count - 1);
+    return order_ != nullptr ? __ldcg(order_ + at) : at;
+  }
+
+ private:
+  const int4* table_;
+  const int32_t* order_;
+  int rows_;
+  int width_;
+};
+
+// Most entries of the table for tiles of `width` tokens.
+__host__ __device__ constexpr int64_t tile_table_entries(int64_t slots, int64_t experts, int64_t width) {
+  return 1 + (experts < slots ? experts : slots) + slots / width;
+}
+
+// At most 32 slots need no sorting: every warp keeps them all, one a lane, and finds the tiles by voting. A tile is
+// named by its first slot's lane.
+class InlineTiles {
+ public:
+  __device__ __forceinline__ InlineTiles(const Routing& routing, int width) : width_(width) {
+    const int lane = threadIdx.x % kWarp;
+    const int slots = static_cast<int>(routing.tokens * routing.top_k);
+    expert_ = lane < slots ? local_expert(routing, lane) : -1;
+    peers_ = __match_any_sync(~0u, expert_);
+    rank_ = __popc(peers_ & ((1u << lane) - 1));
+    first_ = __ballot_sync(~0u, expert_ >= 0 && rank_ % width_ == 0);
+  }
+
+  __device__ __forceinline__ int size() const { return __popc(first_); }
+
+  // Bit i: slot i has an expert here.
+  __device__ __forceinline__ unsigned used_slots() const { return __ballot_sync(~0u, expert_ >= 0); }
+
+  __device__ __forceinline__ TokenTile tile(int i) const {
+    const int lane = threadIdx.x % kWarp;
+    const bool is_it = (first_ >> lane & 1) != 0 && __popc(first_ & ((1u << lane) - 1)) == i;
+    const int begin = __ffs(__ballot_sync(~0u, is_it)) - 1;
+    return {__shfl_sync(~0u, expert_, begin), begin, __shfl_sync(~0u, min(width_, __popc(peers_) - rank_), begin)};
+  }
+
+  __device__ __forceinline__ int slot(const TokenTile& tile) const {
+    const int lane = threadIdx.x % kWarp;
+    unsigned members = __shfl_sync(~0u, peers_, tile.begin) & (~0u << tile.begin);
+    int slot = 0;
+    for (int i = 0; i < tile.count; ++i) {
+      if (lane >= i) slot = __ffs(members) - 1;
+      members &= members - 1;
+    }
+    return slot;
+  }
+
+ private:
+  int width_;
+  int expert_;
+  unsigned peers_;
+  int rank_;        // among the slots of the same expert
+  unsigned first_;  // lanes whose slot is the first of a tile
+};
+
+}  // namespace nvfp4::cuda

@@ -1,0 +1,135 @@
+// wgmma m64nNk16, A in registers, B in shared memory (K-major, 128-byte swizzle), fp32 accumulators. One instruction
+// per function; N is every multiple of 8 up to 128.
+//
+// Accumulator d[4 i + {0, 1, 2, 3}] of lane l (g = l / 4, t = l % 4) of warp w is (row 16 w + {g, g, g + 8, g + 8},
+// column 8 i + 2 t + {0, 1, 0, 1}).
+#pragma once
+
+#include "common.cuh"
+
+namespace nvfp4::cuda::ptx {
+
+// Orders register accesses of this warpgroup before its next wgmma.
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Waits until at most kGroups committed groups are in flight.
+template <int kGroups>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kGroups) : "memory");
+}
+
+// The descriptor of MMA step `step` of a B tile at a 1024-byte-aligned address: rows of 128 bytes, 8 rows an atom, 32
+// bytes of a row a step. Only the low half varies.
+__device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t address, int step) {
+  constexpr uint32_t kAtomStride = 1024 / 16;
+  constexpr uint32_t kSwizzle128 = 1u << 30;
+  const uint32_t low = (address / 16 | 1u << 16) + 2 * step;
+  return uint64_t{kSwizzle128 | kAtomStride} << 32 | low;
+}
+
+template <class T, int N>
+struct Wgmma;
+
+// clang-format off
+#define NVFP4_D4 "%0,%1,%2,%3"
+#define NVFP4_D8 NVFP4_D4 ",%4,%5,%6,%7"
+#define NVFP4_D12 NVFP4_D8 ",%8,%9,%10,%11"
+#define NVFP4_D16 NVFP4_D12 ",%12,%13,%14,%15"
+#define NVFP4_D20 NVFP4_D16 ",%16,%17,%18,%19"
+#define NVFP4_D24 NVFP4_D20 ",%20,%21,%22,%23"
+#define NVFP4_D28 NVFP4_D24 ",%24,%25,%26,%27"
+#define NVFP4_D32 NVFP4_D28 ",%28,%29,%30,%31"
+#define NVFP4_D36 NVFP4_D32 ",%32,%33,%34,%35"
+#define NVFP4_D40 NVFP4_D36 ",%36,%37,%38,%39"
+#define NVFP4_D44 NVFP4_D40 ",%40,%41,%42,%43"
+#define NVFP4_D48 NVFP4_D44 ",%44,%45,%46,%47"
+#define NVFP4_D52 NVFP4_D48 ",%48,%49,%50,%51"
+#define NVFP4_D56 NVFP4_D52 ",%52,%53,%54,%55"
+#define NVFP4_D60 NVFP4_D56 ",%56,%57,%58,%59"
+#define NVFP4_D64 NVFP4_D60 ",%60,%61,%62,%63"
+#define NVFP4_O4 "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+#define NVFP4_O8 NVFP4_O4, "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
+#define NVFP4_O12 NVFP4_O8, "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11])
+#define NVFP4_O16 NVFP4_O12, "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
+#define NVFP4_O20 NVFP4_O16, "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19])
+#define NVFP4_O24 NVFP4_O20, "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23])
+#define NVFP4_O28 NVFP4_O24, "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27])
+#define NVFP4_O32 NVFP4_O28, "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+#define NVFP4_O36 NVFP4_O32, "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35])
+#define NVFP4_O40 NVFP4_O36, "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39])
+#define NVFP4_O44 NVFP4_O40, "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43])
+#define NVFP4_O48 NVFP4_O44, "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47])
+#define NVFP4_O52 NVFP4_O48, "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51])
+#define NVFP4_O56 NVFP4_O52, "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55])
+#define NVFP4_O60 NVFP4_O56, "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59])
+#define NVFP4_O64 NVFP4_O60, "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
+
+// D = N / 2 accumulators; A0..A3, DESC are the operand numbers that follow them.
+#define NVFP4_WGMMA(T, TYPE, N, D, A0, A1, A2, A3, DESC)                                                              \
+  template <>                                                                                                         \
+  struct Wgmma<T, N> {                                                                                                \
+    static __device__ __forceinline__ void multiply(float (&d)[D], const uint32_t (&a)[4], uint64_t descriptor) {     \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE                                    \
+                   " {" NVFP4_D##D "}, {%" #A0 ",%" #A1 ",%" #A2 ",%" #A3 "}, %" #DESC ", 1, 1, 1, 0;"                 \
+                   : NVFP4_O##D                                                                                       \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor));                                    \
+    }                                                                                                                 \
+  };
+#define NVFP4_WGMMA_BOTH(N, D, A0, A1, A2, A3, DESC)               \
+  NVFP4_WGMMA(bf16, "bf16", N, D, A0, A1, A2, A3, DESC)            \
+  NVFP4_WGMMA(fp16, "f16", N, D, A0, A1, A2, A3, DESC)
+NVFP4_WGMMA_BOTH(8, 4, 4, 5, 6, 7, 8)
+NVFP4_WGMMA_BOTH(16, 8, 8, 9, 10, 11, 12)
+NVFP4_WGMMA_BOTH(24, 12, 12, 13, 14, 15, 16)
+NVFP4_WGMMA_BOTH(32, 16, 16, 17, 18, 19, 20)
+NVFP4_WGMMA_BOTH(40, 20, 20, 21, 22, 23, 24)
+NVFP4_WGMMA_BOTH(48, 24, 24, 25, 26, 27, 28)
+NVFP4_WGMMA_BOTH(56, 28, 28, 29, 30, 31, 32)
+NVFP4_WGMMA_BOTH(64, 32, 32, 33, 34, 35, 36)
+NVFP4_WGMMA_BOTH(72, 36, 36, 37, 38, 39, 40)
+NVFP4_WGMMA_BOTH(80, 40, 40, 41, 42, 43, 44)
+NVFP4_WGMMA_BOTH(88, 44, 44, 45, 46, 47, 48)
+NVFP4_WGMMA_BOTH(96, 48, 48, 49, 50, 51, 52)
+NVFP4_WGMMA_BOTH(104, 52, 52, 53, 54, 55, 56)
+NVFP4_WGMMA_BOTH(112, 56, 56, 57, 58, 59, 60)
+NVFP4_WGMMA_BOTH(120, 60, 60, 61, 62, 63, 64)
+NVFP4_WGMMA_BOTH(128, 64, 64, 65, 66, 67, 68)
+#undef NVFP4_WGMMA_BOTH
+#undef NVFP4_WGMMA
+#undef NVFP4_D4
+#undef NVFP4_O4
+#undef NVFP4_D8
+#undef NVFP4_O8
+#undef NVFP4_D12
+#undef NVFP4_O12
+#undef NVFP4_D16
+#undef NVFP4_O16
+#undef NVFP4_D20
+#undef NVFP4_O20
+#undef NVFP4_D24
+#undef NVFP4_O24
+#undef NVFP4_D28
+#undef NVFP4_O28
+#undef NVFP4_D32
+#undef NVFP4_O32
+#undef NVFP4_D36
+#undef NVFP4_O36
+#undef NVFP4_D40
+#undef NVFP4_O40
+#undef NVFP4_D44
+#undef NVFP4_O44
+#undef NVFP4_D48
+#undef NVFP4_O48
+#undef NVFP4_D52
+#undef NVFP4_O52
+#undef NVFP4_D56
+#undef NVFP4_O56
+#undef NVFP4_D60
+#undef NVFP4_O60
+#undef NVFP4_D64
+#undef NVFP4_O64
+// clang-format on
+
+}  // namespace nvfp4::cuda::ptx

@@ -1,0 +1,361 @@
+// The streaming GEMM: out[slot] = x[row of slot] W[expert]^T for few tokens per expert.
+//
+// A warp takes whole 64 x 64 weight blocks, so it loads its tokens once for four row tiles. The warps that share an
+// item, a team, split k; every warp has its own ring of blocks, which runs on across items. A team's sums meet in
+// shared memory once an item.
+#pragma once
+
+#include <type_traits>
+
+#include "../device/epilogue.cuh"
+#include "../device/mma.cuh"
+#include "../device/pipeline.cuh"
+#include "../device/scheduler.cuh"
+#include "stream_gemm.h"
+
+namespace nvfp4::cuda {
+
+constexpr int kRound = 2;  // blocks of one turn of the main loop; an item begins with a new turn
+
+template <class Ring, int kWarps>
+struct StreamStorage {
+  typename Ring::Storage ring[kWarps];
+  PartialSums partial[2][kWarps];
+};
+
+template <class T, class Ring, class Tiles, int kMaxTiles, int kWarps>
+class StreamGemm {
+  static_assert(Ring::kSlots % kRound == 0);
+  static constexpr bool kInline = std::is_same_v<Tiles, InlineTiles>;
+
+ public:
+  using Storage = StreamStorage<Ring, kWarps>;
+
+  static __device__ __forceinline__ void run(const StreamGemmParams& p, Storage& storage) {
+    const int team = threadIdx.x / kWarp / p.k_ways;
+    const int item = blockIdx.x + gridDim.x * team;  // neighbours go to different blocks: a few items spread evenly
+    const Place place = locate(p, item);             // divides while there is time
+    if (!p.plan_is_older) ptx::dependency_wait();
+    if constexpr (kInline) {
+      StreamGemm(p, storage, Tiles(p.routing, 8 * kMaxTiles), team).run(item, place);
+    } else {
+      StreamGemm(p, storage, Tiles(p.tile_table, p.order, p.rows, 8 * kMaxTiles), team).run(item, place);
+    }
+  }
+
+ private:
+  struct Place {
+    int tile;
+    int panel;
+  };
+
+  __device__ __forceinline__ StreamGemm(const StreamGemmParams& p, Storage& storage, const Tiles& tiles, int team)
+      : p_(p),
+        storage_(storage),
+        tiles_(tiles),
+        lane_(threadIdx.x % kWarp),
+        way_(threadIdx.x / kWarp % p.k_ways),
+        team_(team),
+        blocks_(ceil_div(p.k_blocks - way_, p.k_ways)),
+        teams_(gridDim.x * (kWarps / p.k_ways)),
+        items_(tiles_.size() * p.panels) {}
+
+  __device__ __forceinline__ void run(int item, Place place) {
+    open(item, place);
+    ring_.start(storage_.ring[threadIdx.x / kWarp]);
+#pragma unroll
+    for (int slot = 0; slot < Ring::kSlots; slot += kRound) {
+      next_round();
+#pragma unroll
+      for (int i = 0; i < kRound; ++i) refill(slot, i);
+      end_round();
+    }
+    if (!p_.plan_is_older) release();
+    if (p_.clear != nullptr && blockIdx.x == 0) {
+      for (int i = threadIdx.x; i < p_.clear_size; i += kWarps * kWarp) p_.clear[i] = 0;
+    }
+    if constexpr (kInline) {
+      if (items_ == 0 && p_.sum.done != nullptr) write_no_sums();
+    }
+    if (item >= items_) return release_after_wait();
+
+    TokenTile tile = tiles_.tile(place.tile);
+    int slot = tiles_.slot(tile);
+    while (true) {
+      item += teams_;
+      Place next_place = place;
+      TokenTile next_tile = tile;
+      if (item < items_) {
+        next_place = locate(p_, item);
+        next_tile = tiles_.tile(next_place.tile);
+      }
+      const Scales scales = load_scales(tile, slot);
+      int next_slot;
+      const auto prepare_next = [&] { next_slot = tiles_.slot(next_tile); };  // by now next_tile has arrived
+      switch (ceil_div(tile.count, 8)) {
+        case 1:
+          multiply_item<1>(tile, slot, place.panel, scales, prepare_next);
+          break;
+        case 2:
+          if constexpr (kMaxTiles > 1) multiply_item<2>(tile, slot, place.panel, scales, prepare_next);
+          break;
+        case 3:
+          if constexpr (kMaxTiles > 2) multiply_item<3>(tile, slot, place.panel, scales, prepare_next);
+          break;
+        case 4:
+          if constexpr (kMaxTiles > 2) multiply_item<4>(tile, slot, place.panel, scales, prepare_next);
+          break;
+      }
+      if (item >= items_) return;
+      place = next_place;
+      tile = next_tile;
+      slot = next_slot;
+    }
+  }
+
+  // ---- which items
+
+  static __device__ __forceinline__ Place locate(const StreamGemmParams& p, int item) {
+    const int tile = static_cast<int>(static_cast<unsigned>(item) / static_cast<unsigned>(p.panels));
+    return {tile, item - tile * p.panels};
+  }
+
+  // The previous launch in the stream: waited for at the last moment if the plan is older than it.
+  __device__ __forceinline__ void release() {
+    ptx::dependency_release();
+    waited_ = true;
+  }
+  __device__ __forceinline__ void release_after_wait() {
+    if (waited_) return;
+    ptx::dependency_wait();
+    release();
+  }
+
+  // ---- the stream of weight blocks, which runs ahead of the multiplications by the length of the ring
+
+  __device__ __forceinline__ void open(int item, const Place& place) {
+    fill_item_ = item;
+    fill_panel_ = place.panel;
+    if (item < items_) fill_expert_ = tiles_.tile(place.tile).expert;
+  }
+
+  // Before the first refill of a turn.
+  __device__ __forceinline__ void next_round() {
+    if (fill_left_ > 0 || fill_item_ >= items_) return;
+    const int64_t first = static_cast<int64_t>(fill_panel_) * p_.k_blocks + way_;
+    fill_at_ = p_.packed + fill_expert_ * p_.expert_bytes + first * kBlockBytes;
+    fill_left_ = blocks_;
+    const int next = fill_item_ + teams_;
+    open(next, locate(p_, next));  // what this loads is not waited for before the next item
+  }
+
+  // The i-th block of the turn.
+  __device__ __forceinline__ void refill(int first_slot, int i) {
+    ring_.fill(first_slot + i, i < fill_left_, fill_at_ + i * p_.k_ways * kBlockBytes);
+  }
+
+  __device__ __forceinline__ void end_round() {
+    fill_at_ += kRound * p_.k_ways * kBlockBytes;
+    fill_left_ -= kRound;
+  }
+
+  // ---- an item
+
+  struct Scales {
+    float upper;  // of the rows, or of the gate rows
+    float lower;  // of the up rows
+    float slot;   // of token lane
+  };
+  __device__ __forceinline__ Scales load_scales(const TokenTile& tile, int slot) const {
+    const float* global = p_.global_scale + (p_.gated ? 2 * tile.expert : tile.expert);
+    return {global[0], p_.gated ? global[1] : 0.0f, p_.slot_scale != nullptr ? p_.slot_scale[slot] : 1.0f};
+  }
+
+  template <int kTiles, class Prepare>
+  __device__ __forceinline__ void multiply_item(const TokenTile& tile, int slot, int panel, const Scales& scales,
+                                                const Prepare& prepare_next) {
+    const int step = p_.k_ways * kBlockK;
+    TokenRows<kTiles> rows = token_rows<kTiles>(tile, slot);
+    TokenBlock<kTiles> x[kRound] = {};
+    release_after_wait();
+    rows.load(x[0], step);
+    float sum[4][kTiles][4] = {};
+    for (int left = blocks_; left > 0; left -= kRound) {
+      next_round();
+#pragma unroll
+      for (int i = 0; i < kRound; ++i) {
+        const bool here = i == 0 || i < left;
+        WeightBlock w;
+        if (here) w = WeightBlock::read(ring_.wait(slot_ + i, round_));
+        __syncwarp();
+        refill(slot_, i);
+        if (here) {
+          rows.load(x[(i + 1) % kRound], step);
+          multiply<T>(w, x[i], sum);
+        }
+      }
+      end_round();
+      if ((slot_ += kRound) == Ring::kSlots) {
+        slot_ = 0;
+        round_ ^= 1;
+      }
+    }
+    prepare_next();
+#pragma unroll
+    for (int column_tile = 0; column_tile < kTiles; ++column_tile) {
+      PartialSums* partial = storage_.partial[parity_] + team_ * p_.k_ways;
+      partial[way_].store(sum, column_tile);
+      ptx::barrier_sync(team_, p_.k_ways * kWarp);
+      write_tokens(partial, tile, slot, panel, scales, 8 * column_tile);
+      parity_ ^= 1;  // the other buffer is free: everybody has passed the barrier, so has read it
+    }
+    if constexpr (kInline) {
+      if (p_.sum.done != nullptr && way_ == 0) sum_panel(panel);
+    }
+  }
+
+  template <int kTiles>
+  __device__ __forceinline__ TokenRows<kTiles> token_rows(const TokenTile& tile, int slot) const {
+    const int row = slot / p_.slots_per_row;
+    const int first_k = way_ * kBlockK;
+    TokenRows<kTiles> rows;
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+      const int64_t token_row = __shfl_sync(~0u, row, 8 * i + lane_ / 4);
+      rows.used[i] = 8 * i + lane_ / 4 < tile.count;
+      rows.at[i] =
+          reinterpret_cast<const uint4*>(static_cast<const T*>(p_.x) + token_row * p_.k + first_k + lane_ % 4 * 16);
+    }
+    rows.k_left = p_.k - first_k;
+    return rows;
+  }
+
+  // ---- the end of an item
+
+  // Tokens first .. first + 7 of the tile, 64 rows or 32 features of the panel. With a PanelSum to follow, one warp
+  // writes them all, so that no other has to be waited for.
+  __device__ __forceinline__ void write_tokens(const PartialSums* partial, const TokenTile& tile, int slot, int panel,
+                                               const Scales& scales, int first) const {
+    const int tokens = min(8, tile.count - first);
+    const bool alone = p_.sum.done != nullptr;
+    if (alone && way_ != 0) return;
+    const int writers = alone ? 1 : p_.k_ways;
+    if (p_.gated) {
+      const int feature = lane_ % 16 * 2;
+      const int row = feature / 8 * 16 + feature % 8;
+      const int column = panel * 32 + feature;
+      for (int base = 0; base < tokens; base += 2 * writers) {
+        const int token = base + 2 * way_ + lane_ / 16;
+        const int source = (first + token) % kWarp;
+        const int64_t to = __shfl_sync(~0u, slot, source);
+        const float scale = __shfl_sync(~0u, scales.slot, source) * kDecodeFactor;
+        if (token >= tokens || column >= p_.n / 2) continue;
+        const float2 g = scaled(reduce(partial, p_.k_ways, token, row), scales.upper * scale);
+        const float2 u = scaled(reduce(partial, p_.k_ways, token, row + 8), scales.lower * scale);
+        if (p_.has_gate) {
+          const float2 v = make_float2(apply_gate(p_.gate, g.x, u.x), apply_gate(p_.gate, g.y, u.y));
+          store_pair<T>(p_.out, to * (p_.n / 2) + column, v);
+        } else {
+          store_pair<T>(p_.out, to * p_.n + column, with_bias(g, column));
+          store_pair<T>(p_.out, to * p_.n + p_.n / 2 + column, with_bias(u, p_.n / 2 + column));
+        }
+      }
+    } else {
+      const int column = panel * kBlockRows + 2 * lane_;
+      for (int token = way_; token < tokens; token += writers) {
+        const int source = first + token;
+        const int64_t to = __shfl_sync(~0u, slot, source);
+        const float scale = __shfl_sync(~0u, scales.slot, source) * kDecodeFactor;
+        if (column >= p_.n) continue;
+        const float2 v = scaled(reduce(partial, p_.k_ways, token, 2 * lane_), scales.upper * scale);
+        if (alone) {
+          static_cast<float2*>(p_.out)[(to * p_.n + column) / 2] = v;
+        } else {
+          store_pair<T>(p_.out, to * p_.n + column, with_bias(v, column));
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ float2 with_bias(float2 v, int column) const {
+    if (p_.bias == nullptr) return v;
+    const T* bias = static_cast<const T*>(p_.bias) + column;
+    return make_float2(v.x + to_float(bias[0]), v.y + to_float(bias[1]));
+  }
+
+  // Counts this item of the panel; the warp that counts the last sums all tokens' slots, in the order of slots.
+  __device__ __forceinline__ void sum_panel(int panel) const {
+    constexpr int kBatch = 8;
+    const int slots = static_cast<int>(p_.routing.tokens * p_.routing.top_k);
+    const unsigned used = tiles_.used_slots();
+    float weight = 1.0f;  // of slot lane
+    if (p_.sum.topk_weights != nullptr && lane_ < slots) weight = p_.sum.topk_weights[lane_];
+    __syncwarp();
+    int before = 0;
+    if (lane_ == 0) before = ptx::atomic_add_acquire_release(p_.sum.done + panel, 1);
+    before = __shfl_sync(~0u, before, 0);
+    if (before != tiles_.size() - 1) return;
+    const int column = panel * kBlockRows + 2 * lane_;
+    const bool inside = column < p_.n;
+    const float2* rows = static_cast<const float2*>(p_.out) + column / 2;
+    float2 total = make_float2(0.0f, 0.0f);
+    int token = 0;
+    int left = static_cast<int>(p_.routing.top_k);
+    for (int first = 0; first < slots; first += kBatch) {
+      float2 value[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int slot = first + i;
+        if (inside && slot < slots && (used >> slot & 1) != 0) value[i] = __ldcg(rows + slot * (p_.n / 2));
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int slot = first + i;
+        if (slot >= slots) break;
+        const float w = __shfl_sync(~0u, weight, slot);
+        if ((used >> slot & 1) != 0) {
+          total.x += w * value[i].x;
+          total.y += w * value[i].y;
+        }
+        if (--left == 0) {
+          if (inside) store_pair<T>(p_.sum.out, static_cast<int64_t>(token) * p_.n + column, total);
+          total = make_float2(0.0f, 0.0f);
+          left = static_cast<int>(p_.routing.top_k);
+          ++token;
+        }
+      }
+    }
+  }
+
+  // No slot has an expert here: no panel will be finished.
+  __device__ __forceinline__ void write_no_sums() {
+    release_after_wait();
+    const int64_t pairs = p_.routing.tokens * p_.n / 2;
+    for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < pairs;
+         i += static_cast<int64_t>(gridDim.x) * blockDim.x) {
+      store_pair<T>(p_.sum.out, 2 * i, make_float2(0.0f, 0.0f));
+    }
+  }
+
+  const StreamGemmParams& p_;
+  Storage& storage_;
+  const Tiles tiles_;
+  const int lane_;
+  const int way_;
+  const int team_;
+  const int blocks_;  // of an item, for this warp
+  const int teams_;
+  const int items_;
+  bool waited_ = false;
+  const uint8_t* fill_at_ = nullptr;
+  int fill_left_ = 0;
+  int fill_item_;
+  int fill_panel_;
+  int fill_expert_ = 0;
+  Ring ring_;
+  int slot_ = 0;
+  uint32_t round_ = 0;
+  int parity_ = 0;
+};
+
+}  // namespace nvfp4::cuda

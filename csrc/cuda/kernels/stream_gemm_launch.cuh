@@ -1,0 +1,43 @@
+// The host side that both architectures' instantiations share.
+#pragma once
+
+#include <map>
+#include <mutex>
+
+#include "../launch.h"
+#include "stream_gemm.cuh"
+
+namespace nvfp4::cuda {
+
+using StreamGemmKernel = void (*)(StreamGemmParams);
+
+// Blocks that fill the device; allows the kernel its shared memory on the way. Both once a kernel and device.
+inline int resident_blocks(StreamGemmKernel kernel, int threads, int shared) {
+  static std::mutex mutex;
+  static std::map<std::pair<int, StreamGemmKernel>, int> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto [entry, is_new] = known.try_emplace({device().ordinal, kernel}, 0);
+  if (is_new) {
+    const auto raw = reinterpret_cast<const void*>(kernel);
+    check(cudaFuncSetAttribute(raw, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
+          "shared memory of stream_gemm");
+    int blocks = 0;
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, raw, threads, shared), "occupancy of stream_gemm");
+    entry->second = blocks * device().multiprocessors;
+  }
+  return entry->second;
+}
+
+struct StreamGemmLaunch {
+  StreamGemmKernel kernel;
+  int warps;
+  int shared;
+};
+
+inline void launch_stream_gemm(const StreamGemmLaunch& l, const StreamGemmParams& params, void* stream) {
+  const int threads = l.warps * kWarp;
+  launch(l.kernel, dim3(resident_blocks(l.kernel, threads, l.shared)), threads, l.shared, stream, "stream_gemm",
+         params);
+}
+
+}  // namespace nvfp4::cuda

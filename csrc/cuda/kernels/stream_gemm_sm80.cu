@@ -1,0 +1,41 @@
+#include "stream_gemm_launch.cuh"
+
+namespace nvfp4::cuda {
+namespace {
+
+// Two slots a warp: two blocks fit an SM80 multiprocessor, one an SM89's.
+using Ring = CpAsyncRing<2>;
+
+template <class T, class Tiles, int kMaxTiles, int kWarps, int kBlocks>
+__global__ void __launch_bounds__(kWarps* kWarp, kBlocks)
+    stream_gemm_sm80_kernel(const __grid_constant__ StreamGemmParams p) {
+  extern __shared__ __align__(128) uint8_t storage[];
+  using Gemm = StreamGemm<T, Ring, Tiles, kMaxTiles, kWarps>;
+  Gemm::run(p, *reinterpret_cast<typename Gemm::Storage*>(storage));
+}
+
+template <class T, class Tiles, int kMaxTiles, int kWarps, int kBlocks>
+StreamGemmLaunch with() {
+  return {stream_gemm_sm80_kernel<T, Tiles, kMaxTiles, kWarps, kBlocks>, kWarps, sizeof(StreamStorage<Ring, kWarps>)};
+}
+
+template <class T>
+StreamGemmLaunch choose(StreamTiles tiles) {
+  switch (tiles) {
+    case StreamTiles::narrow:
+      return with<T, TileTable, 2, 8, 2>();
+    case StreamTiles::wide:
+      return with<T, TileTable, 4, 8, 1>();
+    case StreamTiles::routing:
+      return with<T, InlineTiles, 1, 8, 2>();
+  }
+  return {};
+}
+
+}  // namespace
+
+void stream_gemm_sm80(DType dtype, StreamTiles tiles, const StreamGemmParams& params, void* stream) {
+  launch_stream_gemm(dtype == DType::bf16 ? choose<bf16>(tiles) : choose<fp16>(tiles), params, stream);
+}
+
+}  // namespace nvfp4::cuda

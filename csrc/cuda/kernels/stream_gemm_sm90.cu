@@ -1,0 +1,43 @@
+#include "stream_gemm_launch.cuh"
+
+namespace nvfp4::cuda {
+namespace {
+
+using Ring = BulkRing<4>;
+
+template <class T, class Tiles, int kMaxTiles, int kWarps, int kBlocks>
+__global__ void __launch_bounds__(kWarps* kWarp, kBlocks)
+    stream_gemm_sm90_kernel(const __grid_constant__ StreamGemmParams p) {
+#if __CUDA_ARCH__ >= 900
+  extern __shared__ __align__(128) uint8_t storage[];
+  using Gemm = StreamGemm<T, Ring, Tiles, kMaxTiles, kWarps>;
+  Gemm::run(p, *reinterpret_cast<typename Gemm::Storage*>(storage));
+#endif
+}
+
+template <class T, class Tiles, int kMaxTiles, int kWarps, int kBlocks>
+StreamGemmLaunch with() {
+  return {stream_gemm_sm90_kernel<T, Tiles, kMaxTiles, kWarps, kBlocks>, kWarps, sizeof(StreamStorage<Ring, kWarps>)};
+}
+
+template <class T>
+StreamGemmLaunch choose(StreamTiles tiles) {
+  switch (tiles) {
+    // One block of 16 warps a multiprocessor, so that a few items spread evenly.
+    case StreamTiles::narrow:
+      return with<T, TileTable, 2, 16, 1>();
+    case StreamTiles::wide:
+      return with<T, TileTable, 4, 8, 1>();
+    case StreamTiles::routing:
+      return with<T, InlineTiles, 1, 16, 1>();
+  }
+  return {};
+}
+
+}  // namespace
+
+void stream_gemm_sm90(DType dtype, StreamTiles tiles, const StreamGemmParams& params, void* stream) {
+  launch_stream_gemm(dtype == DType::bf16 ? choose<bf16>(tiles) : choose<fp16>(tiles), params, stream);
+}
+
+}  // namespace nvfp4::cuda

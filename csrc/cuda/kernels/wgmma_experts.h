@@ -1,0 +1,39 @@
+// The SM90 path for many tokens per expert: grouped GEMMs on wgmma, alone or as the whole expert MLP in one launch.
+//
+// Calls enqueue two launches on `stream`, which may begin while the launch before them still runs, and keep no state.
+// `workspace` is 256-byte aligned and holds at least the matching *_workspace() bytes. `order` and `offsets` are
+// route()'s. x may start at any element; out is 16-byte aligned.
+#pragma once
+
+#include "../../kernels.h"
+
+namespace nvfp4::cuda {
+
+// GEMM1, the gate and GEMM2: out[s] = w2[e] gate(w13[e] x[s / (slots / rows)]), e the expert of slot s.
+// out is in slot order; rows of skipped slots are left as they were (combine does not read them).
+struct ExpertMlpArgs {
+  DType dtype;    // bf16 or fp16
+  const void* x;  // [rows, w13.k]
+  int64_t rows;
+  int64_t slots;            // a multiple of rows
+  Weight w13;               // gated
+  Weight w2;                // k == w13.n / 2
+  const int32_t* order;     // [slots]
+  const int32_t* offsets;   // [experts + 1]
+  const float* slot_scale;  // [slots] scales the pre-activations, or null
+  Gate gate;
+  void* out;        // [slots, w2.n]
+  bool x_is_older;  // the launch before this call on the stream is route's: x and the workspace are ready before it
+};
+
+size_t wgmma_expert_mlp_workspace(const ExpertMlpArgs& args);
+void wgmma_expert_mlp(const ExpertMlpArgs& args, void* workspace, void* stream);
+
+// grouped_gemm() as kernels.h defines it, zero rows of skipped slots included.
+size_t wgmma_grouped_gemm_workspace(const GroupedGemmArgs& args);
+void wgmma_grouped_gemm(const GroupedGemmArgs& args, void* workspace, void* stream);
+
+// The most experts that one launch schedules.
+constexpr int64_t kWgmmaMaxExperts = 2048;
+
+}  // namespace nvfp4::cuda
