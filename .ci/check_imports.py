@@ -1,4 +1,4 @@
-"""Holds the direction of imports: each layer of torch_nvfp4 may import only those before it, and device code no torch.
+"""Holds the direction of imports: a module of torch_nvfp4 imports no later layer, and device code no torch.
 
 Run from the repository root; prints every violation and exits 1 if there is one.
 """
@@ -8,7 +8,7 @@ import re
 import sys
 from pathlib import Path
 
-# Each module may import those in earlier layers and, inside one package, its own.
+# Each module may import those of its own layer and of earlier ones.
 LAYERS = [
     {"format"},
     {"activation"},

@@ -59,7 +59,7 @@ template <typename... Parts>
 void check_tensor(const char* op, const char* name, const Tensor& tensor, const char* like_name, const Tensor& like,
                   std::initializer_list<ScalarType> dtypes, const Dims& dims, const std::string& note = "");
 
-// The dtypes that activations may have on this backend, and their kernel enum.
+// check_tensor with the dtypes that activations may have on this backend.
 void check_activations(const char* op, const char* name, const Tensor& tensor, const Dims& dims);
 void check_last_dim(const char* op, const char* name, const Tensor& tensor, int64_t multiple);
 DType dtype_of(const Tensor& tensor);
