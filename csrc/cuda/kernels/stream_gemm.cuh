@@ -185,14 +185,16 @@ class StreamGemm {
 #pragma unroll
       for (int i = 0; i < kRound; ++i) {
         const bool here = i == 0 || i < left;
-        WeightBlock w;
-        if (here) w = WeightBlock::read(ring_.wait(slot_ + i, round_));
-        __syncwarp();
-        refill(slot_, i);
+        const uint8_t* block = ring_.wait(slot_ + i, round_);
         if (here) {
+          const WeightBlock w = WeightBlock::read(block);
           rows.load(x[(i + 1) % kRound], step);
           multiply<T>(w, x[i], sum);
         }
+        // Only now: a bulk copy does not queue behind the loads of the slot's old block, as cp.async does, and could
+        // overtake them. Once the block is multiplied they have returned.
+        __syncwarp();
+        refill(slot_, i);
       }
       end_round();
       if ((slot_ += kRound) == Ring::kSlots) {
