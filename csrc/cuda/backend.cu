@@ -92,6 +92,7 @@ struct MoePlan {
   int64_t slots;
   int32_t* order;
   int32_t* offsets;
+  void* sort;
   int4* tile_table;
   void* intermediate;  // [slots, k of w2], stream paths
   void* expert_out;    // [slots, n of w2], fp32 with panels_done
@@ -134,6 +135,7 @@ MoePlan plan_moe(const MoeArgs& args, void* workspace) {
   }
   plan.order = carver.take<int32_t>(plan.slots * sizeof(int32_t));
   plan.offsets = carver.take<int32_t>((args.routing.experts + 1) * sizeof(int32_t));
+  plan.sort = carver.take<void>(sort_workspace(args.routing));
   if (plan.choice.path == Path::wgmma) {
     plan.mlp = carver.take<void>(wgmma_expert_mlp_workspace(mlp_args(args, plan)));
   } else {
@@ -198,10 +200,10 @@ GroupedPlan plan_grouped(const GroupedGemmArgs& args, void* workspace) {
 
 }  // namespace
 
-size_t route_workspace(const RouteArgs&) { return 0; }
+size_t route_workspace(const RouteArgs& args) { return sort_workspace(args.routing); }
 
 void route(const RouteArgs& args, const Context& context) {
-  sort_slots(args.routing, args.order, args.offsets, nullptr, 0, context.stream);
+  sort_slots(args.routing, args.order, args.offsets, nullptr, 0, context.workspace, context.stream);
 }
 
 size_t grouped_gemm_workspace(const GroupedGemmArgs& args) {
@@ -241,7 +243,7 @@ void moe(const MoeArgs& original, const Context& context) {
       aligned_rows(args.hidden_states, plan.aligned_x, args.routing.tokens * args.w13.k * 2, context.stream);
   if (plan.panels_done != nullptr) return stream_mlp(args, plan, context.stream);
   const int width = plan.tile_table != nullptr ? tile_width(plan.choice.tiles) : 0;
-  sort_slots(args.routing, plan.order, plan.offsets, plan.tile_table, width, context.stream);
+  sort_slots(args.routing, plan.order, plan.offsets, plan.tile_table, width, plan.sort, context.stream);
   if (plan.choice.path == Path::wgmma) {
     wgmma_expert_mlp(mlp_args(args, plan), plan.mlp, context.stream);
   } else {

@@ -48,82 +48,126 @@ __device__ __forceinline__ void write_tiles(int experts, int width, int4* table,
   if (threadIdx.x == 0) table[0] = make_int4(tiles, 0, 0, 0);
 }
 
-// A stable counting sort by one block. Warp w owns the w-th run of slots and row w of `count`, so nothing is atomic and
-// the order is the slots' own.
-__global__ void __launch_bounds__(kMaxThreads, 1)
-    sort_slots_kernel(Routing routing, int warps, int32_t* order, int32_t* offsets, int4* tile_table, int tile_width) {
-  extern __shared__ int shared[];
-  const int bins = static_cast<int>(routing.experts) + 1;  // the last is for skipped slots
-  int* first = shared;                                     // [bins + 1] where a bin begins in order
-  int* count = shared + bins + 1;  // [warps, bins] slots of the warp; then: of the warps before it
-  const int slots = static_cast<int>(routing.tokens * routing.top_k);
-  const int lane = threadIdx.x % kWarp;
-  const int warp = threadIdx.x / kWarp;
-  const int run = round_up(ceil_div(slots, warps), kWarp);
-  const int run_begin = min(warp * run, slots);
-  const int run_end = warp < warps ? min(run_begin + run, slots) : run_begin;
+// The bin of a slot: its local expert, or the last bin.
+__device__ __forceinline__ int bin_of(const Routing& routing, int64_t slot, int bins) {
+  const int expert = local_expert(routing, slot);
+  return expert < 0 ? bins - 1 : expert;
+}
 
-  for (int i = threadIdx.x; i < warps * bins; i += blockDim.x) count[i] = 0;
+struct Span {
+  int begin;
+  int end;
+};
+
+// The `part`-th of pieces of `length`, cut short at the end.
+__device__ __forceinline__ Span span_of(int part, int length, Span whole) {
+  const int begin = min(whole.begin + part * length, whole.end);
+  return {begin, min(begin + length, whole.end)};
+}
+
+// counts[b] = how many slots of block b's span fall into each bin.
+__global__ void __launch_bounds__(kMaxThreads, 1) count_slots_kernel(Routing routing, int span, int32_t* counts) {
+  extern __shared__ int shared[];
+  const int bins = static_cast<int>(routing.experts) + 1;
+  const int slots = static_cast<int>(routing.tokens * routing.top_k);
+  const Span mine = span_of(blockIdx.x, span, {0, slots});
+  for (int i = threadIdx.x; i < bins; i += blockDim.x) shared[i] = 0;
   ptx::dependency_wait();
   ptx::dependency_release();
   __syncthreads();
-
-  const unsigned below = (1u << lane) - 1;
-  int* mine = count + warp * bins;
-  // Calls visit(slot, bin, rank) for the run in order, bin -1 beyond its end; `rank` counts the lanes below that have
-  // the same bin. Then adds the slots to the warp's counts.
-  const auto for_each = [&](const auto& visit) {
-    for (int base = run_begin; base < run_end; base += kBatch * kWarp) {
-      int bin[kBatch];
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const int slot = base + i * kWarp + lane;
-        bin[i] = -1;
-        if (slot < run_end) {
-          const int expert = local_expert(routing, slot);
-          bin[i] = expert < 0 ? bins - 1 : expert;
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const unsigned peers = __match_any_sync(~0u, bin[i]);
-        const bool is_first = (peers & below) == 0;
-        visit(base + i * kWarp + lane, bin[i], __popc(peers & below));
-        __syncwarp();
-        if (bin[i] >= 0 && is_first) mine[bin[i]] += __popc(peers);
-        __syncwarp();
-      }
-    }
-  };
-  for_each([](int, int, int) {});
+  for (int slot = mine.begin + threadIdx.x; slot < mine.end; slot += blockDim.x) {
+    atomicAdd(&shared[bin_of(routing, slot, bins)], 1);
+  }
   __syncthreads();
+  for (int i = threadIdx.x; i < bins; i += blockDim.x) counts[blockIdx.x * bins + i] = shared[i];
+}
+
+struct SortParams {
+  Routing routing;
+  int warps;              // that sort, of each block
+  int span;               // slots of each block
+  const int32_t* counts;  // [blocks, bins] from count_slots_kernel; null: there is one block
+  int32_t* order;
+  int32_t* offsets;
+  int4* tile_table;  // or null
+  int tile_width;
+};
+
+// A stable counting sort. Block b owns the b-th span of slots, its warp w the span's w-th run and row w of `before`.
+// Counting is atomic, placing is not, so the order is the slots' own.
+__global__ void __launch_bounds__(kMaxThreads, 1) sort_slots_kernel(const __grid_constant__ SortParams p) {
+  extern __shared__ int shared[];
+  const int bins = static_cast<int>(p.routing.experts) + 1;  // the last is for skipped slots
+  int* first = shared;                                       // [bins] where this block's slots of a bin begin in order
+  int* before = shared + bins;  // [warps, bins] slots of the warp; then: of the warps before it, and as it places them
+  const int slots = static_cast<int>(p.routing.tokens * p.routing.top_k);
+  const int lane = threadIdx.x % kWarp;
+  const int warp = threadIdx.x / kWarp;
+  const Span block = span_of(blockIdx.x, p.span, {0, slots});
+  const Span run = span_of(warp, round_up(ceil_div(p.span, p.warps), kWarp), block);
+  int* mine = before + warp * bins;
+
+  for (int i = threadIdx.x; i < p.warps * bins; i += blockDim.x) before[i] = 0;
+  if (p.counts == nullptr) ptx::dependency_wait();
+  ptx::dependency_release();  // count_slots_kernel has waited for the launch that wrote the routing
+  __syncthreads();
+  for (int slot = run.begin + lane; slot < run.end; slot += kWarp) {
+    atomicAdd(&mine[bin_of(p.routing, slot, bins)], 1);
+  }
+  __syncthreads();
+  if (p.counts != nullptr) ptx::dependency_wait();
 
   int sorted = 0;
   for (int base = 0; base < bins; base += blockDim.x) {
     const int bin = base + threadIdx.x;
-    int sum = 0;
+    int own = 0;
+    int earlier = 0;  // in blocks before this one
+    int all = 0;
     if (bin < bins) {
-      for (int w = 0; w < warps; ++w) {
-        const int c = count[w * bins + bin];
-        count[w * bins + bin] = sum;
-        sum += c;
+      for (int w = 0; w < p.warps; ++w) {
+        const int c = before[w * bins + bin];
+        before[w * bins + bin] = own;
+        own += c;
+      }
+      all = own;
+      if (p.counts != nullptr) {
+        all = 0;
+        for (int b = 0; b < gridDim.x; ++b) {
+          const int c = p.counts[b * bins + bin];
+          if (b < blockIdx.x) earlier += c;
+          all += c;
+        }
       }
     }
     int total;
-    const int at = sorted + exclusive_sum(sum, total);
+    const int at = sorted + exclusive_sum(all, total);
     if (bin < bins) {
-      first[bin] = at;
-      offsets[bin] = at;  // bins - 1 == experts: where the skipped begin
+      first[bin] = at + earlier;
+      if (blockIdx.x == 0) p.offsets[bin] = at;  // bins - 1 == experts: where the skipped begin
     }
     sorted += total;
   }
   __syncthreads();
 
-  for_each([&](int slot, int bin, int rank) {
-    if (bin >= 0) order[first[bin] + mine[bin] + rank] = slot;
-  });
-  if (tile_table != nullptr) {
-    write_tiles(bins - 1, tile_width, tile_table, [&](int e) { return first[e]; });
+  for (int base = run.begin; base < run.end; base += kBatch * kWarp) {
+    int bin[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int slot = base + i * kWarp + lane;
+      bin[i] = slot < run.end ? bin_of(p.routing, slot, bins) : -1;
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const unsigned peers = __match_any_sync(~0u, bin[i]);
+      const int rank = __popc(peers & ((1u << lane) - 1));
+      if (bin[i] >= 0) p.order[first[bin[i]] + mine[bin[i]] + rank] = base + i * kWarp + lane;
+      __syncwarp();
+      if (bin[i] >= 0 && rank == 0) mine[bin[i]] += __popc(peers);
+      __syncwarp();
+    }
+  }
+  if (p.tile_table != nullptr && blockIdx.x == 0) {
+    write_tiles(bins - 1, p.tile_width, p.tile_table, [&](int e) { return first[e]; });
   }
 }
 
@@ -142,23 +186,51 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   }
 }
 
+// One block's matching of lanes is what takes time, so many slots go to many blocks.
+int64_t sort_blocks(const Routing& routing) {
+  constexpr int64_t kSpan = 2048;
+  constexpr int64_t kMaxBlocks = 64;
+  return std::clamp<int64_t>(ceil_div<int64_t>(routing.tokens * routing.top_k, kSpan), 1, kMaxBlocks);
+}
+
 }  // namespace
 
+size_t sort_workspace(const Routing& routing) {
+  const int64_t blocks = sort_blocks(routing);
+  return blocks > 1 ? blocks * (routing.experts + 1) * sizeof(int32_t) : 0;
+}
+
 void sort_slots(const Routing& routing, int32_t* order, int32_t* offsets, int4* tile_table, int tile_width,
-                void* stream) {
+                void* workspace, void* stream) {
   const int64_t bins = routing.experts + 1;
-  const int64_t room = 48 * 1024 / sizeof(int) - kMaxWarps - (bins + 1);
+  const int64_t room = 48 * 1024 / sizeof(int) - kMaxWarps - bins;
   const int64_t slots = routing.tokens * routing.top_k;
+  const int64_t blocks = sort_blocks(routing);
+  const int64_t span = ceil_div(slots, blocks);
   const int64_t warps =
-      std::min({std::max<int64_t>(ceil_div<int64_t>(slots, kWarp), 1), room / bins, int64_t{kMaxWarps}});
+      std::min({std::max<int64_t>(ceil_div<int64_t>(span, kWarp), 1), room / bins, int64_t{kMaxWarps}});
   if (warps < 1) {
     throw std::runtime_error("nvfp4::route: expected at most 6000 experts on CUDA, got " +
                              std::to_string(routing.experts));
   }
+  const auto counts = blocks > 1 ? static_cast<int32_t*>(workspace) : nullptr;
+  if (counts != nullptr) {
+    launch(count_slots_kernel, dim3(static_cast<unsigned>(blocks)), kMaxThreads, bins * sizeof(int), stream,
+           "route: count", routing, static_cast<int>(span), counts);
+  }
+  const SortParams params{
+      .routing = routing,
+      .warps = static_cast<int>(warps),
+      .span = static_cast<int>(span),
+      .counts = counts,
+      .order = order,
+      .offsets = offsets,
+      .tile_table = tile_table,
+      .tile_width = tile_width,
+  };
   const int threads = warps <= 16 ? kMaxThreads / 2 : kMaxThreads;
-  const size_t shared = (bins + 1 + warps * bins) * sizeof(int);
-  launch(sort_slots_kernel, dim3(1), threads, shared, stream, "route", routing, static_cast<int>(warps), order, offsets,
-         tile_table, tile_width);
+  launch(sort_slots_kernel, dim3(static_cast<unsigned>(blocks)), threads, (1 + warps) * bins * sizeof(int), stream,
+         "route", params);
 }
 
 void cut_tiles(const int32_t* order, const int32_t* offsets, int64_t slots, int64_t experts, int4* tile_table,
