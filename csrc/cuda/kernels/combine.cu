@@ -10,52 +10,70 @@ namespace nvfp4::cuda {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kVector = 8;  // values in 16 bytes
-constexpr int kBatch = 8;   // rows that are loaded before the first is added
+constexpr int kVector = 8;           // values in 16 bytes
+constexpr int kBatch = 8;            // rows that are loaded before the first is added
+constexpr int kMaxTokens = 8;        // of a block
+constexpr int kMaxSlots = 4 * 1024;  // of a block: what fits into shared memory
 
 struct CombineParams {
   const uint4* x;             // [tokens * top_k, n]
   const float* topk_weights;  // null: all 1
   Routing routing;
+  int tokens_per_block;
   int64_t vectors;  // n / 8
   uint4* out;       // [tokens, n]
 };
 
+struct SlotWeight {
+  float weight;
+  bool used;  // has an expert here
+};
+
+// A block sums kThreads vectors of a few tokens, whose routing it reads once.
 template <class T>
 __global__ void __launch_bounds__(kThreads) combine_kernel(const __grid_constant__ CombineParams p) {
+  extern __shared__ SlotWeight slot_weight[];  // [tokens_per_block * top_k]
+  const int top_k = static_cast<int>(p.routing.top_k);
+  const int64_t first_token = static_cast<int64_t>(blockIdx.x) * p.tokens_per_block;
+  const int tokens = static_cast<int>(min(p.routing.tokens - first_token, static_cast<int64_t>(p.tokens_per_block)));
   const int64_t vector = static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x;
   ptx::dependency_wait();
   ptx::dependency_release();
+  for (int i = threadIdx.x; i < tokens * top_k; i += kThreads) {
+    const int64_t slot = first_token * top_k + i;
+    slot_weight[i] = {p.topk_weights != nullptr ? p.topk_weights[slot] : 1.0f, local_expert(p.routing, slot) >= 0};
+  }
+  __syncthreads();
   if (vector >= p.vectors) return;
-  for (int64_t token = blockIdx.x; token < p.routing.tokens; token += gridDim.x) {
+  const uint4* row = p.x + first_token * top_k * p.vectors + vector;
+  uint4* out = p.out + first_token * p.vectors + vector;
+  const SlotWeight* slot = slot_weight;
+  for (int token = 0; token < tokens; ++token, out += p.vectors) {
     float sum[kVector] = {};
-    for (int64_t first = 0; first < p.routing.top_k; first += kBatch) {
+    for (int left = top_k; left > 0; left -= kBatch) {
+      const int batch = min(left, kBatch);
       uint4 value[kBatch];
-      float weight[kBatch];
-      bool used[kBatch];
 #pragma unroll
       for (int j = 0; j < kBatch; ++j) {
-        const int64_t slot = token * p.routing.top_k + first + j;
-        used[j] = first + j < p.routing.top_k && local_expert(p.routing, slot) >= 0;
-        if (used[j]) {
-          value[j] = p.x[slot * p.vectors + vector];
-          weight[j] = p.topk_weights != nullptr ? p.topk_weights[slot] : 1.0f;
-        }
+        if (j < batch && slot[j].used) value[j] = row[j * p.vectors];
       }
 #pragma unroll
       for (int j = 0; j < kBatch; ++j) {
-        if (!used[j]) continue;
+        if (j >= batch || !slot[j].used) continue;
+        const float weight = slot[j].weight;
         const uint32_t words[4] = {value[j].x, value[j].y, value[j].z, value[j].w};
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const float2 v = unpack2<T>(words[i]);
-          sum[2 * i] += weight[j] * v.x;
-          sum[2 * i + 1] += weight[j] * v.y;
+          sum[2 * i] += weight * v.x;
+          sum[2 * i + 1] += weight * v.y;
         }
       }
+      row += batch * p.vectors;
+      slot += batch;
     }
-    p.out[token * p.vectors + vector] = make_uint4(pack2<T>(sum[0], sum[1]), pack2<T>(sum[2], sum[3]),
-                                                   pack2<T>(sum[4], sum[5]), pack2<T>(sum[6], sum[7]));
+    *out = make_uint4(pack2<T>(sum[0], sum[1]), pack2<T>(sum[2], sum[3]), pack2<T>(sum[4], sum[5]),
+                      pack2<T>(sum[6], sum[7]));
   }
 }
 
@@ -93,24 +111,36 @@ __global__ void __launch_bounds__(kThreads) swiglu_kernel(SwigluArgs args) {
 }  // namespace
 
 void combine(const CombineArgs& args, const Context& context) {
-  if (args.routing.tokens == 0 || args.n == 0) return;
-  const unsigned rows = static_cast<unsigned>(std::min<int64_t>(args.routing.tokens, 1 << 20));
+  const Routing& routing = args.routing;
+  if (routing.tokens == 0 || args.n == 0) return;
   const bool is_bf16 = args.dtype == DType::bf16;
-  if (args.n % kVector != 0 || !is_aligned(args.x, sizeof(uint4)) || !is_aligned(args.out, sizeof(uint4))) {
-    const dim3 grid(rows, static_cast<unsigned>(ceil_div<int64_t>(args.n, kThreads)));
+  if (args.n % kVector != 0 || !is_aligned(args.x, sizeof(uint4)) || !is_aligned(args.out, sizeof(uint4)) ||
+      routing.top_k > kMaxSlots) {
+    const dim3 grid(static_cast<unsigned>(std::min<int64_t>(routing.tokens, 1 << 20)),
+                    static_cast<unsigned>(ceil_div<int64_t>(args.n, kThreads)));
     launch(is_bf16 ? combine_scalar_kernel<bf16> : combine_scalar_kernel<fp16>, grid, kThreads, 0, context.stream,
            "combine", args);
     return;
   }
+  const int64_t vectors = args.n / kVector;
+  const int64_t columns = ceil_div<int64_t>(vectors, kThreads);
+  // As many tokens a block as leave several blocks to every multiprocessor.
+  constexpr int64_t kBlocks = 16;
+  const int64_t tokens_per_block =
+      std::clamp<int64_t>(std::min(routing.tokens * columns / (device().multiprocessors * kBlocks),
+                                   kMaxSlots / std::max<int64_t>(routing.top_k, 1)),
+                          1, kMaxTokens);
   const CombineParams params{
       .x = static_cast<const uint4*>(args.x),
       .topk_weights = args.topk_weights,
-      .routing = args.routing,
-      .vectors = args.n / kVector,
+      .routing = routing,
+      .tokens_per_block = static_cast<int>(tokens_per_block),
+      .vectors = vectors,
       .out = static_cast<uint4*>(args.out),
   };
-  const dim3 grid(rows, static_cast<unsigned>(ceil_div<int64_t>(params.vectors, kThreads)));
-  launch(is_bf16 ? combine_kernel<bf16> : combine_kernel<fp16>, grid, kThreads, 0, context.stream, "combine", params);
+  const dim3 grid(static_cast<unsigned>(ceil_div(routing.tokens, tokens_per_block)), static_cast<unsigned>(columns));
+  launch(is_bf16 ? combine_kernel<bf16> : combine_kernel<fp16>, grid, kThreads,
+         tokens_per_block * routing.top_k * sizeof(SlotWeight), context.stream, "combine", params);
 }
 
 void swiglu(const SwigluArgs& args, const Context& context) {
