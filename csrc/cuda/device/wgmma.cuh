@@ -20,12 +20,12 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kGroups) : "memory");
 }
 
-// The descriptor of MMA step `step` of a B tile at a 1024-byte-aligned address: rows of 128 bytes, 8 rows an atom, 32
-// bytes of a row a step. Only the low half varies.
-__device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t address, int step) {
+// The descriptor of MMA step `step` of the B tile at base + offset, which is 1024-byte aligned: rows of 128 bytes, 8
+// rows an atom, 32 bytes of a row a step. Only the low half varies, by one addition.
+__device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t base, uint32_t offset, int step) {
   constexpr uint32_t kAtomStride = 1024 / 16;
   constexpr uint32_t kSwizzle128 = 1u << 30;
-  const uint32_t low = (address / 16 | 1u << 16) + 2 * step;
+  const uint32_t low = base / 16 + (offset / 16 + (1u << 16) + 2 * step);
   return uint64_t{kSwizzle128 | kAtomStride} << 32 | low;
 }
 

@@ -14,10 +14,11 @@ using namespace wgmma_experts;
 
 constexpr size_t kAlign = 256;
 constexpr int kPrepareThreads = 256;
+constexpr int kOverrun = kTokenBytes;  // what gathering reads behind permuted tokens of an odd number of k-blocks
 
 struct PrepareParams {
   const uint16_t* x;
-  uint4* permuted;
+  uint4* permuted;  // [rows, k_blocks * 8], and kOverrun bytes if k_blocks is odd
   int64_t rows;
   int64_t k;
   bool x_is_older;  // than the launch before this one
@@ -39,6 +40,10 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(const __grid_c
   if (!p.x_is_older) ptx::dependency_wait();
   ptx::dependency_release();
   for (int64_t i = thread; i < p.control_size; i += threads) p.control[i] = 0;
+  const int64_t k_blocks = ceil_div<int64_t>(p.k, kBlockK);
+  if (k_blocks % kStageBlocks != 0 && thread < kOverrun / 16) {
+    p.permuted[p.rows * k_blocks * (kTokenBytes / 16) + thread] = make_uint4(0, 0, 0, 0);
+  }
   if (reinterpret_cast<uintptr_t>(p.x) % sizeof(uint32_t) == 0) {
     permute_rows<true>(p.x, p.permuted, p.rows, p.k, thread / kWarp, threads / kWarp);
   } else {
@@ -69,16 +74,17 @@ int choose_width(int64_t slots, int64_t experts) { return slots <= 32 * experts 
 
 struct Workspace {
   size_t control;
-  size_t x;
+  size_t x;  // unless permuted tokens lie elsewhere
   size_t hidden;
   size_t total;
 };
 
-Workspace lay_out(const Weight& first, const Weight* second, int64_t rows, int64_t slots) {
+Workspace lay_out(const Weight& first, const Weight* second, int64_t rows, int64_t slots, bool holds_x) {
   Workspace w;
   w.control = 0;
   w.x = round_up((1 + first.experts) * sizeof(int), kAlign);
-  w.hidden = w.x + rows * round_up<int64_t>(first.k, kBlockK) * 2;
+  w.hidden = w.x;
+  if (holds_x) w.hidden += round_up<size_t>(rows * round_up<int64_t>(first.k, kBlockK) * 2 + kOverrun, kAlign);
   w.total = w.hidden;
   if (second != nullptr) {
     w.total += padded_rows(slots, first.experts) * ceil_div<int64_t>(second->k, kBlockK) * kTokenBytes;
@@ -95,21 +101,23 @@ void launch_experts(const Params& params, void* stream) {
   launch(kernel, dim3(device().multiprocessors), kThreads, shared, stream, "wgmma experts", params);
 }
 
-void run(DType dtype, Params& params, PrepareParams& prepare, int64_t slots, uint8_t* workspace,
+// Permuted tokens go to x_image, or to the workspace if it is null.
+void run(DType dtype, Params& params, PrepareParams& prepare, int64_t slots, void* x_image, uint8_t* workspace,
          const Workspace& layout, void* stream) {
   if (params.experts > kWgmmaMaxExperts) {
     throw std::invalid_argument("wgmma experts: expected at most " + std::to_string(kWgmmaMaxExperts) +
                                 " experts, got " + std::to_string(params.experts));
   }
   params.control = reinterpret_cast<int*>(workspace + layout.control);
-  params.x = workspace + layout.x;
+  uint8_t* permuted = x_image != nullptr ? static_cast<uint8_t*>(x_image) : workspace + layout.x;
+  params.x = permuted;
   params.hidden = workspace + layout.hidden;
   params.hidden_rows = padded_rows(slots, params.experts);
   params.max_width = choose_width(slots, params.experts);
   const int ring_bytes = device().shared_memory_per_block - fixed_bytes(params.experts);
   params.stages = std::min(kMaxStages, ring_bytes / stage_bytes(params.max_width));
 
-  prepare.permuted = reinterpret_cast<uint4*>(workspace + layout.x);
+  prepare.permuted = reinterpret_cast<uint4*>(permuted);
   prepare.control = params.control;
   prepare.control_size = 1 + params.experts;
   launch(prepare_kernel, dim3(device().multiprocessors * 8), kPrepareThreads, 0, stream, "wgmma prepare", prepare);
@@ -122,11 +130,20 @@ void run(DType dtype, Params& params, PrepareParams& prepare, int64_t slots, uin
   }
 }
 
+// x_image where it has room: no padding of k, no overrun.
+void* usable_x_image(const ExpertMlpArgs& args) {
+  return args.w13.k % (kStageBlocks * kBlockK) == 0 ? args.x_image : nullptr;
+}
+
+Workspace lay_out(const ExpertMlpArgs& args) {
+  return lay_out(args.w13, &args.w2, args.rows, args.slots, usable_x_image(args) == nullptr);
+}
+
+Workspace lay_out(const GroupedGemmArgs& args) { return lay_out(args.weight, nullptr, args.rows, args.slots, true); }
+
 }  // namespace
 
-size_t wgmma_expert_mlp_workspace(const ExpertMlpArgs& args) {
-  return lay_out(args.w13, &args.w2, args.rows, args.slots).total;
-}
+size_t wgmma_expert_mlp_workspace(const ExpertMlpArgs& args) { return lay_out(args).total; }
 
 void wgmma_expert_mlp(const ExpertMlpArgs& args, void* workspace, void* stream) {
   if (args.slots == 0) return;
@@ -142,13 +159,11 @@ void wgmma_expert_mlp(const ExpertMlpArgs& args, void* workspace, void* stream) 
                 .out = args.out};
   PrepareParams prepare{
       .x = static_cast<const uint16_t*>(args.x), .rows = args.rows, .k = args.w13.k, .x_is_older = args.x_is_older};
-  run(args.dtype, params, prepare, args.slots, static_cast<uint8_t*>(workspace),
-      lay_out(args.w13, &args.w2, args.rows, args.slots), stream);
+  run(args.dtype, params, prepare, args.slots, usable_x_image(args), static_cast<uint8_t*>(workspace), lay_out(args),
+      stream);
 }
 
-size_t wgmma_grouped_gemm_workspace(const GroupedGemmArgs& args) {
-  return lay_out(args.weight, nullptr, args.rows, args.slots).total;
-}
+size_t wgmma_grouped_gemm_workspace(const GroupedGemmArgs& args) { return lay_out(args).total; }
 
 void wgmma_grouped_gemm(const GroupedGemmArgs& args, void* workspace, void* stream) {
   if (args.slots == 0) return;
@@ -172,8 +187,7 @@ void wgmma_grouped_gemm(const GroupedGemmArgs& args, void* workspace, void* stre
                         .slots = args.slots,
                         .out = static_cast<uint4*>(args.out),
                         .out_chunks = columns / 8};
-  run(args.dtype, params, prepare, args.slots, static_cast<uint8_t*>(workspace),
-      lay_out(args.weight, nullptr, args.rows, args.slots), stream);
+  run(args.dtype, params, prepare, args.slots, nullptr, static_cast<uint8_t*>(workspace), lay_out(args), stream);
 }
 
 }  // namespace nvfp4::cuda

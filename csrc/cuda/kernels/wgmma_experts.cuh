@@ -31,14 +31,16 @@ constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
 constexpr int kConsumerRegisters = 104;
 constexpr int kProducerRegisters = 64;
 constexpr int kGatherWarps = 2;
-constexpr int kGatherLag = 3;  // stages whose gathered tokens may be in flight
+constexpr int kStageBlocks = 2;  // k-blocks; the last stage of a tile may hold one
+constexpr int kGatherLag = 1;    // stages whose gathered tokens may be in flight
 constexpr int kMaxWidth = 112;
-constexpr int kMaxStages = 16;
-constexpr int kTokenBytes = 128;  // one token's 64 k in a stage
-constexpr int kWeightBytes = kConsumers * kBlockBytes;
+constexpr int kMaxStages = 8;
+constexpr int kTokenBytes = 128;  // one token's 64 k
+constexpr int kPanelBytes = kStageBlocks * kBlockBytes;
+constexpr int kWeightBytes = kConsumers * kPanelBytes;
 constexpr int kStagingBytes = 8192;  // for each consumer
 constexpr int kTileRing = 4;
-constexpr int kClaimAhead = 16;  // k-blocks before the end of a tile's weights at which the next tile is claimed
+constexpr int kClaimAhead = 8;  // stages before the end of a tile's weights at which the next tile is claimed
 static_assert(kWeightBytes % 1024 == 0, "the token tile behind the weights must be aligned to swizzle atoms");
 
 struct ExpertGemm {
@@ -96,7 +98,11 @@ struct Shared {
   Tile tiles[kTileRing];
 };
 
-__host__ __device__ constexpr int stage_bytes(int max_width) { return kWeightBytes + max_width * kTokenBytes; }
+// The tokens of a k-block in a stage. Pairs of atoms, because gathering warps copy two atoms at a time.
+__host__ __device__ constexpr int token_block_bytes(int width) { return round_up(width, 2 * kTokenAtom) * kTokenBytes; }
+__host__ __device__ constexpr int stage_bytes(int max_width) {
+  return kWeightBytes + kStageBlocks * token_block_bytes(max_width);
+}
 __host__ __device__ constexpr int fixed_bytes(int experts) {
   return kConsumers * kStagingBytes + static_cast<int>(sizeof(Shared)) +
          3 * (experts + 1) * static_cast<int>(sizeof(int));
@@ -236,18 +242,22 @@ __device__ __forceinline__ void stream_weights(const Params& p, Shared& shared, 
     const int panel = tile->row_tile * kConsumers + lane;
     const int k_blocks = gemm.k_blocks;
     const bool inside = lane < kConsumers && panel < gemm.panels;
-    const uint32_t bytes = __popc(__ballot_sync(~0u, inside)) * kBlockBytes;
+    const uint32_t panels = __popc(__ballot_sync(~0u, inside));
     const uint8_t* source =
         gemm.weight + tile->expert * gemm.expert_bytes + static_cast<int64_t>(panel) * k_blocks * kBlockBytes;
-    const int claim_at = max(0, k_blocks - kClaimAhead);
-    for (int kb = 0; kb < k_blocks; ++kb, source += kBlockBytes, ring.advance()) {
+    const int stages = ceil_div(k_blocks, kStageBlocks);
+    const int claim_at = max(0, stages - kClaimAhead);
+    for (int s = 0; s < stages; ++s, source += kPanelBytes, ring.advance()) {
+      const uint32_t blocks = min(kStageBlocks, k_blocks - s * kStageBlocks);
       ring.wait_empty();
       if (lane == 0) {
-        ptx::mbarrier_arrive_expect(ring.full_barrier(), bytes);
-        if (kb == claim_at) ptx::mbarrier_arrive(ptx::shared_address(&shared.claim));
+        ptx::mbarrier_arrive_expect(ring.full_barrier(), panels * blocks * kBlockBytes);
+        if (s == claim_at) ptx::mbarrier_arrive(ptx::shared_address(&shared.claim));
       }
       __syncwarp();
-      if (inside) ptx::bulk_load(ring.weights() + lane * kBlockBytes, source, kBlockBytes, ring.full_barrier());
+      if (inside) {
+        ptx::bulk_load(ring.weights() + lane * kPanelBytes, source, blocks * kBlockBytes, ring.full_barrier());
+      }
     }
     reader.release();
   }
@@ -274,24 +284,31 @@ __device__ __forceinline__ void gather_tokens(const Params& p, const Tile& tile,
     if (thread % kWarp == 0) ptx::mbarrier_arrive(landed.full_barrier());
     landed.advance();
   };
-  for (int kb = 0; kb < k_blocks; ++kb, source += kTokenBytes, ring.advance()) {
+  const int stages = ceil_div(k_blocks, kStageBlocks);
+  const uint32_t second = token_block_bytes(tile.width);
+  for (int s = 0; s < stages; ++s, source += kStageBlocks * kTokenBytes, ring.advance()) {
     ring.wait_empty();
     const uint32_t to = ring.tokens() + offset;
-    // Batches, all but the last unconditional, so that addresses do not wait for the copy before to have read its own.
+    // One address for both k-blocks of a row; what the last stage may lack is copied all the same. Batches, all but the
+    // last unconditional, so that addresses do not wait for the copy before to have read its own.
 #pragma unroll
     for (int i = 0; i < kMaxWidth / kTokenAtom; i += 2) {
       if (i >= copies) break;
-      ptx::copy_async_16(to + i * kTokenAtom * kTokenBytes, source + uint64_t{block[i]} * kTokenBytes);
-      ptx::copy_async_16(to + (i + 1) * kTokenAtom * kTokenBytes, source + uint64_t{block[i + 1]} * kTokenBytes);
+#pragma unroll
+      for (int atom = i; atom < i + 2; ++atom) {
+        const uint8_t* from = source + uint64_t{block[atom]} * kTokenBytes;
+        ptx::copy_async_16(to + atom * kTokenAtom * kTokenBytes, from);
+        ptx::copy_async_16(to + second + atom * kTokenAtom * kTokenBytes, from + kTokenBytes);
+      }
     }
     ptx::cp_async_commit();
-    if (kb >= kGatherLag) {
+    if (s >= kGatherLag) {
       ptx::cp_async_wait<kGatherLag>();
       announce();
     }
   }
   ptx::cp_async_wait<0>();
-  for (int kb = min(k_blocks, kGatherLag); kb > 0; --kb) announce();
+  for (int s = min(stages, kGatherLag); s > 0; --s) announce();
 }
 
 // One thread. It makes the arrivals of all gathering warps.
@@ -301,11 +318,14 @@ __device__ __forceinline__ void load_hidden(const Params& p, const Tile& tile, R
   const uint32_t bytes = round_up(tile.tokens, kTokenAtom) * kTokenBytes;
   const int k_blocks = p.gemm[1].k_blocks;
   const uint8_t* source = p.hidden + static_cast<int64_t>(tile.hidden_row) * kTokenBytes;
-  for (int kb = 0; kb < k_blocks; ++kb, source += p.hidden_rows * kTokenBytes, ring.advance()) {
+  for (int kb = 0; kb < k_blocks; kb += kStageBlocks, ring.advance()) {
+    const int blocks = min(kStageBlocks, k_blocks - kb);
     ring.wait_empty();
-    ptx::mbarrier_arrive_expect(ring.full_barrier(), bytes);
+    ptx::mbarrier_arrive_expect(ring.full_barrier(), blocks * bytes);
     ptx::mbarrier_arrive(ring.full_barrier(), kGatherWarps - 1);
-    ptx::bulk_load(ring.tokens(), source, bytes, ring.full_barrier());
+    for (int b = 0; b < blocks; ++b, source += p.hidden_rows * kTokenBytes) {
+      ptx::bulk_load(ring.tokens() + b * token_block_bytes(tile.width), source, bytes, ring.full_barrier());
+    }
   }
 }
 
@@ -355,40 +375,63 @@ __device__ __forceinline__ void decode_step(uint4 codes, uint32_t scales, int j,
   for (int i = 0; i < 4; ++i) a[i] = all[j][i];
 }
 
-// Waits for the stage and takes this thread's share of its weights.
-__device__ __forceinline__ PackedFragment next_packed(const Ring& ring, const Consumer& c) {
-  ring.wait_full();
-  const uint32_t block = ring.weights() + c.group * kBlockBytes;
-  return {ptx::load_shared_128(block + c.thread * 16), ptx::load_shared_16(block + scales_at(c.warp, c.lane))};
-}
+// Reads this thread's share of a block from a stage. Both places count from the start of the stage.
+struct PackedReader {
+  uint32_t codes;
+  uint32_t scales;
 
-// Starts MMA step j of a block.
+  __device__ __forceinline__ PackedFragment load(uint32_t stage, int block) const {
+    return {ptx::load_shared_128(stage + codes + block * kBlockBytes),
+            ptx::load_shared_16(stage + scales + block * kBlockBytes)};
+  }
+};
+
+// Starts MMA step j of a block of the stage.
 template <class T, int N>
 __device__ __forceinline__ void start_step(float (&sum)[N / 2], const PackedFragment& packed, uint32_t (&a)[4],
-                                           uint32_t tokens, int j) {
+                                           uint32_t stage, int block, int j) {
   decode_step<T>(packed.codes, packed.scales, j, a);
   ptx::wgmma_fence();
-  ptx::Wgmma<T, N>::multiply(sum, a, ptx::wgmma_descriptor(tokens, j));
+  ptx::Wgmma<T, N>::multiply(sum, a, ptx::wgmma_descriptor(stage, kWeightBytes + block * token_block_bytes(N), j));
   ptx::wgmma_commit();
 }
 
 // Four steps are in flight: as soon as the oldest is done, the next block's fragments of that step are decoded into its
-// registers while the tensor cores work on the other three.
+// registers while the tensor cores work on the other three. The loop takes the second block of one stage and the first
+// of the next: with the first stage's first block before it, four steps are in flight wherever it is entered.
 template <class T, int N>
 __device__ __forceinline__ void multiply_tile(float (&sum)[N / 2], Ring& ring, const Consumer& c, int k_blocks) {
   uint32_t a[4][4];
-  PackedFragment packed = next_packed(ring, c);
+  const uint32_t panel = c.group * kPanelBytes;
+  const PackedReader reader{panel + c.thread * 16, panel + scales_at(c.warp, c.lane)};
+  ring.wait_full();
+  PackedFragment packed = reader.load(ring.stage, 0);
 #pragma unroll
-  for (int j = 0; j < 4; ++j) start_step<T, N>(sum, packed, a[j], ring.tokens(), j);
-  for (int kb = 1; kb < k_blocks; ++kb) {
+  for (int j = 0; j < 4; ++j) start_step<T, N>(sum, packed, a[j], ring.stage, 0, j);
+  for (int kb = kStageBlocks; kb < k_blocks; kb += kStageBlocks) {
+    packed = reader.load(ring.stage, 1);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      ptx::wgmma_wait<3>();
+      start_step<T, N>(sum, packed, a[j], ring.stage, 1, j);
+    }
     const uint32_t previous_empty = ring.empty_barrier();
     ring.advance();
-    packed = next_packed(ring, c);
+    ring.wait_full();
+    packed = reader.load(ring.stage, 0);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       ptx::wgmma_wait<3>();
       if (j == 3 && c.lane == 0) ptx::mbarrier_arrive(previous_empty);
-      start_step<T, N>(sum, packed, a[j], ring.tokens(), j);
+      start_step<T, N>(sum, packed, a[j], ring.stage, 0, j);
+    }
+  }
+  if (k_blocks % kStageBlocks == 0) {
+    packed = reader.load(ring.stage, 1);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      ptx::wgmma_wait<3>();
+      start_step<T, N>(sum, packed, a[j], ring.stage, 1, j);
     }
   }
   ptx::wgmma_wait<0>();
@@ -398,7 +441,7 @@ __device__ __forceinline__ void multiply_tile(float (&sum)[N / 2], Ring& ring, c
 
 // A warpgroup beyond the last panel frees the stages it has no use for.
 __device__ __forceinline__ void skip_tile(Ring& ring, const Consumer& c, int k_blocks) {
-  for (int kb = 0; kb < k_blocks; ++kb, ring.advance()) {
+  for (int kb = 0; kb < k_blocks; kb += kStageBlocks, ring.advance()) {
     ring.wait_full();
     if (c.lane == 0) ptx::mbarrier_arrive(ring.empty_barrier());
   }

@@ -24,6 +24,9 @@ struct ExpertMlpArgs {
   Gate gate;
   void* out;        // [slots, w2.n]
   bool x_is_older;  // the launch before this call on the stream is route's: x and the workspace are ready before it
+  // [rows, w13.k], 16-byte aligned, or null. Where w13.k is a multiple of 128 it holds the permuted tokens, which then
+  // take no workspace; like the workspace it is overwritten.
+  void* x_image = nullptr;
 };
 
 size_t wgmma_expert_mlp_workspace(const ExpertMlpArgs& args);
