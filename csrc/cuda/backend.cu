@@ -116,6 +116,7 @@ ExpertMlpArgs mlp_args(const MoeArgs& args, const MoePlan& plan) {
       .gate = args.gate,
       .out = plan.expert_out,
       .x_is_older = true,
+      .x_image = args.out,  // written by combine, after everything else
   };
 }
 
