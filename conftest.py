@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
+import torch._inductor.config as inductor_config
 
 import torch_nvfp4  # noqa: F401  (registers the ops)
 
@@ -51,6 +58,42 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _default_level(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCH_NVFP4_CPU_LEVEL", raising=False)
+
+
+# What a package of AOTInductor does first, as it reads the name of its device.
+PROBE = """#include <regex>
+extern "C" int probe() { return std::regex_match("cuda:0", std::regex("([a-z]+)(:([0-9]+))?")); }
+"""
+CALL_PROBE = "import ctypes, sys, torch; sys.exit(ctypes.CDLL(sys.argv[1]).probe() != 1)"
+
+
+def builds_for_torch(compiler: str, folder: Path) -> bool:
+    """Whether a library by this compiler works in a process of torch."""
+    source, library = folder / "probe.cpp", folder / "probe.so"
+    source.write_text(PROBE)
+    build = [compiler, "-std=c++17", "-shared", "-fPIC", str(source), "-o", str(library)]
+    run = [sys.executable, "-c", CALL_PROBE, str(library)]
+    return shutil.which(compiler) is not None and all(
+        subprocess.run(command, capture_output=True).returncode == 0 for command in (build, run)
+    )
+
+
+@pytest.fixture(scope="session")
+def package_compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The compiler that AOTInductor uses: $CXX, or the first on the path that works where $CXX does not.
+
+    A $CXX that links libstdc++ statically gives each package a libstdc++ of its own beside torch's. The two take locale
+    facets for each other's, as ids are unique in a process and facets are not, and a package of any model crashes while
+    it is loaded.
+    """
+    wanted = os.environ.get("CXX")
+    folder = tmp_path_factory.mktemp("compiler")
+    if wanted is None or builds_for_torch(wanted, folder):
+        yield wanted or "g++"
+        return
+    compiler = next((name for name in ("g++", "c++", "clang++") if builds_for_torch(name, folder)), wanted)
+    with patch.dict(os.environ, CXX=compiler), inductor_config.patch({"cpp.cxx": (None, compiler)}):
+        yield compiler
 
 
 @pytest.fixture(params=DEVICES)

@@ -7,6 +7,9 @@
 //
 //   g++ -std=c++20 run_package.cpp -I$TORCH/include -L$TORCH/lib -Wl,-rpath,$TORCH/lib -Wl,--no-as-needed -ltorch
 //       -ltorch_cpu -lc10 -ldl    (for cuda also -ltorch_cuda; TORCH is the folder of the torch package)
+//
+// This compiler and the package's ($CXX) link libstdc++ dynamically: a package with one of its own crashes while it is
+// loaded.
 #include <ATen/core/Tensor.h>
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
