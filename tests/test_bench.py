@@ -1,18 +1,23 @@
 """The benchmark's accounting against numbers worked out by hand, its protocol on a fake clock, and its errors."""
 
+import importlib.metadata
 import importlib.util
+import io
 import itertools
 import json
 import math
 
 import pytest
 import torch
+from rich.console import Console
+from torch._inductor.utils import fresh_cache
 from typer.testing import CliRunner
 
 from torch_nvfp4 import bench, reference
 from torch_nvfp4.bench import cpu
 from torch_nvfp4.cli import app
 from torch_nvfp4.format import NVFP4Weight
+from torch_nvfp4.fusion import GraphPass
 from torch_nvfp4.testing import random_routing, random_weight, relative_l2
 
 TINY = bench.Shape(experts=4, hidden=64, intermediate=32, top_k=2)
@@ -66,6 +71,30 @@ def test_transformers_computes_the_same_layer():
     contenders = bench.transformers_contenders(layer)
     assert [c.name for c in contenders] == ["eager bf16", "grouped_mm bf16", "eager fp16", "grouped_mm fp16"]
     bench.check_agreement([bench.our_contender(layer, torch.bfloat16), *contenders], next(bench.cases(TINY, 8)))
+
+
+def ops_in(graph):
+    return sorted(str(node.target) for node in graph.nodes if str(node.target).startswith("nvfp4."))
+
+
+def test_compiled_contenders_are_what_their_names_say(device, monkeypatch):
+    run_pass, graphs = GraphPass.__call__, []
+
+    def record(self, graph):
+        run_pass(self, graph)
+        graphs.append(ops_in(graph))
+
+    monkeypatch.setattr(GraphPass, "__call__", record)
+    layer = bench.Layer.random(TINY, clamp_limit=1.0, device=device)
+    torch.compiler.reset()
+    with fresh_cache(), torch.inference_mode():
+        contenders = bench.compiled_contenders(layer, torch.bfloat16)
+        assert [c.name for c in contenders] == ["gate fused", "gate Inductor", "gate eager"]
+        ours = bench.our_contender(layer, torch.bfloat16)
+        for tokens in (8, 1, 5):
+            bench.check_agreement([ours, *contenders], next(bench.cases(TINY, tokens, device=device)))
+    route, gemm, combine = "nvfp4.route.default", "nvfp4.grouped_gemm.default", "nvfp4.combine.default"
+    assert graphs == [[combine, gemm, "nvfp4.grouped_gemm_swiglu.default", route], [combine, gemm, gemm, route]]
 
 
 def test_a_contender_without_the_clamp_is_not_timed():
@@ -187,7 +216,7 @@ def test_a_tiny_run(tmp_path):
     report = json.loads(file.read_text())
     assert report["shape"] == {"experts": 4, "hidden": 64, "intermediate": 32, "top_k": 2}
     assert report["dtype"] == "bf16"
-    assert report["versions"]["torch"] == torch.__version__
+    assert report["versions"]["torch"] == importlib.metadata.version("torch")
     assert [row["tokens"] for row in report["rows"]] == [1, 5]
     for row in report["rows"]:
         # The rounds' routings follow one warm-up each of the two contenders.
@@ -205,15 +234,44 @@ def test_a_tiny_run(tmp_path):
     assert max(map(len, result.output.splitlines())) <= 120
 
 
+def test_a_tiny_run_of_compiled_layers(device, tmp_path):
+    file = tmp_path / "report.json"
+    arguments = ["--device", device, "--tokens", "3", "--shape", "4,64,32,2", "--seconds", "0", "--peer", "compiled"]
+    result = CliRunner().invoke(app, ["bench", *arguments, "--json", str(file)])
+    assert result.exit_code == 0, result.output
+    report = json.loads(file.read_text())
+    assert list(report["versions"]) == ["torch"]
+    (row,) = report["rows"]
+    assert list(row["seconds"]) == ["torch_nvfp4", "gate fused", "gate Inductor", "gate eager"]
+    assert set(row["speedup"]) == set(row["seconds"]) - {"torch_nvfp4"}
+    assert min(row["seconds"].values()) > 0
+    # The peers hold the same weights, so that none of them is a 16-bit one.
+    assert "16-bit" not in result.output
+    assert max(map(len, result.output.splitlines())) <= 120
+
+
+def make_report(device, peers):
+    row = bench.Row(
+        tokens=8192, experts_hit=255.9, touched_bytes=3e9, flop=2 * 10**12, rounds=5, read_rate=3e9, matmul_rate=1e12,
+        read_seconds=1e-3, compute_seconds=1e-4, seconds=dict.fromkeys(("torch_nvfp4", *peers), 0.01234567),
+        over_read=2.0, over_floor=2.0, speedup=dict.fromkeys(peers, 2.0), extra_bytes=10**9,
+    )  # fmt: skip
+    return bench.Report(device, "a processor", 2, "today", {}, TINY._asdict(), "bf16", 10.0, [row])
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_tables_fit_120_columns(device):
+    peers = ["gate fused", "gate Inductor", "gate eager"] + ["dequantize"] * (device == "cpu")
+    console = Console(width=300, record=True, file=io.StringIO())
+    console.print(bench.render(make_report(device, peers)))
+    lines = console.export_text().splitlines()
+    assert max(len(line.rstrip()) for line in lines) <= 120
+    assert "2.00x" in lines[-1] or "2.0x" in lines[-1]
+
+
 def test_plot(tmp_path):
     pytest.importorskip("matplotlib")
-    row = bench.Row(
-        tokens=1, experts_hit=2, touched_bytes=3e9, flop=10**9, rounds=5, read_rate=3e9, matmul_rate=1e12,
-        read_seconds=1.0, compute_seconds=1e-3, seconds={"torch_nvfp4": 2.0, "dequantize": 4.0}, over_read=2.0,
-        over_floor=2.0, speedup={"dequantize": 2.0},
-    )  # fmt: skip
-    report = bench.Report("cpu", "a processor", 2, "today", {}, TINY._asdict(), "bf16", 10.0, [row])
-    bench.plot(report, tmp_path / "plot.png")
+    bench.plot(make_report("cpu", ["dequantize"]), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -226,7 +284,7 @@ def test_plot(tmp_path):
         (["--shape", "4,60,32,2"], "expected positive sizes with K and I multiples of 16, got '4,60,32,2'"),
         (["--shape", "4,64,32,5"], "expected TOPK <= E, got '4,64,32,5'"),
         (["--dtype", "int8"], "--dtype: expected one of bf16, fp16, fp32 on cpu, got 'int8'"),
-        (["--peer", "vllm"], "--peer: expected one of dequantize, transformers, none on cpu, got 'vllm'"),
+        (["--peer", "vllm"], "--peer: expected one of dequantize, transformers, compiled, none on cpu, got 'vllm'"),
         (["--clamp-limit", "-1"], "expected clamp_limit to be finite and positive"),
         (["--device", "tpu"], "--device: expected cpu or cuda, got 'tpu'"),
     ],

@@ -10,6 +10,7 @@ several calls with different routings, and the bandwidth and matmul rate are con
 """
 
 from torch_nvfp4.bench.contenders import (
+    compiled_contenders,
     dequantize_contender,
     dequantize_then_matmul,
     humming_contender,
@@ -37,6 +38,7 @@ __all__ = [
     "cases",
     "check_agreement",
     "command",
+    "compiled_contenders",
     "cpu_name",
     "dequantize_contender",
     "dequantize_then_matmul",

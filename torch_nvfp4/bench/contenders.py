@@ -10,11 +10,24 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.decorators import mark_unbacked
 
 from torch_nvfp4 import ops
 from torch_nvfp4.activation import gated_activation, parse_activation
-from torch_nvfp4.bench.layer import DEQUANTIZE, OURS, BenchError, Case, Contender, Layer, dtype_name
+from torch_nvfp4.bench.layer import (
+    COMPILED,
+    DEQUANTIZE,
+    OURS,
+    BenchError,
+    Case,
+    Contender,
+    Layer,
+    cases,
+    cast,
+    dtype_name,
+)
 from torch_nvfp4.format import NVFP4Weight, dequantize
+from torch_nvfp4.fusion import inductor_options
 
 
 def dequantize_then_matmul(
@@ -50,6 +63,69 @@ def our_contender(layer: Layer, dtype: torch.dtype) -> Contender:
         )
 
     return Contender(OURS, run, dtype)
+
+
+class _Experts(torch.nn.Module):
+    """The packed layer as a model holds it."""
+
+    w13: Tensor
+    w13_global_scale: Tensor
+    w2: Tensor
+    w2_global_scale: Tensor
+
+    def __init__(self, layer: Layer, buffers: dict[str, Tensor]) -> None:
+        super().__init__()
+        for name, buffer in buffers.items():
+            self.register_buffer(name, buffer)
+        self.num_experts, self.limit = layer.shape.experts, layer.clamp_limit
+
+
+class _MoE(_Experts):
+    def forward(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+        return ops.moe(
+            x, self.w13, self.w13_global_scale, self.w2, self.w2_global_scale, topk_weights, topk_ids,
+            clamp_limit=self.limit,
+        )  # fmt: skip
+
+
+class _Steps(_Experts):
+    """The steps of ``moe`` around a gate that is written in aten, as in DeepSeek-V4's modelling code."""
+
+    def forward(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+        order, offsets = ops.route(topk_ids, None, self.num_experts)
+        gate_up = ops.grouped_gemm(x, self.w13, self.w13_global_scale, order, offsets)
+        gate, up = gate_up.chunk(2, dim=-1)
+        hidden = F.silu(gate.clamp(max=self.limit)) * up.clamp(min=-self.limit, max=self.limit)
+        expert_out = ops.grouped_gemm(hidden, self.w2, self.w2_global_scale, order, offsets)
+        return ops.combine(expert_out, topk_weights, topk_ids, None, self.num_experts)
+
+
+def compiled_contenders(layer: Layer, dtype: torch.dtype) -> list[Contender]:
+    """An eager gate that the compiler fuses, ``moe`` decomposed with its gate left to Inductor, the eager gate itself.
+
+    Compiled here, for any number of tokens. All of them share one copy of the packed weights.
+    """
+    w13, w2 = layer.w13, layer.w2
+    buffers = {"w13": ops.pack(w13, gated=True), "w13_global_scale": w13.global_scale}
+    buffers |= {"w2": ops.pack(w2), "w2_global_scale": w2.global_scale}
+    steps, moe = _Steps(layer, buffers), _MoE(layer, buffers)
+    fused = torch.compile(steps, fullgraph=True, options=inductor_options())
+    options = inductor_options(fuse_gates=False, decompose_moe=True)
+    decomposed = torch.compile(moe, fullgraph=True, options=options)
+
+    def contender(name: str, experts: Callable[..., Tensor]) -> Contender:
+        return Contender(name, lambda case: experts(*case), dtype)
+
+    runs: tuple[Callable[..., Tensor], ...] = (fused, decomposed, steps)
+    contenders = [contender(name, run) for name, run in zip(COMPILED, runs, strict=True)]
+    # What is compiled in inference mode answers only there, which is where contenders are timed.
+    with torch.inference_mode():
+        case = cast(next(cases(layer.shape, 8, device=layer.w2.data.device)), contenders[0])
+        for tensor in case:
+            mark_unbacked(tensor, 0)
+        for compiled in contenders[:2]:
+            compiled.run(case)
+    return contenders
 
 
 def dequantize_contender(layer: Layer, dtype: torch.dtype) -> Contender:
@@ -195,8 +271,10 @@ def humming_contender(layer: Layer, dtype: torch.dtype) -> Contender:
 CPU_PEERS: dict[str, Callable[[Layer, torch.dtype], list[Contender]]] = {
     DEQUANTIZE: lambda layer, dtype: [dequantize_contender(layer, dtype)],
     "transformers": lambda layer, dtype: transformers_contenders(layer),
+    "compiled": compiled_contenders,
 }
 CUDA_PEERS: dict[str, Callable[[Layer, torch.dtype], list[Contender]]] = {
     "vllm": lambda layer, dtype: [vllm_contender(layer, dtype)],
     "humming": lambda layer, dtype: [humming_contender(layer, dtype)],
+    "compiled": compiled_contenders,
 }

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from torch_nvfp4.bench.layer import DEQUANTIZE, OURS, BenchError, Shape
+from torch_nvfp4.bench.layer import COMPILED, DEQUANTIZE, OURS, BenchError, Shape
 
 _MIB = 2**20
 
@@ -103,7 +103,7 @@ def _cpu_table(report: Report) -> Table:
     peers = list(report.rows[0].speedup)
     halves = {name: name.replace(" ", "\n") for name in peers} | {DEQUANTIZE: "dequan-\ntize"}
     columns = ["M", "experts\nhit", "time\nms", "floor\nms", "time /\nfloor", "time /\nread", "GB/s"]
-    best = [name for name in peers if name != DEQUANTIZE]
+    best = [name for name in peers if name not in (DEQUANTIZE, *COMPILED)]
     table = _table(
         [*columns, *(halves[name] for name in peers), *(["best\n16-bit"] if best else []), "extra\nMiB"],
     )
@@ -117,8 +117,8 @@ def _cpu_table(report: Report) -> Table:
             f"{row.over_floor:.2f}",
             f"{row.over_read:.2f}",
             _significant(row.touched_bytes / seconds * 1e-9),
-            *(f"{row.speedup[name]:.1f}x" for name in peers),
-            *([f"{min(row.speedup[name] for name in best):.1f}x"] if best else []),
+            *(_ratio(row.speedup[name]) for name in peers),
+            *([_ratio(min(row.speedup[name] for name in best))] if best else []),
             "-" if row.extra_bytes is None else f"{row.extra_bytes / _MIB:.1f}",
         )
     return table
@@ -126,9 +126,10 @@ def _cpu_table(report: Report) -> Table:
 
 def _cuda_table(report: Report) -> Table:
     peers = list(report.rows[0].speedup)
+    stacked = [name.replace(" ", "\n") for name in peers]
     table = _table(
         ["M", "experts\nhit", "time\nµs", "floor\nµs", "time /\nfloor", "TB/s", "TFLOP/s"]
-        + [text for name in peers for text in (f"{name}\nµs", f"{name} /\nours")]
+        + [text for name in stacked for text in (f"{name}\nµs", f"{name}\n/ ours")]
         + ["extra\nMiB"],
     )
     for row in report.rows:
@@ -145,6 +146,10 @@ def _cuda_table(report: Report) -> Table:
             "-" if row.extra_bytes is None else f"{row.extra_bytes / _MIB:.1f}",
         )
     return table
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.2f}x" if value < 2 else f"{value:.1f}x"
 
 
 def _significant(value: float) -> str:

@@ -44,7 +44,7 @@ def run_cpu(
     shape: Shape, tokens: Sequence[int], *, dtype: torch.dtype, clamp_limit: float, peers: Sequence[str],
     seconds: float, progress: Callable[[str], None] | None = None,
 ) -> Report:  # fmt: skip
-    """The whole CPU run. ``peers`` from "dequantize" and "transformers"; ``progress`` is told what begins."""
+    """The whole CPU run. ``peers`` are keys of ``CPU_PEERS``; ``progress`` is told what begins."""
     tell = progress or (lambda _: None)
     tell("random weights")
     layer = Layer.random(shape, clamp_limit=clamp_limit)
@@ -67,7 +67,7 @@ def run_cuda(
     shape: Shape, tokens: Sequence[int], *, dtype: torch.dtype, clamp_limit: float, peers: Sequence[str],
     seconds: float, breakdown: bool = False, progress: Callable[[str], None] | None = None,
 ) -> Report:  # fmt: skip
-    """The whole run on the current CUDA device. ``peers`` from "vllm" and "humming"."""
+    """The whole run on the current CUDA device. ``peers`` are keys of ``CUDA_PEERS``."""
     tell = progress or (lambda _: None)
     tell("random weights")
     device = torch.device("cuda", torch.cuda.current_device())
@@ -89,7 +89,8 @@ def run_cuda(
 
 
 def _report(device: str, shape: Shape, dtype: torch.dtype, clamp_limit: float, peers: Sequence[str]) -> Report:
-    packages = ["torch", *("humming-kernels" if peer == "humming" else peer for peer in peers if peer != DEQUANTIZE)]
+    of_peers = {"humming": "humming-kernels", "transformers": "transformers", "vllm": "vllm"}
+    packages = ["torch", *(of_peers[peer] for peer in peers if peer in of_peers)]
     return Report(
         device=device,
         machine=torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
@@ -141,8 +142,9 @@ def command(
     peer: Annotated[
         list[str] | None,
         typer.Option(
-            help="What to compare with, repeatable: dequantize, transformers (CPU), vllm, humming (CUDA), none. "
-            "Default on the CPU: dequantize, and transformers where it is installed."
+            help="What to compare with, repeatable: dequantize, transformers (CPU), vllm, humming (CUDA), compiled "
+            "(the steps with their gate fused, left to Inductor, eager), none. Default on the CPU: dequantize, and "
+            "transformers where it is installed."
         ),
     ] = None,
     seconds: Annotated[float, typer.Option(min=0.0, help="Time to spend on each number of tokens.")] = 6.0,
@@ -156,6 +158,7 @@ def command(
     Examples:
       torch-nvfp4 bench
       torch-nvfp4 bench --tokens 1,4 --peer none --seconds 3
+      torch-nvfp4 bench --peer compiled
       torch-nvfp4 bench --device cuda --peer vllm --json h200.json --plot h200.png
     """
     console = wide_console()
