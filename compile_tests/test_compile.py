@@ -174,7 +174,10 @@ def test_inductor(unbacked: bool, make_model: Any, tokens: Any, device: str) -> 
     # A plain function as pass also keeps Inductor from answering out of its graph cache.
     options = {"post_grad_custom_post_pass": counter}
     compiled = torch.compile(model, fullgraph=True, dynamic=None if unbacked else True, options=options)
-    for m in (4, 0, 1, 2, 65) if unbacked else (4, 2, 65):
+    # The grid of Inductor's own Triton kernels divides by zero when there is no token: pytorch/pytorch#178530, in torch
+    # 2.11; 2.13 has the fix.
+    empty = () if device == "cuda" and torch.__version__ < "2.13" else (0,)
+    for m in (4, *empty, 1, 2, 65) if unbacked else (4, 2, 65):
         x = tokens(m, device)
         if unbacked:
             torch._dynamo.decorators.mark_unbacked(x, 0)

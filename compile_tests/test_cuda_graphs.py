@@ -1,8 +1,9 @@
 """CUDA graphs by hand, by ``make_graphed_callables`` and by torch.compile, and the streams they run on.
 
 Private torch APIs: ``torch._inductor.cudagraph_trees.CUDAGraphTreeManager.record_function`` and
-``torch._dynamo.utils.counters``, to see what the compiler recorded; ``torch.cuda._sleep``, to expose a kernel that runs
-on the wrong stream. Present in torch 2.11 and 2.13.
+``torch._dynamo.utils.counters``, to see what the compiler recorded; ``torch._dynamo.decorators.mark_unbacked``;
+``torch.cuda._sleep``, to expose a kernel that runs on the wrong stream. Run with torch 2.11, but for
+``test_graph_trees_with_unbacked_tokens``, which has not been run.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.decorators import mark_unbacked
 from torch._dynamo.utils import counters
 
 import torch_nvfp4
@@ -219,6 +221,24 @@ def test_graph_trees_over_alternating_sizes(mode: str, dynamic: bool, recordings
     assert counters["inductor"]["cudagraph_skips"] == 0
     assert len(recordings) == len(sizes)  # each size once
     assert counters["stats"]["unique_graphs"] == (1 if dynamic else len(sizes))
+
+
+def test_graph_trees_with_unbacked_tokens(recordings: list[object]) -> None:
+    """The recipe that compiles once for every size, a single token included, records each size once too."""
+    layer = Residual()
+    compiled = torch.compile(layer, mode="reduce-overhead", fullgraph=True)
+    sizes = (8, 1, 16)
+    for seed in range(4):
+        for tokens in sizes:
+            inputs = make_inputs(tokens, seed)
+            if (seed, tokens) == (0, 8):
+                for tensor in inputs:
+                    mark_unbacked(tensor, 0)
+            torch.compiler.cudagraph_mark_step_begin()
+            assert_accurate(compiled(*inputs).clone(), layer(*inputs))
+    assert counters["inductor"]["cudagraph_skips"] == 0
+    assert len(recordings) == len(sizes)
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_compiled_decode_loop(recordings: list[object]) -> None:

@@ -6,7 +6,8 @@ any aten graph whose nodes carry ``meta["val"]`` (make_fx, torch.export, a backe
 The fusion reads the graph as an expression instead of comparing it with traced patterns: one rule then covers every
 spelling of the halves, the clamps and the sigmoid, and whatever the rule does not know stays as it was.
 
-Private torch APIs, all of them in this file, run with torch 2.13:
+Private torch APIs, all of them in this file, run with torch 2.13 and 2.15 on the CPU, and what ``fuse_gates`` and
+``decompose_moe`` use also with 2.11 on a GPU:
 
 - ``torch._inductor.custom_graph_pass.CustomGraphPass`` and the Inductor option ``joint_custom_pre_pass``. The joint
   passes run for inference graphs too, before Inductor changes strides, and both compile caches key on ``uuid()``.
@@ -49,6 +50,10 @@ def inductor_options(*, fuse_gates: bool = True, decompose_moe: bool = False) ->
         decompose_moe: ``moe`` becomes its steps, with clamp and activation in aten for Inductor to compile. With
             ``fuse_gates`` the activation is then fused into the first GEMM again; pass ``fuse_gates=False`` to leave
             it to Inductor.
+
+    The limit has to be a constant of the graph. ``torch.compile(dynamic=True)`` of torch 2.15 makes an input of every
+    float that the model does not spell out, and the gate stays as it is: mark the token dimension with ``mark_dynamic``
+    or ``mark_unbacked`` instead, or set ``torch._dynamo.config.specialize_float``.
 
     The pass counts what it did: ``inductor_options()["joint_custom_pre_pass"].fused`` and ``.decomposed``. Nothing is
     counted where a compiled graph comes out of a cache.
