@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 CXX_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inl')
 
-.PHONY: help install demo test lint format bench gpu-test cuda-build sanitize clean
+.PHONY: help install demo test lint format bench gpu-test gpu-sanitize cuda-build sanitize clean
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -54,6 +54,12 @@ sanitize: install  ## the op tests on a CPU library built with the address and u
 	TORCH_NVFP4_SANITIZE=1 TORCH_NVFP4_BUILD_CUDA=0 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  PYTHONPATH=build/sanitize/lib $(BIN)/pytest tests/test_ops.py
+
+gpu-sanitize: install  ## every op under compute-sanitizer's four tools, on a GPU
+	set -e; for tool in memcheck initcheck synccheck; do PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+	  compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python tests/sanitize_cuda.py; done
+	TORCH_NVFP4_RACECHECK=1 TORCH_NVFP4_BUILD_CUDA=1 $(BIN)/python setup.py -q build --build-base build/racecheck --build-lib build/racecheck/lib
+	PYTHONPATH=build/racecheck/lib compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/python tests/sanitize_cuda.py
 
 clean:  ## remove what the targets made
 	rm -rf $(VENV) build *.egg-info torch_nvfp4/*.so

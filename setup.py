@@ -5,7 +5,7 @@ build requirement: an isolated build would download a second copy of it.
 
 Environment: TORCH_NVFP4_BUILD_CUDA=auto|0|1, TORCH_NVFP4_CUDA_ARCHS (default "80;90a;90+PTX"), TORCH_NVFP4_TORCH_ROOT
 (the installed torch package's folder), TORCH_NVFP4_SANITIZE=1 (address and undefined-behaviour sanitizers),
-CXX, NVCC, MAX_JOBS.
+TORCH_NVFP4_RACECHECK=1 (a CUDA library whose barriers compute-sanitizer's racecheck can follow), CXX, NVCC, MAX_JOBS.
 """
 
 import os
@@ -103,6 +103,8 @@ class BuildLibraries(build_ext):
             compiler = find_nvcc()
             host = ",".join(flag for flag in CXX_FLAGS if flag not in ("-O3", "-std=c++20", "-Wall", "-Wextra"))
             compile_flags = ["-O3", "-std=c++20", "-DUSE_CUDA", "-Xcompiler", host, *gencode_flags()]
+            if os.environ.get("TORCH_NVFP4_RACECHECK") == "1":
+                compile_flags.append("-DNVFP4_RACECHECK")
             torch_libraries = "--no-as-needed,-ltorch,-ltorch_cpu,--as-needed,--exclude-libs=ALL"
             link = ["-shared", "-cudart", "static", f"-L{root / 'lib'}", "-Xlinker", torch_libraries]
         else:

@@ -41,6 +41,12 @@ constexpr int kWeightBytes = kConsumers * kPanelBytes;
 constexpr int kStagingBytes = 8192;  // for each consumer
 constexpr int kTileRing = 4;
 constexpr int kClaimAhead = 8;  // stages before the end of a tile's weights at which the next tile is claimed
+// racecheck follows only lanes that arrive themselves. A library built for it has all lanes of a warp arrive.
+#ifdef NVFP4_RACECHECK
+constexpr int kWarpArrivals = kWarp;
+#else
+constexpr int kWarpArrivals = 1;
+#endif
 static_assert(kWeightBytes % 1024 == 0, "the token tile behind the weights must be aligned to swizzle atoms");
 
 struct ExpertGemm {
@@ -139,6 +145,11 @@ __device__ __forceinline__ uint32_t swizzled(int token, int chunk) {
 // The same value, known to the compiler to be the same in all lanes: what derives from it goes to the uniform datapath.
 __device__ __forceinline__ int uniform(int v) { return __shfl_sync(~0u, v, 0); }
 
+// By all lanes of a warp that is converged.
+__device__ __forceinline__ void warp_arrive(uint32_t barrier, int lane) {
+  if (kWarpArrivals == kWarp || lane == 0) ptx::mbarrier_arrive(barrier);
+}
+
 // The ring of published tiles, as one role walks it.
 struct TileReader {
   Shared& shared;
@@ -152,9 +163,7 @@ struct TileReader {
   // By the whole warp, once all its lanes have read the tile.
   __device__ __forceinline__ void release() {
     __syncwarp();
-    if (threadIdx.x % kWarp == 0) {
-      ptx::mbarrier_arrive(ptx::shared_address(&shared.tile_empty[index % kTileRing]));
-    }
+    warp_arrive(ptx::shared_address(&shared.tile_empty[index % kTileRing]), threadIdx.x % kWarp);
     ++index;
   }
 };
@@ -281,7 +290,7 @@ __device__ __forceinline__ void gather_tokens(const Params& p, const Tile& tile,
   const auto announce = [&] {
     ptx::fence_async_proxy_shared();
     __syncwarp();
-    if (thread % kWarp == 0) ptx::mbarrier_arrive(landed.full_barrier());
+    warp_arrive(landed.full_barrier(), thread % kWarp);
     landed.advance();
   };
   const int stages = ceil_div(k_blocks, kStageBlocks);
@@ -322,7 +331,7 @@ __device__ __forceinline__ void load_hidden(const Params& p, const Tile& tile, R
     const int blocks = min(kStageBlocks, k_blocks - kb);
     ring.wait_empty();
     ptx::mbarrier_arrive_expect(ring.full_barrier(), blocks * bytes);
-    ptx::mbarrier_arrive(ring.full_barrier(), kGatherWarps - 1);
+    ptx::mbarrier_arrive(ring.full_barrier(), kGatherWarps * kWarpArrivals - 1);
     for (int b = 0; b < blocks; ++b, source += p.hidden_rows * kTokenBytes) {
       ptx::bulk_load(ring.tokens() + b * token_block_bytes(tile.width), source, bytes, ring.full_barrier());
     }
@@ -422,7 +431,7 @@ __device__ __forceinline__ void multiply_tile(float (&sum)[N / 2], Ring& ring, c
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       ptx::wgmma_wait<3>();
-      if (j == 3 && c.lane == 0) ptx::mbarrier_arrive(previous_empty);
+      if (j == 3) warp_arrive(previous_empty, c.lane);
       start_step<T, N>(sum, packed, a[j], ring.stage, 0, j);
     }
   }
@@ -435,7 +444,7 @@ __device__ __forceinline__ void multiply_tile(float (&sum)[N / 2], Ring& ring, c
     }
   }
   ptx::wgmma_wait<0>();
-  if (c.lane == 0) ptx::mbarrier_arrive(ring.empty_barrier());
+  warp_arrive(ring.empty_barrier(), c.lane);
   ring.advance();
 }
 
@@ -443,7 +452,7 @@ __device__ __forceinline__ void multiply_tile(float (&sum)[N / 2], Ring& ring, c
 __device__ __forceinline__ void skip_tile(Ring& ring, const Consumer& c, int k_blocks) {
   for (int kb = 0; kb < k_blocks; kb += kStageBlocks, ring.advance()) {
     ring.wait_full();
-    if (c.lane == 0) ptx::mbarrier_arrive(ring.empty_barrier());
+    warp_arrive(ring.empty_barrier(), c.lane);
   }
 }
 
@@ -589,7 +598,7 @@ __device__ __forceinline__ void finish_tile(const Params& p, Shared& shared, con
     if (p.mlp) {
       store_hidden(p, tile, c, staging);
       __syncwarp();
-      if (c.lane == 0) ptx::mbarrier_arrive(ptx::shared_address(&shared.stored));
+      warp_arrive(ptx::shared_address(&shared.stored), c.lane);
     } else {
       store_gated<T>(p, tile, c, staging);
     }
@@ -657,15 +666,16 @@ __global__ void __launch_bounds__(kThreads, 1) expert_kernel(const __grid_consta
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < p.stages; ++i) {
-      ptx::mbarrier_init(ptx::shared_address(&shared.full[i]), 1 + kGatherWarps);
-      ptx::mbarrier_init(ptx::shared_address(&shared.empty[i]), kConsumerWarps);
+      ptx::mbarrier_init(ptx::shared_address(&shared.full[i]), 1 + kGatherWarps * kWarpArrivals);
+      ptx::mbarrier_init(ptx::shared_address(&shared.empty[i]), kConsumerWarps * kWarpArrivals);
     }
     for (int i = 0; i < kTileRing; ++i) {
       ptx::mbarrier_init(ptx::shared_address(&shared.tile_full[i]), kWarp);
-      ptx::mbarrier_init(ptx::shared_address(&shared.tile_empty[i]), kConsumerWarps + 1 + kGatherWarps);
+      ptx::mbarrier_init(ptx::shared_address(&shared.tile_empty[i]),
+                         (kConsumerWarps + 1 + kGatherWarps) * kWarpArrivals);
     }
     ptx::mbarrier_init(ptx::shared_address(&shared.claim), 1);
-    ptx::mbarrier_init(ptx::shared_address(&shared.stored), kConsumerWarps);
+    ptx::mbarrier_init(ptx::shared_address(&shared.stored), kConsumerWarps * kWarpArrivals);
     ptx::fence_mbarrier_init();
   }
   ptx::dependency_wait();

@@ -1,0 +1,74 @@
+"""Every op on every CUDA path at small sizes, values checked: what ``make gpu-sanitize`` gives to compute-sanitizer."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+import torch_nvfp4
+from torch_nvfp4 import reference
+from torch_nvfp4.testing import assert_accurate, random_routing, random_weight
+
+BF16, FP16 = torch.bfloat16, torch.float16
+LIMIT = 2.0
+# E, K, I, top_k, M, dtype: a single token; up to 32 slots, which are not sorted; narrow and wide tiles; a routing that
+# several blocks sort; wgmma, and its ring of stages when it wraps.
+MOE = [
+    (8, 192, 96, 2, 1, BF16),
+    (8, 192, 96, 2, 12, BF16),
+    (8, 192, 96, 2, 40, BF16),
+    (8, 192, 96, 2, 40, FP16),
+    (8, 192, 96, 2, 90, BF16),
+    (4, 80, 48, 6, 400, BF16),
+    (2, 2560, 1280, 2, 150, BF16),
+    (2, 256, 128, 2, 60, FP16),
+]
+
+
+def check_moe(e: int, k: int, i: int, top_k: int, m: int, dtype: torch.dtype, device: str) -> None:
+    generator = torch.Generator().manual_seed(m)
+    w13 = random_weight((e, 2 * i, k), gated=True, generator=generator, device=device)
+    w2 = random_weight((e, k, i), generator=generator, device=device)
+    p13, p2 = torch_nvfp4.pack(w13, gated=True), torch_nvfp4.pack(w2)
+    x = torch.randn(m, k, generator=generator).to(device, dtype)
+    topk_weights, topk_ids = random_routing(m, e, top_k, generator=generator, device=device)
+    topk_ids[m // 2, 0] = -1
+    expected = reference.moe(x, w13, w2, topk_weights, topk_ids, clamp_limit=LIMIT)
+    out = torch_nvfp4.moe(
+        x, p13, w13.global_scale, p2, w2.global_scale, topk_weights, topk_ids, clamp_limit=LIMIT
+    )  # fmt: skip
+    assert_accurate(out, expected)
+    order, offsets = torch_nvfp4.route(topk_ids, None, e)
+    hidden = torch_nvfp4.grouped_gemm_swiglu(x, p13, w13.global_scale, order, offsets, clamp_limit=LIMIT)
+    rows = torch_nvfp4.grouped_gemm(hidden, p2, w2.global_scale, order, offsets)
+    assert_accurate(torch_nvfp4.combine(rows, topk_weights, topk_ids, None, e), expected)
+
+
+def check_the_rest(device: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = random_weight((96, 192), generator=generator, device=device)
+    packed = torch_nvfp4.pack(weight)
+    assert torch.equal(torch_nvfp4.unpack(packed, 192, weight.global_scale).data, weight.data)
+    x = torch.randn(37, 192, generator=generator).to(device, BF16)
+    assert_accurate(torch_nvfp4.linear(x, packed, weight.global_scale), reference.linear(x, weight))
+    gate_up = torch.randn(7, 66, generator=generator).to(device, BF16)
+    assert_accurate(torch_nvfp4.swiglu(gate_up, clamp_limit=1.0), reference.swiglu(gate_up, clamp_limit=1.0))
+    # Rows that are no whole vectors.
+    rows, topk_weights = torch.randn(10, 13, generator=generator).to(device, BF16), torch.rand(5, 2).to(device)
+    topk_ids = torch.tensor([[0, 1], [1, 0], [-1, 0], [2, 1], [0, 0]], device=device)
+    expected = reference.combine(rows, topk_weights, topk_ids, None, 2)
+    assert_accurate(torch_nvfp4.combine(rows, topk_weights, topk_ids, None, 2), expected)
+
+
+def main(device: str = "cuda") -> None:
+    for arch in ("", "80"):
+        os.environ["TORCH_NVFP4_ARCH"] = arch
+        for case in MOE:
+            check_moe(*case, device)
+        check_the_rest(device)
+    print("all values are right")
+
+
+if __name__ == "__main__":
+    main()
