@@ -4,6 +4,8 @@
 //   start(storage)            once, by the whole warp
 //   fill(slot, wanted, block) starts the copy of one block; if not wanted only the order of slots is kept
 //   wait(slot, round)         until the slot's copy of an even or odd round has landed
+//   kFillQueues               whether a copy queues behind the warp's earlier loads from shared memory. If not it may
+//                             overtake them, and a slot may be filled only once the values of its old block are there
 #pragma once
 
 #include "common.cuh"
@@ -18,6 +20,7 @@ template <int kSlots_>
 class CpAsyncRing {
  public:
   static constexpr int kSlots = kSlots_;
+  static constexpr bool kFillQueues = true;
   struct Storage {
     alignas(128) uint8_t block[kSlots][kBlockBytes];
   };
@@ -53,6 +56,7 @@ template <int kSlots_>
 class BulkRing {
  public:
   static constexpr int kSlots = kSlots_;
+  static constexpr bool kFillQueues = false;
   struct Storage {
     alignas(128) uint8_t block[kSlots][kBlockBytes];
     alignas(8) uint64_t landed[kSlots];

@@ -186,15 +186,20 @@ class StreamGemm {
       for (int i = 0; i < kRound; ++i) {
         const bool here = i == 0 || i < left;
         const uint8_t* block = ring_.wait(slot_ + i, round_);
+        WeightBlock w;
+        if (here) w = WeightBlock::read(block);
+        if constexpr (Ring::kFillQueues) {
+          __syncwarp();
+          refill(slot_, i);
+        }
         if (here) {
-          const WeightBlock w = WeightBlock::read(block);
           rows.load(x[(i + 1) % kRound], step);
           multiply<T>(w, x[i], sum);
         }
-        // Only now: a bulk copy does not queue behind the loads of the slot's old block, as cp.async does, and could
-        // overtake them. Once the block is multiplied they have returned.
-        __syncwarp();
-        refill(slot_, i);
+        if constexpr (!Ring::kFillQueues) {  // only now: what has been multiplied has been loaded
+          __syncwarp();
+          refill(slot_, i);
+        }
       }
       end_round();
       if ((slot_ += kRound) == Ring::kSlots) {
