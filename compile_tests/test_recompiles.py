@@ -1,7 +1,7 @@
 """One compilation for every number of tokens: the recipes for ``mark_dynamic`` and ``mark_unbacked``.
 
 Private torch APIs: ``torch._dynamo.mark_dynamic``, ``torch._dynamo.decorators.mark_unbacked`` and
-``torch._dynamo.testing.CompileCounterWithBackend``. Run with torch 2.11 (GPU), 2.13 and 2.15 (CPU).
+``torch._dynamo.testing.CompileCounterWithBackend``. Run with torch 2.11, 2.13 and 2.15, the first on a GPU too.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ any aten graph whose nodes carry ``meta["val"]`` (make_fx, torch.export, a backe
 The fusion reads the graph as an expression instead of comparing it with traced patterns: one rule then covers every
 spelling of the halves, the clamps and the sigmoid, and whatever the rule does not know stays as it was.
 
-Private torch APIs, all of them in this file, run with torch 2.13 and 2.15 on the CPU, and what ``fuse_gates`` and
+Private torch APIs, all of them in this file, run with torch 2.11, 2.13 and 2.15 on the CPU, and what ``fuse_gates`` and
 ``decompose_moe`` use also with 2.11 on a GPU:
 
 - ``torch._inductor.custom_graph_pass.CustomGraphPass`` and the Inductor option ``joint_custom_pre_pass``. The joint
