@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._dynamo.decorators import mark_unbacked
 
 from torch_nvfp4 import ops
 from torch_nvfp4.activation import gated_activation, parse_activation
@@ -27,7 +26,7 @@ from torch_nvfp4.bench.layer import (
     dtype_name,
 )
 from torch_nvfp4.format import NVFP4Weight, dequantize
-from torch_nvfp4.fusion import inductor_options
+from torch_nvfp4.nn import NVFP4Experts
 
 
 def dequantize_then_matmul(
@@ -65,31 +64,19 @@ def our_contender(layer: Layer, dtype: torch.dtype) -> Contender:
     return Contender(OURS, run, dtype)
 
 
-class _Experts(torch.nn.Module):
-    """The packed layer as a model holds it."""
+class _Steps(torch.nn.Module):
+    """The steps of ``experts`` around a gate that is written in aten, as in DeepSeek-V4's modelling code."""
 
     w13: Tensor
     w13_global_scale: Tensor
     w2: Tensor
     w2_global_scale: Tensor
 
-    def __init__(self, layer: Layer, buffers: dict[str, Tensor]) -> None:
+    def __init__(self, experts: NVFP4Experts, limit: float) -> None:
         super().__init__()
-        for name, buffer in buffers.items():
+        for name, buffer in experts.named_buffers():
             self.register_buffer(name, buffer)
-        self.num_experts, self.limit = layer.shape.experts, layer.clamp_limit
-
-
-class _MoE(_Experts):
-    def forward(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
-        return ops.moe(
-            x, self.w13, self.w13_global_scale, self.w2, self.w2_global_scale, topk_weights, topk_ids,
-            clamp_limit=self.limit,
-        )  # fmt: skip
-
-
-class _Steps(_Experts):
-    """The steps of ``moe`` around a gate that is written in aten, as in DeepSeek-V4's modelling code."""
+        self.num_experts, self.limit = experts.num_experts, limit
 
     def forward(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         order, offsets = ops.route(topk_ids, None, self.num_experts)
@@ -105,10 +92,15 @@ def compiled_contenders(layer: Layer, dtype: torch.dtype) -> list[Contender]:
 
     Compiled here, for any number of tokens. All of them share one copy of the packed weights.
     """
-    w13, w2 = layer.w13, layer.w2
-    buffers = {"w13": ops.pack(w13, gated=True), "w13_global_scale": w13.global_scale}
-    buffers |= {"w2": ops.pack(w2), "w2_global_scale": w2.global_scale}
-    steps, moe = _Steps(layer, buffers), _MoE(layer, buffers)
+    # The compiler takes seconds to import.
+    from torch._dynamo.decorators import mark_unbacked
+
+    from torch_nvfp4.fusion import inductor_options
+
+    device = layer.w2.data.device
+    backend = "cpu" if device.type == "cpu" else "marlin"  # the packed layout that the steps take
+    moe = NVFP4Experts.from_weights(layer.w13, layer.w2, clamp_limit=layer.clamp_limit, backend=backend)
+    steps = _Steps(moe, layer.clamp_limit)
     fused = torch.compile(steps, fullgraph=True, options=inductor_options())
     options = inductor_options(fuse_gates=False, decompose_moe=True)
     decomposed = torch.compile(moe, fullgraph=True, options=options)
@@ -120,7 +112,7 @@ def compiled_contenders(layer: Layer, dtype: torch.dtype) -> list[Contender]:
     contenders = [contender(name, run) for name, run in zip(COMPILED, runs, strict=True)]
     # What is compiled in inference mode answers only there, which is where contenders are timed.
     with torch.inference_mode():
-        case = cast(next(cases(layer.shape, 8, device=layer.w2.data.device)), contenders[0])
+        case = cast(next(cases(layer.shape, 8, device=device)), contenders[0])
         for tensor in case:
             mark_unbacked(tensor, 0)
         for compiled in contenders[:2]:
