@@ -12,7 +12,6 @@ from unittest.mock import patch
 
 import pytest
 import torch
-import torch._inductor.config as inductor_config
 
 import torch_nvfp4  # noqa: F401  (registers the ops)
 
@@ -91,6 +90,8 @@ def package_compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     if wanted is None or builds_for_torch(wanted, folder):
         yield wanted or "g++"
         return
+    import torch._inductor.config as inductor_config  # a second or two that most runs need not wait for
+
     compiler = next((name for name in ("g++", "c++", "clang++") if builds_for_torch(name, folder)), wanted)
     with patch.dict(os.environ, CXX=compiler), inductor_config.patch({"cpp.cxx": (None, compiler)}):
         yield compiler

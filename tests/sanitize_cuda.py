@@ -35,9 +35,8 @@ def check_moe(e: int, k: int, i: int, top_k: int, m: int, dtype: torch.dtype, de
     topk_weights, topk_ids = random_routing(m, e, top_k, generator=generator, device=device)
     topk_ids[m // 2, 0] = -1
     expected = reference.moe(x, w13, w2, topk_weights, topk_ids, clamp_limit=LIMIT)
-    out = torch_nvfp4.moe(
-        x, p13, w13.global_scale, p2, w2.global_scale, topk_weights, topk_ids, clamp_limit=LIMIT
-    )  # fmt: skip
+    weights = p13, w13.global_scale, p2, w2.global_scale
+    out = torch_nvfp4.moe(x, *weights, topk_weights, topk_ids, clamp_limit=LIMIT)
     assert_accurate(out, expected)
     order, offsets = torch_nvfp4.route(topk_ids, None, e)
     hidden = torch_nvfp4.grouped_gemm_swiglu(x, p13, w13.global_scale, order, offsets, clamp_limit=LIMIT)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import torch_nvfp4
-from torch_nvfp4 import reference
+from torch_nvfp4 import NVFP4Weight, reference
 from torch_nvfp4.bench import SHAPES, Layer, Shape
 from torch_nvfp4.testing import TOLERANCE, random_routing, relative_l2
 
@@ -32,7 +32,6 @@ LAYERS = {
 class Full:
     """A layer, an input as long as its largest case, and what the reference makes of it."""
 
-    shape: Shape
     tokens: tuple[int, ...]
     packed: tuple[Tensor, Tensor, Tensor, Tensor]
     x: Tensor  # fp16 values that bf16 holds too
@@ -55,7 +54,7 @@ def make_full(shape: Shape, tokens: tuple[int, ...], *, one_expert_set: bool = F
     assert w13.nbytes + w2.nbytes <= 1.01 * 0.5625 * 3 * shape.experts * shape.hidden * shape.intermediate
     generator = torch.Generator("cuda").manual_seed(1)
     x = torch.randn(max(tokens), shape.hidden, generator=generator, device="cuda")
-    expert = layer.w13._replace(**{name: getattr(layer.w13, name)[0] for name in layer.w13._fields})
+    expert = NVFP4Weight(*(part[0] for part in layer.w13))
     x *= LIMIT / (x[:64] @ torch_nvfp4.dequantize(expert, torch.float32).T).std()
     x = x.bfloat16().half()
     topk_weights, topk_ids = random_routing(
@@ -69,7 +68,7 @@ def make_full(shape: Shape, tokens: tuple[int, ...], *, one_expert_set: bool = F
     )
     assert result.clamped_share > 0.01
     packed = (w13, layer.w13.global_scale, w2, layer.w2.global_scale)
-    return Full(shape, tokens, packed, x, topk_weights, topk_ids, result.output)
+    return Full(tokens, packed, x, topk_weights, topk_ids, result.output)
 
 
 @pytest.fixture(scope="module", params=list(LAYERS))
