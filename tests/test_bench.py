@@ -13,7 +13,7 @@ from rich.console import Console
 from torch._inductor.utils import fresh_cache
 from typer.testing import CliRunner
 
-from torch_nvfp4 import bench, reference
+from torch_nvfp4 import bench, ops, reference
 from torch_nvfp4.bench import cpu
 from torch_nvfp4.cli import app
 from torch_nvfp4.format import NVFP4Weight
@@ -95,6 +95,26 @@ def test_compiled_contenders_are_what_their_names_say(device, monkeypatch):
             bench.check_agreement([ours, *contenders], next(bench.cases(TINY, tokens, device=device)))
     route, gemm, combine = "nvfp4.route.default", "nvfp4.grouped_gemm.default", "nvfp4.combine.default"
     assert graphs == [[combine, gemm, "nvfp4.grouped_gemm_swiglu.default", route], [combine, gemm, gemm, route]]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("tokens", "tile"), [(1, 8), (7, 16), (300, 56), (5000, 64)])
+def test_aligned_slots(tokens, tile):
+    pytest.importorskip("triton")
+    from torch_nvfp4.bench.align import align
+
+    topk_ids = random_routing(tokens, 7, 3, generator=torch.Generator().manual_seed(tokens))[1]
+    order, offsets = ops.route(topk_ids.cuda(), None, 7)
+    slots, experts = [], []
+    for expert in range(7):
+        mine = (topk_ids.flatten() == expert).nonzero().flatten().tolist()
+        filling = [topk_ids.numel()] * (-len(mine) % tile)
+        slots += mine + filling
+        experts += [expert] * ((len(mine) + len(filling)) // tile)
+    aligned = align(order, offsets, tile)
+    assert aligned["num_tokens_padded"].tolist() == [len(slots)]
+    assert aligned["sorted_ids"][: len(slots)].tolist() == slots
+    assert aligned["expert_ids"][: len(experts)].tolist() == experts
 
 
 def test_a_contender_without_the_clamp_is_not_timed():
@@ -259,9 +279,15 @@ def make_report(device, peers):
     return bench.Report(device, "a processor", 2, "today", {}, TINY._asdict(), "bf16", 10.0, [row])
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_tables_fit_120_columns(device):
-    peers = ["gate fused", "gate Inductor", "gate eager"] + ["dequantize"] * (device == "cpu")
+@pytest.mark.parametrize(
+    ("device", "peers"),
+    [
+        ("cpu", ["gate fused", "gate Inductor", "gate eager", "dequantize"]),
+        ("cuda", ["gate fused", "gate Inductor", "gate eager"]),
+        ("cuda", ["vllm", "humming indexed", "humming grouped"]),
+    ],
+)
+def test_tables_fit_120_columns(device, peers):
     console = Console(width=300, record=True, file=io.StringIO())
     console.print(bench.render(make_report(device, peers)))
     lines = console.export_text().splitlines()
@@ -322,7 +348,7 @@ def test_global_scales_of_the_random_layer_fit_peers_with_one_per_expert():
     assert layer.w2.data.shape == (4, 64, 16)
 
 
-@pytest.mark.parametrize(("package", "make"), [("vllm", bench.vllm_contender), ("humming", bench.humming_contender)])
+@pytest.mark.parametrize(("package", "make"), [("vllm", bench.vllm_contender), ("humming", bench.humming_contenders)])
 def test_a_peer_that_is_not_installed(package, make):
     if importlib.util.find_spec(package) is not None:
         pytest.skip(f"{package} is installed")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -177,7 +178,7 @@ def _dequantize_experts(weight: NVFP4Weight, dtype: torch.dtype) -> Tensor:
 
 
 def vllm_contender(layer: Layer, dtype: torch.dtype) -> Contender:
-    """vLLM's Marlin MoE with its own weight preparation and its clamped SiLU.
+    """vLLM's Marlin MoE as its experts call it: its own weight preparation, clamped SiLU and sum over a token's slots.
 
     Raises BenchError when vLLM is not there or lacks one of these.
     """
@@ -202,22 +203,31 @@ def vllm_contender(layer: Layer, dtype: torch.dtype) -> Contender:
         layer.w2.scale, layer.w2.global_scale, is_act_and_mul=True,
     )  # fmt: skip
 
+    # The locks of its GEMMs, zero again after each of them. A call that is given none makes and clears its own.
+    workspace = marlin.get_marlin_workspace(w13.device)
+
     def activation(_: object, out: Tensor, gate_up: Tensor, **__: object) -> None:
         silu_and_mul_with_clamp(out, gate_up, layer.clamp_limit)
+
+    def moe_sum(rows: Tensor, out: Tensor, *_: object) -> Tensor:
+        marlin.ops.moe_sum(rows, out)
+        return out
 
     def run(case: Case) -> Tensor:
         return marlin.fused_marlin_moe(
             case.hidden_states, w13, w2, None, None, s13, s2, case.topk_weights, case.topk_ids,
             quant_type_id=quant_type, global_scale1=g13, global_scale2=g2, activation_func=activation,
+            moe_sum=moe_sum, workspace=workspace,
         )  # fmt: skip
 
     return Contender("vllm", run, dtype, ids_dtype=torch.int32)
 
 
-def humming_contender(layer: Layer, dtype: torch.dtype) -> Contender:
-    """Humming's grouped GEMM over rows sorted by expert, with its own tuning table and its own fused activation.
+def humming_contenders(layer: Layer, dtype: torch.dtype) -> list[Contender]:
+    """Humming's GEMMs, which read and write rows by index or take them sorted by expert, with its tuning tables.
 
-    Humming has no routing and no weighted sum, so that ``route`` and ``combine`` of this package stand around it.
+    Each kind is the faster one somewhere. Humming has the activation, but neither routing nor weighted sum: ``route``
+    and ``combine`` of this package stand around it.
 
     Raises BenchError when Humming is not there.
     """
@@ -225,11 +235,14 @@ def humming_contender(layer: Layer, dtype: torch.dtype) -> Contender:
         humming_ops = importlib.import_module("humming.ops")
         humming_layer = importlib.import_module("humming.layer").HummingLayer
         heuristics = importlib.import_module("humming.tune").get_heuristics_config
+        align = importlib.import_module("torch_nvfp4.bench.align").align
     except ImportError as error:
-        raise BenchError(f"--peer humming: expected the package humming-kernels (0.1.19), got: {error}") from error
-    shape, limit, gemm_type = layer.shape, layer.clamp_limit, "grouped_contiguous"
+        raise BenchError(
+            f"--peer humming: expected the packages humming-kernels (0.1.19) and triton, got: {error}"
+        ) from error
+    shape, limit = layer.shape, layer.clamp_limit
 
-    def gemm(weight: NVFP4Weight, global_scale: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    def load(weight: NVFP4Weight, global_scale: Tensor) -> Any:
         experts, n, half_k = weight.data.shape
         module = humming_layer(
             shape_n=n, shape_k=2 * half_k, num_experts=experts, torch_dtype=dtype,
@@ -239,25 +252,40 @@ def humming_contender(layer: Layer, dtype: torch.dtype) -> Contender:
             {"weight": weight.data, "weight_scale": weight.scale, "weight_scale_2": global_scale.contiguous()}
         )
         module.transform()
-        tuning = heuristics(layer_config=module.humming_config, gemm_type=gemm_type, device=weight.data.device)
-        return lambda x, offsets: module(
-            x, expert_layout=offsets, compute_config={"gemm_type": gemm_type}, tuning_config=tuning
-        )
+        return module
 
-    up, down = gemm(layer.w13, layer.w13.global_scale[:, 0]), gemm(layer.w2, layer.w2.global_scale)
+    def tuned(module: Any, gemm_type: str) -> tuple[Callable[..., Tensor], Callable[[int], int]]:
+        """The GEMM, and how many rows its tile has for a number of slots."""
+        tuning = heuristics(layer_config=module.humming_config, gemm_type=gemm_type, device=layer.w2.data.device)
+        gemm = partial(module, compute_config={"gemm_type": gemm_type}, tuning_config=tuning)
+        return gemm, lambda slots: next(c["block_shape"][0] for above, to, c in tuning if above < slots <= to)
+
+    up, down = load(layer.w13, layer.w13.global_scale[:, 0]), load(layer.w2, layer.w2.global_scale)
+    (indexed_up, up_tile), (indexed_down, down_tile) = tuned(up, "indexed"), tuned(down, "indexed")
+    (grouped_up, _), (grouped_down, _) = tuned(up, "grouped_contiguous"), tuned(down, "grouped_contiguous")
     clamped_silu = f"(fminf(a, {limit}f) / (1.0f + __expf(-fminf(a, {limit}f)))) * fmaxf(fminf(b, {limit}f), -{limit}f)"
 
-    def run(case: Case) -> Tensor:
+    def gate(gate_up: Tensor) -> Tensor:
+        return humming_ops.process_input(gate_up, activation_type="binary_split", activation_impl=clamped_silu)[0]
+
+    def indexed(case: Case) -> Tensor:
         x, topk_weights, topk_ids = case
         order, offsets = ops.route(topk_ids, None, shape.experts)
-        rows, starts = order.long(), offsets.long()
-        gate_up = up(x[rows // shape.top_k], starts)
-        hidden, _, _ = humming_ops.process_input(gate_up, activation_type="binary_split", activation_impl=clamped_silu)
-        by_slot = torch.empty(len(rows), shape.hidden, dtype=dtype, device=x.device)
-        by_slot[rows] = down(hidden, starts)
+        tiles = up_tile(len(order)), down_tile(len(order))
+        aligned = {tile: align(order, offsets, tile) for tile in set(tiles)}
+        gate_up = indexed_up(x, top_k=shape.top_k, **aligned[tiles[0]])
+        by_slot = indexed_down(gate(gate_up), **aligned[tiles[1]])
         return ops.combine(by_slot, topk_weights, topk_ids, None, shape.experts)
 
-    return Contender("humming", run, dtype)
+    def grouped(case: Case) -> Tensor:
+        x, topk_weights, topk_ids = case
+        order, offsets = ops.route(topk_ids, None, shape.experts)
+        gate_up = grouped_up(x.index_select(0, order // shape.top_k), expert_layout=offsets)
+        by_expert = grouped_down(gate(gate_up), expert_layout=offsets)
+        by_slot = torch.empty_like(by_expert).index_copy_(0, order.long(), by_expert)
+        return ops.combine(by_slot, topk_weights, topk_ids, None, shape.experts)
+
+    return [Contender("humming indexed", indexed, dtype), Contender("humming grouped", grouped, dtype)]
 
 
 CPU_PEERS: dict[str, Callable[[Layer, torch.dtype], list[Contender]]] = {
@@ -267,6 +295,6 @@ CPU_PEERS: dict[str, Callable[[Layer, torch.dtype], list[Contender]]] = {
 }
 CUDA_PEERS: dict[str, Callable[[Layer, torch.dtype], list[Contender]]] = {
     "vllm": lambda layer, dtype: [vllm_contender(layer, dtype)],
-    "humming": lambda layer, dtype: [humming_contender(layer, dtype)],
+    "humming": humming_contenders,
     "compiled": compiled_contenders,
 }

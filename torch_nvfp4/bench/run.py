@@ -78,10 +78,10 @@ def run_cuda(
         contenders += CUDA_PEERS[peer](layer, dtype)
     report = _report("cuda", shape, dtype, clamp_limit, peers)
     with torch.inference_mode():
-        tell("do they agree?")
-        check_agreement(contenders, next(cases(shape, 16, device=device)))
         for count in tokens:
             tell(f"M = {count}")
+            # A peer picks another kernel for another M.
+            check_agreement(contenders, next(cases(shape, count, device=device)))
             report.rows.append(
                 measure_cuda(shape, count, contenders, device=device, seconds=seconds, breakdown=breakdown)
             )
@@ -209,8 +209,8 @@ def _run(
         TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console, transient=True,
         disable=not console.is_terminal,
     ) as progress:  # fmt: skip
-        # A step for the weights, one for each peer's, the agreement and each number of tokens.
-        task = progress.add_task("", total=2 + len(peers) + len(counts))
+        # A step for the weights, each peer's weights, on the CPU their agreement, and each number of tokens.
+        task = progress.add_task("", total=1 + len(peers) + (device == "cpu") + len(counts))
         begun = False
 
         def tell(step: str) -> None:
