@@ -1,14 +1,20 @@
-// The gated activations in fp32. Comparisons, not fminf/fmaxf: a NaN must pass through every clamp.
+// The gated activations in fp32. A NaN passes through every clamp, as it does not through fminf and fmaxf.
 #pragma once
 
 #include "../../kernels.h"
 #include "common.cuh"
+#include "ptx.cuh"
 
 namespace nvfp4::cuda {
 
-__device__ __forceinline__ float clamp_above(float x, float limit) { return x > limit ? limit : x; }
-__device__ __forceinline__ float clamp_below(float x, float limit) { return x < limit ? limit : x; }
-__device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
+__device__ __forceinline__ float clamp_above(float x, float limit) { return ptx::min_nan(x, limit); }
+__device__ __forceinline__ float clamp_below(float x, float limit) { return ptx::max_nan(x, limit); }
+
+// sigmoid(alpha x)
+__device__ __forceinline__ float sigmoid(float x, float alpha = 1.0f) {
+  constexpr float kLog2E = 1.4426950408889634f;
+  return ptx::reciprocal(1.0f + ptx::exp2(x * (-kLog2E * alpha)));
+}
 
 __device__ __forceinline__ float apply_gate(const Gate& gate, float g, float u) {
   const float limit = gate.limit;
@@ -17,7 +23,7 @@ __device__ __forceinline__ float apply_gate(const Gate& gate, float g, float u) 
       g = clamp_above(g, limit);
       u = clamp_below(clamp_above(u, limit), -limit);
     }
-    return g * sigmoid(gate.alpha * g) * (u + gate.beta);
+    return g * sigmoid(g, gate.alpha) * (u + gate.beta);
   }
   switch (gate.activation) {
     case Activation::swiglustep: {

@@ -107,6 +107,13 @@ __device__ __forceinline__ void store_transposed_x4(uint32_t address, uint32_t m
                : "memory");
 }
 
+// The 8x8 matrix of 16-bit values that a warp holds as fragments, transposed.
+__device__ __forceinline__ uint32_t transpose(uint32_t m) {
+  uint32_t d;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(m));
+  return d;
+}
+
 // ---- ordering
 
 // Orders this thread's view of ordinary accesses (cp.async included) before later accesses of wgmma and bulk copies.

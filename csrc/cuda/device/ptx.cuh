@@ -52,6 +52,32 @@ __device__ __forceinline__ uint32_t mul_f16x2(uint32_t a, uint32_t b) {
   return d;
 }
 
+// ---- fp32
+
+// NaN if either is.
+__device__ __forceinline__ float min_nan(float a, float b) {
+  float d;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
+  return d;
+}
+__device__ __forceinline__ float max_nan(float a, float b) {
+  float d;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
+  return d;
+}
+
+// One instruction each, to about 1e-7; results below 2^-126 are zero.
+__device__ __forceinline__ float exp2(float x) {
+  float d;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(x));
+  return d;
+}
+__device__ __forceinline__ float reciprocal(float x) {
+  float d;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(x));
+  return d;
+}
+
 // ---- matrix multiply, SM80
 
 // d[16, 8] += a[16, 16] * b[16, 8]. Lane l (g = l / 4, t = l % 4) holds a = rows g, g+8, g, g+8 of slots 2t, 2t, 2t+8,

@@ -1,6 +1,9 @@
 #include <algorithm>
+#include <mutex>
+#include <set>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "../device/gather.cuh"
 #include "../launch.h"
@@ -92,12 +95,23 @@ Workspace lay_out(const Weight& first, const Weight* second, int64_t rows, int64
   return w;
 }
 
+// Once a kernel and device.
+void allow_shared_memory(void (*kernel)(Params)) {
+  static std::mutex mutex;
+  static std::set<std::pair<int, void (*)(Params)>> allowed;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (allowed.contains({device().ordinal, kernel})) return;
+  check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             device().shared_memory_per_block),
+        "wgmma experts: shared memory");
+  allowed.insert({device().ordinal, kernel});
+}
+
 template <class T, bool kSilu>
 void launch_experts(const Params& params, void* stream) {
   const auto kernel = expert_kernel<T, kSilu>;
   const int shared = params.stages * stage_bytes(params.max_width) + fixed_bytes(params.experts);
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device().shared_memory_per_block),
-        "wgmma experts: shared memory");
+  allow_shared_memory(kernel);
   launch(kernel, dim3(device().multiprocessors), kThreads, shared, stream, "wgmma experts", params);
 }
 

@@ -30,9 +30,11 @@ __device__ __forceinline__ void consume_tile(const Params& p, Shared& shared, co
   const Consumer c = current_consumer(staging);
   const ExpertGemm& gemm = p.gemm[uniform(tile.gemm)];
   const int k_blocks = gemm.k_blocks;
-  const bool active = uniform(tile.row_tile) * kConsumers + uniform(c.group) < gemm.panels;
+  const bool gated = p.gate_applies && uniform(tile.gemm) == 0;
+  const int panel = uniform(tile.row_tile) * kConsumers + uniform(c.group);
+  const bool active = (gated ? panel / 2 * 2 : panel) < gemm.panels;
   if (active) {
-    multiply_tile<T, N>(sum, ring, c, k_blocks);
+    multiply_tile<T, N>(sum, ring, c, warp_rows(c, gated), k_blocks);
   } else {
     skip_tile(ring, c, k_blocks);
   }

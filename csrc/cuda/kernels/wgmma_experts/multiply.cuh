@@ -24,6 +24,19 @@ __device__ __forceinline__ Consumer current_consumer(uint32_t staging) {
   return {thread / kWarpgroup, thread % kWarpgroup, thread % kWarpgroup / kWarp, lane, lane / 4, lane % 4, staging};
 }
 
+// The 16 rows of a warp: tile `tile` of the stage's panel `panel`.
+struct WarpRows {
+  int panel;
+  int tile;
+};
+
+// Where the gate applies, two warpgroups take the 8 tiles of two panels in turns: then each of them holds whole chunks
+// of a token for the next GEMM.
+__device__ __forceinline__ WarpRows warp_rows(const Consumer& c, bool gated) {
+  if (gated) return {c.group / 2 * 2 + c.warp / 2, c.warp % 2 * 2 + c.group % 2};
+  return {c.group, c.warp};
+}
+
 struct PackedFragment {
   uint4 codes;
   uint32_t scales;
@@ -63,10 +76,11 @@ __device__ __forceinline__ void start_step(float (&sum)[N / 2], const PackedFrag
 // registers while the tensor cores work on the other three. The loop takes the second block of one stage and the first
 // of the next: with the first stage's first block before it, four steps are in flight wherever it is entered.
 template <class T, int N>
-__device__ __forceinline__ void multiply_tile(float (&sum)[N / 2], Ring& ring, const Consumer& c, int k_blocks) {
+__device__ __forceinline__ void multiply_tile(float (&sum)[N / 2], Ring& ring, const Consumer& c, WarpRows rows,
+                                              int k_blocks) {
   uint32_t a[4][4];
-  const uint32_t panel = c.group * kPanelBytes;
-  const PackedReader reader{panel + c.thread * 16, panel + scales_at(c.warp, c.lane)};
+  const uint32_t panel = rows.panel * kPanelBytes;
+  const PackedReader reader{panel + codes_at(rows.tile, c.lane), panel + scales_at(rows.tile, c.lane)};
   ring.wait_full();
   PackedFragment packed = reader.load(ring.stage, 0);
 #pragma unroll

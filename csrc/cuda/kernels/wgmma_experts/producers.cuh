@@ -45,7 +45,7 @@ __device__ __forceinline__ void describe_tile(const Params& p, const int* offset
     tile.gate_scale = gate_scale * kDecodeFactor;
     tile.up_scale = up_scale * kDecodeFactor;
     tile.row_tile = row_tile;
-    tile.width = cut.width;
+    tile.width = round_up(tokens, kTokenAtom);  // the last tile of an expert may be narrower than the cut
     tile.tokens = tokens;
     tile.hidden_row = rows[expert] + first_token;
     tile.prerequisites = cut.tiles * p.gemm[0].row_tiles;
