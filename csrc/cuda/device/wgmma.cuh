@@ -1,5 +1,5 @@
 // wgmma m64nNk16, A in registers, B in shared memory (K-major, 128-byte swizzle), fp32 accumulators. One instruction
-// per function; N is every multiple of 8 up to 128.
+// per function; N is every multiple of 8 up to 192.
 //
 // Accumulator d[4 i + {0, 1, 2, 3}] of lane l (g = l / 4, t = l % 4) of warp w is (row 16 w + {g, g, g + 8, g + 8},
 // column 8 i + 2 t + {0, 1, 0, 1}).
@@ -49,6 +49,14 @@ struct Wgmma;
 #define NVFP4_D56 NVFP4_D52 ",%52,%53,%54,%55"
 #define NVFP4_D60 NVFP4_D56 ",%56,%57,%58,%59"
 #define NVFP4_D64 NVFP4_D60 ",%60,%61,%62,%63"
+#define NVFP4_D68 NVFP4_D64 ",%64,%65,%66,%67"
+#define NVFP4_D72 NVFP4_D68 ",%68,%69,%70,%71"
+#define NVFP4_D76 NVFP4_D72 ",%72,%73,%74,%75"
+#define NVFP4_D80 NVFP4_D76 ",%76,%77,%78,%79"
+#define NVFP4_D84 NVFP4_D80 ",%80,%81,%82,%83"
+#define NVFP4_D88 NVFP4_D84 ",%84,%85,%86,%87"
+#define NVFP4_D92 NVFP4_D88 ",%88,%89,%90,%91"
+#define NVFP4_D96 NVFP4_D92 ",%92,%93,%94,%95"
 #define NVFP4_O4 "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
 #define NVFP4_O8 NVFP4_O4, "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
 #define NVFP4_O12 NVFP4_O8, "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11])
@@ -65,6 +73,14 @@ struct Wgmma;
 #define NVFP4_O56 NVFP4_O52, "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55])
 #define NVFP4_O60 NVFP4_O56, "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59])
 #define NVFP4_O64 NVFP4_O60, "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
+#define NVFP4_O68 NVFP4_O64, "+f"(d[64]), "+f"(d[65]), "+f"(d[66]), "+f"(d[67])
+#define NVFP4_O72 NVFP4_O68, "+f"(d[68]), "+f"(d[69]), "+f"(d[70]), "+f"(d[71])
+#define NVFP4_O76 NVFP4_O72, "+f"(d[72]), "+f"(d[73]), "+f"(d[74]), "+f"(d[75])
+#define NVFP4_O80 NVFP4_O76, "+f"(d[76]), "+f"(d[77]), "+f"(d[78]), "+f"(d[79])
+#define NVFP4_O84 NVFP4_O80, "+f"(d[80]), "+f"(d[81]), "+f"(d[82]), "+f"(d[83])
+#define NVFP4_O88 NVFP4_O84, "+f"(d[84]), "+f"(d[85]), "+f"(d[86]), "+f"(d[87])
+#define NVFP4_O92 NVFP4_O88, "+f"(d[88]), "+f"(d[89]), "+f"(d[90]), "+f"(d[91])
+#define NVFP4_O96 NVFP4_O92, "+f"(d[92]), "+f"(d[93]), "+f"(d[94]), "+f"(d[95])
 
 // D = N / 2 accumulators; A0..A3, DESC are the operand numbers that follow them.
 #define NVFP4_WGMMA(T, TYPE, N, D, A0, A1, A2, A3, DESC)                                                              \
@@ -96,6 +112,14 @@ NVFP4_WGMMA_BOTH(104, 52, 52, 53, 54, 55, 56)
 NVFP4_WGMMA_BOTH(112, 56, 56, 57, 58, 59, 60)
 NVFP4_WGMMA_BOTH(120, 60, 60, 61, 62, 63, 64)
 NVFP4_WGMMA_BOTH(128, 64, 64, 65, 66, 67, 68)
+NVFP4_WGMMA_BOTH(136, 68, 68, 69, 70, 71, 72)
+NVFP4_WGMMA_BOTH(144, 72, 72, 73, 74, 75, 76)
+NVFP4_WGMMA_BOTH(152, 76, 76, 77, 78, 79, 80)
+NVFP4_WGMMA_BOTH(160, 80, 80, 81, 82, 83, 84)
+NVFP4_WGMMA_BOTH(168, 84, 84, 85, 86, 87, 88)
+NVFP4_WGMMA_BOTH(176, 88, 88, 89, 90, 91, 92)
+NVFP4_WGMMA_BOTH(184, 92, 92, 93, 94, 95, 96)
+NVFP4_WGMMA_BOTH(192, 96, 96, 97, 98, 99, 100)
 #undef NVFP4_WGMMA_BOTH
 #undef NVFP4_WGMMA
 #undef NVFP4_D4
@@ -130,6 +154,22 @@ NVFP4_WGMMA_BOTH(128, 64, 64, 65, 66, 67, 68)
 #undef NVFP4_O60
 #undef NVFP4_D64
 #undef NVFP4_O64
+#undef NVFP4_D68
+#undef NVFP4_O68
+#undef NVFP4_D72
+#undef NVFP4_O72
+#undef NVFP4_D76
+#undef NVFP4_O76
+#undef NVFP4_D80
+#undef NVFP4_O80
+#undef NVFP4_D84
+#undef NVFP4_O84
+#undef NVFP4_D88
+#undef NVFP4_O88
+#undef NVFP4_D92
+#undef NVFP4_O92
+#undef NVFP4_D96
+#undef NVFP4_O96
 // clang-format on
 
 }  // namespace nvfp4::cuda::ptx

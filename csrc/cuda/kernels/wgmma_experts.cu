@@ -3,6 +3,7 @@
 #include <set>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <utility>
 
 #include "../device/gather.cuh"
@@ -68,12 +69,20 @@ ExpertGemm expert_gemm(const Weight& weight) {
           .n = weight.n,
           .gated = weight.gated,
           .panels = panels,
-          .row_tiles = ceil_div(panels, kConsumers),
           .k_blocks = static_cast<int>(ceil_div<int64_t>(weight.k, kBlockK))};
 }
 
 // Narrow tiles leave room for more stages, which few tokens need to keep weights streaming.
-int choose_width(int64_t slots, int64_t experts) { return slots <= 32 * experts ? 64 : kMaxWidth; }
+template <class S>
+int choose_width(int64_t slots, int64_t experts) {
+  return slots <= 32 * experts ? std::min(64, S::kMaxWidth) : S::kMaxWidth;
+}
+
+// Panels come in pairs where the gate applies: a pair's features are a k-block of the next GEMM, zeros included.
+template <class S>
+int row_tiles(const ExpertGemm& gemm) {
+  return ceil_div(gemm.gated ? round_up(gemm.panels, 2) : gemm.panels, S::kConsumers);
+}
 
 struct Workspace {
   size_t control;
@@ -107,12 +116,31 @@ void allow_shared_memory(void (*kernel)(Params)) {
   allowed.insert({device().ordinal, kernel});
 }
 
-template <class T, bool kSilu>
-void launch_experts(const Params& params, void* stream) {
-  const auto kernel = expert_kernel<T, kSilu>;
-  const int shared = params.stages * stage_bytes(params.max_width) + fixed_bytes(params.experts);
+template <class S, class T, bool kSilu>
+void launch_experts(Params params, int64_t slots, void* stream) {
+  const auto kernel = expert_kernel<S, T, kSilu>;
+  for (ExpertGemm& gemm : params.gemm) gemm.row_tiles = row_tiles<S>(gemm);
+  params.max_width = choose_width<S>(slots, params.experts);
+  const int ring_bytes = device().shared_memory_per_block - fixed_bytes<S>(params.experts);
+  params.stages = std::min(kMaxStages, ring_bytes / stage_bytes<S>(params.max_width));
+  const int shared = params.stages * stage_bytes<S>(params.max_width) + fixed_bytes<S>(params.experts);
   allow_shared_memory(kernel);
-  launch(kernel, dim3(device().multiprocessors), kThreads, shared, stream, "wgmma experts", params);
+  launch(kernel, dim3(device().multiprocessors), kThreads<S>, shared, stream, "wgmma experts", params);
+}
+
+// Where most experts fit into one wide tile, but not into one tall one; fp16, whose decoding costs more, gains beyond
+// that too.
+template <class T>
+bool choose_wide(int64_t slots, int64_t experts) {
+  return slots > Tall::kMaxWidth * experts && (slots <= 176 * experts || std::is_same_v<T, fp16>);
+}
+
+template <class T>
+void launch_experts(const Params& params, int64_t slots, void* stream) {
+  const bool silu = !params.gate_applies || params.gate.activation == Activation::silu;
+  if (!silu) return launch_experts<Tall, T, false>(params, slots, stream);
+  choose_wide<T>(slots, params.experts) ? launch_experts<Wide, T, true>(params, slots, stream)
+                                        : launch_experts<Tall, T, true>(params, slots, stream);
 }
 
 // Permuted tokens go to x_image, or to the workspace if it is null.
@@ -127,21 +155,13 @@ void run(DType dtype, Params& params, PrepareParams& prepare, int64_t slots, voi
   params.x = permuted;
   params.hidden = workspace + layout.hidden;
   params.hidden_rows = padded_rows(slots, params.experts);
-  params.max_width = choose_width(slots, params.experts);
-  const int ring_bytes = device().shared_memory_per_block - fixed_bytes(params.experts);
-  params.stages = std::min(kMaxStages, ring_bytes / stage_bytes(params.max_width));
 
   prepare.permuted = reinterpret_cast<uint4*>(permuted);
   prepare.control = params.control;
   prepare.control_size = 1 + params.experts;
   launch(prepare_kernel, dim3(device().multiprocessors * 8), kPrepareThreads, 0, stream, "wgmma prepare", prepare);
 
-  const bool silu = !params.gate_applies || params.gate.activation == Activation::silu;
-  if (dtype == DType::bf16) {
-    silu ? launch_experts<bf16, true>(params, stream) : launch_experts<bf16, false>(params, stream);
-  } else {
-    silu ? launch_experts<fp16, true>(params, stream) : launch_experts<fp16, false>(params, stream);
-  }
+  dtype == DType::bf16 ? launch_experts<bf16>(params, slots, stream) : launch_experts<fp16>(params, slots, stream);
 }
 
 // x_image where it has room: no padding of k, no overrun.

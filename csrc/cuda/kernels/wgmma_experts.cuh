@@ -1,17 +1,17 @@
 // Persistent grouped GEMM on wgmma for many tokens per expert; with two GEMMs, the whole expert MLP.
 //
-// A tile is 256 weight rows (four 64-row panels, one for each consumer warpgroup) by the tokens of cut_tokens(), all of
-// k. Weights stream through shared memory packed and are decoded into register A fragments; tokens are the B operand.
-// 256 rows, and not 128, because every row of warpgroups re-reads the tokens from L2: at 128 that traffic alone exceeds
-// what L2 delivers at the full rate of the tensor cores. Four warpgroups of 64 rows, and not two of 128, so that one
-// decodes while others multiply without double buffering.
+// A tile is 256 or 192 weight rows (64-row panels, one for each consumer warpgroup) by the tokens of cut_tokens(), all
+// of k. Weights stream through shared memory packed and are decoded into register A fragments; tokens are the B
+// operand. 192 rows or more, and not 128, because every row of warpgroups re-reads the tokens from L2: at 128 that
+// traffic alone exceeds what L2 delivers at the full rate of the tensor cores. Warpgroups of 64 rows, and not of 128,
+// so that one decodes while others multiply without double buffering.
 //
 // Tiles are claimed in order from a counter, GEMM2's after GEMM1's, so GEMM2 starts while the last tiles of GEMM1 run;
 // a GEMM2 tile waits for its expert's `ready` count. No order of CTAs can deadlock: whatever a tile waits for was
 // claimed earlier, by a CTA that is running.
 //
-// Warps 0-15 consume. Warp 16 streams weights, warps 17 and 18 fetch tokens, warp 19 claims tiles and publishes
-// finished ones.
+// Behind the consumers one warp streams weights, two fetch tokens, and the last claims tiles and publishes finished
+// ones.
 #pragma once
 
 #include "wgmma_experts/epilogue.cuh"
@@ -21,8 +21,8 @@
 
 namespace nvfp4::cuda::wgmma_experts {
 
-template <class T, int N, bool kSilu>
-__device__ __forceinline__ void consume_tile(const Params& p, Shared& shared, const Tile& tile, Ring& ring,
+template <class S, class T, int N, bool kSilu>
+__device__ __forceinline__ void consume_tile(const Params& p, Shared<S>& shared, const Tile<S>& tile, Ring& ring,
                                              uint32_t staging) {
   float sum[N / 2];
 #pragma unroll
@@ -31,24 +31,26 @@ __device__ __forceinline__ void consume_tile(const Params& p, Shared& shared, co
   const ExpertGemm& gemm = p.gemm[uniform(tile.gemm)];
   const int k_blocks = gemm.k_blocks;
   const bool gated = p.gate_applies && uniform(tile.gemm) == 0;
-  const int panel = uniform(tile.row_tile) * kConsumers + uniform(c.group);
-  const bool active = (gated ? panel / 2 * 2 : panel) < gemm.panels;
+  const int first_panel = uniform(tile.row_tile) * S::kConsumers + warp_rows<S>(uniform(c.group), 0, gated).panel;
+  const bool active = first_panel < gemm.panels;
   if (active) {
-    multiply_tile<T, N>(sum, ring, c, warp_rows(c, gated), k_blocks);
+    multiply_tile<S, T, N>(sum, ring, c, warp_rows<S>(c.group, c.warp, gated), k_blocks);
   } else {
     skip_tile(ring, c, k_blocks);
   }
-  finish_tile<T, N, kSilu>(p, shared, tile, sum, current_consumer(staging), active);
+  finish_tile<S, T, N, kSilu>(p, shared, tile, sum, current_consumer(staging), active);
 }
 
-template <class T, bool kSilu>
-__device__ __forceinline__ void consume_tiles(const Params& p, Shared& shared, Ring ring, uint32_t staging) {
-  TileReader reader{shared};
-  while (const Tile* tile = reader.next()) {
+template <class S, class T, bool kSilu>
+__device__ __forceinline__ void consume_tiles(const Params& p, Shared<S>& shared, Ring ring, uint32_t staging) {
+  TileReader<S> reader{shared};
+  while (const Tile<S>* tile = reader.next()) {
     switch (uniform(tile->width) / kTokenAtom) {
-#define NVFP4_WIDTH(N)                                          \
-  case N / kTokenAtom:                                          \
-    consume_tile<T, N, kSilu>(p, shared, *tile, ring, staging); \
+#define NVFP4_WIDTH(N)                                               \
+  case N / kTokenAtom:                                               \
+    if constexpr (N <= S::kMaxWidth && S::tile_width(N) == N) {      \
+      consume_tile<S, T, N, kSilu>(p, shared, *tile, ring, staging); \
+    }                                                                \
     break;
       NVFP4_WIDTH(8)
       NVFP4_WIDTH(16)
@@ -64,18 +66,28 @@ __device__ __forceinline__ void consume_tiles(const Params& p, Shared& shared, R
       NVFP4_WIDTH(96)
       NVFP4_WIDTH(104)
       NVFP4_WIDTH(112)
+      NVFP4_WIDTH(120)
+      NVFP4_WIDTH(128)
+      NVFP4_WIDTH(136)
+      NVFP4_WIDTH(144)
+      NVFP4_WIDTH(152)
+      NVFP4_WIDTH(160)
+      NVFP4_WIDTH(168)
+      NVFP4_WIDTH(176)
+      NVFP4_WIDTH(184)
+      NVFP4_WIDTH(192)
 #undef NVFP4_WIDTH
     }
     reader.release();
   }
 }
 
-template <class T, bool kSilu>
-__global__ void __launch_bounds__(kThreads, 1) expert_kernel(const __grid_constant__ Params p) {
+template <class S, class T, bool kSilu>
+__global__ void __launch_bounds__(kThreads<S>, 1) expert_kernel(const __grid_constant__ Params p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) uint8_t memory[];
-  uint8_t* staging = memory + p.stages * stage_bytes(p.max_width);
-  Shared& shared = *reinterpret_cast<Shared*>(staging + kConsumers * kStagingBytes);
+  uint8_t* staging = memory + p.stages * stage_bytes<S>(p.max_width);
+  Shared<S>& shared = *reinterpret_cast<Shared<S>*>(staging + S::kConsumers * kStagingBytes);
   int* offsets = reinterpret_cast<int*>(&shared + 1);
   int* tiles = offsets + p.experts + 1;
   int* rows = tiles + p.experts + 1;
@@ -83,34 +95,34 @@ __global__ void __launch_bounds__(kThreads, 1) expert_kernel(const __grid_consta
   if (threadIdx.x == 0) {
     for (int i = 0; i < p.stages; ++i) {
       ptx::mbarrier_init(ptx::shared_address(&shared.full[i]), 1 + kGatherWarps * kWarpArrivals);
-      ptx::mbarrier_init(ptx::shared_address(&shared.empty[i]), kConsumerWarps * kWarpArrivals);
+      ptx::mbarrier_init(ptx::shared_address(&shared.empty[i]), kConsumerWarps<S> * kWarpArrivals);
     }
     for (int i = 0; i < kTileRing; ++i) {
       ptx::mbarrier_init(ptx::shared_address(&shared.tile_full[i]), kWarp);
       ptx::mbarrier_init(ptx::shared_address(&shared.tile_empty[i]),
-                         (kConsumerWarps + 1 + kGatherWarps) * kWarpArrivals);
+                         (kConsumerWarps<S> + 1 + kGatherWarps) * kWarpArrivals);
     }
     ptx::mbarrier_init(ptx::shared_address(&shared.claim), 1);
-    ptx::mbarrier_init(ptx::shared_address(&shared.stored), kConsumerWarps * kWarpArrivals);
+    ptx::mbarrier_init(ptx::shared_address(&shared.stored), kConsumerWarps<S> * kWarpArrivals);
     ptx::fence_mbarrier_init();
   }
   ptx::dependency_wait();
   ptx::dependency_release();
-  for (int i = threadIdx.x; i <= p.experts; i += kThreads) offsets[i] = p.offsets[i];
+  for (int i = threadIdx.x; i <= p.experts; i += kThreads<S>) offsets[i] = p.offsets[i];
   __syncthreads();
 
   const Ring ring{ptx::shared_address(memory), ptx::shared_address(shared.full),
-                  static_cast<uint32_t>(stage_bytes(p.max_width)), static_cast<uint32_t>(p.stages)};
+                  static_cast<uint32_t>(stage_bytes<S>(p.max_width)), static_cast<uint32_t>(p.stages)};
   const int warp = threadIdx.x / kWarp;
-  if (warp < kConsumerWarps) {
-    ptx::registers_raise<kConsumerRegisters>();
-    consume_tiles<T, kSilu>(p, shared, ring, ptx::shared_address(staging));
+  if (warp < kConsumerWarps<S>) {
+    ptx::registers_raise<S::kConsumerRegisters>();
+    consume_tiles<S, T, kSilu>(p, shared, ring, ptx::shared_address(staging));
   } else {
-    ptx::registers_lower<kProducerRegisters>();
-    if (warp == kConsumerWarps) {
+    ptx::registers_lower<S::kProducerRegisters>();
+    if (warp == kConsumerWarps<S>) {
       stream_weights(p, shared, ring);
-    } else if (warp <= kConsumerWarps + kGatherWarps) {
-      fetch_tokens(p, shared, ring, threadIdx.x - (kConsumerWarps + 1) * kWarp);
+    } else if (warp <= kConsumerWarps<S> + kGatherWarps) {
+      fetch_tokens(p, shared, ring, threadIdx.x - (kConsumerWarps<S> + 1) * kWarp);
     } else {
       schedule_tiles(p, shared, offsets, tiles, rows);
     }

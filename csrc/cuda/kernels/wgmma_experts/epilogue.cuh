@@ -1,5 +1,5 @@
 // The end of a tile: scales, the gate, one rounding, and rows through staging to where the next GEMM or combine reads
-// them. Every warpgroup does it alone. Staging is there because L2 wants whole sectors, and rather whole lines.
+// them. A warpgroup does it alone; staging is there because L2 wants whole sectors, and rather whole lines.
 #pragma once
 
 #include "../../device/gate.cuh"
@@ -13,8 +13,8 @@ struct Scales {
 };
 
 // Multiplies every token by its slot's scale.
-template <int N>
-__device__ __forceinline__ void scale_slots(const Tile& tile, const Consumer& c, float (&sum)[N / 2]) {
+template <class S, int N>
+__device__ __forceinline__ void scale_slots(const Tile<S>& tile, const Consumer& c, float (&sum)[N / 2]) {
 #pragma unroll
   for (int i = 0; i < N / 8; ++i) {
     const float2 scale = *reinterpret_cast<const float2*>(&tile.scale[i * 8 + 2 * c.t]);
@@ -25,18 +25,24 @@ __device__ __forceinline__ void scale_slots(const Tile& tile, const Consumer& c,
   }
 }
 
+// Tokens from kFirst on of a tile of N that fit into staging together.
+template <int N, int kFirst, int kBytes>
+constexpr int kStaged = N - kFirst < kStagingBytes / kBytes ? N - kFirst : kStagingBytes / kBytes;
+
+constexpr int kGatedBytes = 64;  // of a token in a warpgroup's staging
+
 // The gate in registers. Then lane (g, t) lays what it has of token 8 i + g, the pair of features 2 t and 2 t + 1 of
-// the warp's 8, into staging at word [warp][token][t].
-template <class T, int N, bool kSilu>
-__device__ __forceinline__ void stage_gated(const Params& p, const Consumer& c, bool exists, const float (&sum)[N / 2],
+// the warp's 8, into staging at word [warp][token][t]. kTokens of them, from sum[0] on.
+template <class T, int kTokens, bool kSilu>
+__device__ __forceinline__ void stage_gated(const Params& p, const Consumer& c, bool exists, const float* sum,
                                             Scales scales, uint32_t staging) {
   Gate gate = p.gate;
   if constexpr (kSilu) gate.activation = Activation::silu;
   gate.limit = gate.clamped ? gate.limit : INFINITY;  // instead of a branch for each value
   gate.clamped = true;
-  const uint32_t to = staging + c.warp * N * 16 + c.lane * 4;
+  const uint32_t to = staging + c.warp * kTokens * 16 + c.lane * 4;
 #pragma unroll
-  for (int i = 0; i < N / 8; ++i) {
+  for (int i = 0; i < kTokens / 8; ++i) {
     const float low = apply_gate(gate, sum[4 * i] * scales.gate, sum[4 * i + 2] * scales.up);
     const float high = apply_gate(gate, sum[4 * i + 1] * scales.gate, sum[4 * i + 3] * scales.up);
     const uint32_t pair = ptx::transpose(pack2<T>(low, high));
@@ -44,40 +50,72 @@ __device__ __forceinline__ void stage_gated(const Params& p, const Consumer& c, 
   }
 }
 
-// Of the 64 features of a k-block of GEMM2 warp w of a warpgroup and its neighbour's hold 8 (2 w + h) .. + 7, h the
-// parity of the warpgroup: word w of chunk 4 h + t of a token, as wgmma will read it.
-template <int N>
-__device__ __forceinline__ void store_hidden(const Params& p, const Tile& tile, const Consumer& c, uint32_t staging) {
-  const int block = tile.row_tile * (kConsumers / 2) + c.group / 2;
+// Writes staged tokens, the tile's from `first` on, as wgmma will read them. Of the 64 features of a k-block of GEMM2
+// tile w of 8 has 8 w .. 8 w + 7, of which pair q = 4 w + t is word q / 8 of chunk q % 8 of a token.
+template <class S, int kTokens>
+__device__ __forceinline__ void store_hidden(const Params& p, const Tile<S>& tile, const Consumer& c, int first,
+                                             uint32_t staging) {
+  const int panel = tile.row_tile * S::kConsumers + c.group;
+  const int block = panel / 2;
   if (block >= p.gemm[1].k_blocks) return;
-  uint8_t* to = p.hidden + (block * p.hidden_rows + tile.hidden_row) * kTokenBytes;
-  const int chunk = c.group % 2 * 4 + c.thread % 4;
-  const int tokens = round_up(tile.tokens, kTokenAtom);
+  uint8_t* to = p.hidden + (block * p.hidden_rows + tile.hidden_row + first) * kTokenBytes;
+  const int tokens = round_up(tile.tokens, kTokenAtom) - first;
+  constexpr bool kWholeChunks = S::kConsumers % 2 == 0;  // of 4 chunks; or 2 words of all 8
+  constexpr int kChunks = kWholeChunks ? 4 : 8;
 #pragma unroll
-  for (int first = 0; first < N; first += kWarpgroup / 4) {
-    const int token = first + c.thread / 4;
-    if (token >= tokens) break;
-    const uint32_t from = staging + first * 16 + c.thread * 4;
-    uint4 v;
-    v.x = ptx::load_shared_32(from);
-    v.y = ptx::load_shared_32(from + N * 16);
-    v.z = ptx::load_shared_32(from + 2 * N * 16);
-    v.w = ptx::load_shared_32(from + 3 * N * 16);
-    *reinterpret_cast<uint4*>(to + swizzled(token, chunk)) = v;
+  for (int i = 0; i < kTokens; i += kWarpgroup / kChunks) {
+    const int token = i + c.thread / kChunks;
+    if (token >= min(tokens, kTokens)) break;
+    if constexpr (kWholeChunks) {
+      const uint32_t from = staging + i * 16 + c.thread * 4;
+      uint4 v;
+      v.x = ptx::load_shared_32(from);
+      v.y = ptx::load_shared_32(from + kTokens * 16);
+      v.z = ptx::load_shared_32(from + 2 * kTokens * 16);
+      v.w = ptx::load_shared_32(from + 3 * kTokens * 16);
+      *reinterpret_cast<uint4*>(to + swizzled(token, panel % 2 * 4 + c.thread % 4)) = v;
+    } else {
+      const int chunk = c.thread % 8;
+      const uint32_t from = staging + (chunk / 4 * kTokens + token) * 16 + chunk % 4 * 4;
+      uint2 v;
+      v.x = ptx::load_shared_32(from);
+      v.y = ptx::load_shared_32(from + 2 * kTokens * 16);
+      *reinterpret_cast<uint2*>(to + swizzled(token, chunk) + panel % 2 * 8) = v;
+    }
   }
 }
 
-template <class T, int N>
-__device__ __forceinline__ void store_gated(const Params& p, const Tile& tile, const Consumer& c, uint32_t staging) {
+// The same in rows of features.
+template <class S, class T, int kTokens>
+__device__ __forceinline__ void store_gated(const Params& p, const Tile<S>& tile, const Consumer& c, int first,
+                                            uint32_t staging) {
   const int64_t features = p.gemm[0].n / 2;
   const int warp = c.thread % 4;
-  const int64_t feature = (tile.row_tile * (kConsumers / 2) + c.group / 2) * int64_t{64} + warp * 16 + c.group % 2 * 8;
+  const WarpRows rows = warp_rows<S>(c.group, warp, true);
+  const int64_t feature = ((tile.row_tile * S::kConsumers + rows.panel) * 4 + rows.tile) * int64_t{8};
   if (feature >= features) return;
   T* out = static_cast<T*>(p.out) + feature;
-  for (int token = c.thread / 4; token < tile.tokens; token += kWarpgroup / 4) {
-    *reinterpret_cast<uint4*>(out + tile.slot[token] * features) =
-        ptx::load_shared_128(staging + (warp * N + token) * 16);
+  for (int token = c.thread / 4; token < min(tile.tokens - first, kTokens); token += kWarpgroup / 4) {
+    *reinterpret_cast<uint4*>(out + tile.slot[first + token] * features) =
+        ptx::load_shared_128(staging + (warp * kTokens + token) * 16);
   }
+}
+
+template <class S, class T, int N, bool kSilu, int kFirst = 0>
+__device__ __forceinline__ void finish_gated(const Params& p, const Tile<S>& tile, const Consumer& c,
+                                             const float (&sum)[N / 2], Scales scales) {
+  constexpr int kTokens = kStaged<N, kFirst, kGatedBytes>;
+  const uint32_t staging = c.staging + c.group * kStagingBytes;
+  const bool exists = tile.row_tile * S::kConsumers + warp_rows<S>(c.group, c.warp, true).panel < p.gemm[0].panels;
+  ptx::barrier_sync(1 + c.group, kWarpgroup);
+  stage_gated<T, kTokens, kSilu>(p, c, exists, &sum[kFirst / 2], scales, staging);
+  ptx::barrier_sync(1 + c.group, kWarpgroup);
+  if (p.mlp) {
+    store_hidden<S, kTokens>(p, tile, c, kFirst, staging);
+  } else {
+    store_gated<S, T, kTokens>(p, tile, c, kFirst, staging);
+  }
+  if constexpr (kFirst + kTokens < N) finish_gated<S, T, N, kSilu, kFirst + kTokens>(p, tile, c, sum, scales);
 }
 
 // Rows g and g + 8 of a warp's 16 are chunks 2 w and 2 w + 1 of a token's 64 rows. Lays the 8 tokens of d[0..3], and
@@ -98,11 +136,10 @@ __device__ __forceinline__ void stage_plain(const float* d, Scales scales, uint3
 }
 
 // Writes the tile's tokens to their slots, as many at a time as staging holds.
-template <class T, int N, int kFirst = 0>
-__device__ __forceinline__ void store_plain(const Params& p, const ExpertGemm& gemm, const Tile& tile,
+template <class S, class T, int N, int kFirst = 0>
+__device__ __forceinline__ void store_plain(const Params& p, const ExpertGemm& gemm, const Tile<S>& tile,
                                             const Consumer& c, const float (&sum)[N / 2], Scales scales) {
-  constexpr int kRoom = kStagingBytes / kTokenBytes;
-  constexpr int kTokens = N - kFirst < kRoom ? N - kFirst : kRoom;
+  constexpr int kTokens = kStaged<N, kFirst, kTokenBytes>;
   const uint32_t staging = c.staging + c.group * kStagingBytes;
   ptx::barrier_sync(1 + c.group, kWarpgroup);
   const int matrix = c.lane / 8;
@@ -116,7 +153,7 @@ __device__ __forceinline__ void store_plain(const Params& p, const ExpertGemm& g
     stage_plain<T, 1>(&sum[(kFirst + i) / 2], scales, to + i * kTokenBytes);
   }
   ptx::barrier_sync(1 + c.group, kWarpgroup);
-  const int panel = tile.row_tile * kConsumers + c.group;
+  const int panel = tile.row_tile * S::kConsumers + c.group;
   const int chunk = c.thread % 8;
   const int64_t feature = gemm.gated ? panel * int64_t{32} + chunk / 2 * 8 : panel * int64_t{64} + chunk * 8;
   if (feature < (gemm.gated ? gemm.n / 2 : gemm.n)) {
@@ -126,31 +163,23 @@ __device__ __forceinline__ void store_plain(const Params& p, const ExpertGemm& g
           ptx::load_shared_128(staging + swizzled(i, chunk));
     }
   }
-  if constexpr (kFirst + kTokens < N) store_plain<T, N, kFirst + kTokens>(p, gemm, tile, c, sum, scales);
+  if constexpr (kFirst + kTokens < N) store_plain<S, T, N, kFirst + kTokens>(p, gemm, tile, c, sum, scales);
 }
 
-template <class T, int N, bool kSilu>
-__device__ __forceinline__ void finish_tile(const Params& p, Shared& shared, const Tile& tile, float (&sum)[N / 2],
-                                            const Consumer& c, bool active) {
-  const ExpertGemm& gemm = p.gemm[tile.gemm];
+template <class S, class T, int N, bool kSilu>
+__device__ __forceinline__ void finish_tile(const Params& p, Shared<S>& shared, const Tile<S>& tile,
+                                            float (&sum)[N / 2], const Consumer& c, bool active) {
   const bool first_gemm = tile.gemm == 0;
   const Scales scales{tile.gate_scale, tile.up_scale};
-  if (first_gemm && p.slot_scale != nullptr) scale_slots<N>(tile, c, sum);
+  if (first_gemm && p.slot_scale != nullptr) scale_slots<S, N>(tile, c, sum);
   if (first_gemm && p.gate_applies) {
-    const uint32_t staging = c.staging + c.group * kStagingBytes;
-    const bool exists = tile.row_tile * kConsumers + warp_rows(c, true).panel < gemm.panels;
-    ptx::barrier_sync(1 + c.group, kWarpgroup);
-    stage_gated<T, N, kSilu>(p, c, exists, sum, scales, staging);
-    ptx::barrier_sync(1 + c.group, kWarpgroup);
+    finish_gated<S, T, N, kSilu>(p, tile, c, sum, scales);
     if (p.mlp) {
-      store_hidden<N>(p, tile, c, staging);
       __syncwarp();
       warp_arrive(ptx::shared_address(&shared.stored), c.lane);
-    } else {
-      store_gated<T, N>(p, tile, c, staging);
     }
   } else if (active) {
-    store_plain<T, N>(p, gemm, tile, c, sum, scales);
+    store_plain<S, T, N>(p, p.gemm[tile.gemm], tile, c, sum, scales);
   }
 }
 

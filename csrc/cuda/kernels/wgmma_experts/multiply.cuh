@@ -7,7 +7,7 @@
 namespace nvfp4::cuda::wgmma_experts {
 
 struct Consumer {
-  int group;   // 0..3
+  int group;
   int thread;  // 0..127
   int warp;    // 0..3
   int lane;
@@ -30,11 +30,12 @@ struct WarpRows {
   int tile;
 };
 
-// Where the gate applies, two warpgroups take the 8 tiles of two panels in turns: then each of them holds whole chunks
-// of a token for the next GEMM.
-__device__ __forceinline__ WarpRows warp_rows(const Consumer& c, bool gated) {
-  if (gated) return {c.group / 2 * 2 + c.warp / 2, c.warp % 2 * 2 + c.group % 2};
-  return {c.group, c.warp};
+// A warpgroup takes a panel. Where the gate applies and warpgroups are even, two of them take the 8 tiles of two panels
+// in turns: then each holds whole chunks of a token for the next GEMM.
+template <class S>
+__device__ __forceinline__ WarpRows warp_rows(int group, int warp, bool gated) {
+  if (S::kConsumers % 2 == 0 && gated) return {group / 2 * 2 + warp / 2, warp % 2 * 2 + group % 2};
+  return {group, warp};
 }
 
 struct PackedFragment {
@@ -63,19 +64,19 @@ struct PackedReader {
 };
 
 // Starts MMA step j of a block of the stage.
-template <class T, int N>
+template <class S, class T, int N>
 __device__ __forceinline__ void start_step(float (&sum)[N / 2], const PackedFragment& packed, uint32_t (&a)[4],
                                            uint32_t stage, int block, int j) {
   decode_step<T>(packed.codes, packed.scales, j, a);
   ptx::wgmma_fence();
-  ptx::Wgmma<T, N>::multiply(sum, a, ptx::wgmma_descriptor(stage, kWeightBytes + block * token_block_bytes(N), j));
+  ptx::Wgmma<T, N>::multiply(sum, a, ptx::wgmma_descriptor(stage, kWeightBytes<S> + block * token_block_bytes(N), j));
   ptx::wgmma_commit();
 }
 
 // Four steps are in flight: as soon as the oldest is done, the next block's fragments of that step are decoded into its
 // registers while the tensor cores work on the other three. The loop takes the second block of one stage and the first
 // of the next: with the first stage's first block before it, four steps are in flight wherever it is entered.
-template <class T, int N>
+template <class S, class T, int N>
 __device__ __forceinline__ void multiply_tile(float (&sum)[N / 2], Ring& ring, const Consumer& c, WarpRows rows,
                                               int k_blocks) {
   uint32_t a[4][4];
@@ -84,13 +85,13 @@ __device__ __forceinline__ void multiply_tile(float (&sum)[N / 2], Ring& ring, c
   ring.wait_full();
   PackedFragment packed = reader.load(ring.stage, 0);
 #pragma unroll
-  for (int j = 0; j < 4; ++j) start_step<T, N>(sum, packed, a[j], ring.stage, 0, j);
+  for (int j = 0; j < 4; ++j) start_step<S, T, N>(sum, packed, a[j], ring.stage, 0, j);
   for (int kb = kStageBlocks; kb < k_blocks; kb += kStageBlocks) {
     packed = reader.load(ring.stage, 1);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       ptx::wgmma_wait<3>();
-      start_step<T, N>(sum, packed, a[j], ring.stage, 1, j);
+      start_step<S, T, N>(sum, packed, a[j], ring.stage, 1, j);
     }
     const uint32_t previous_empty = ring.empty_barrier();
     ring.advance();
@@ -100,7 +101,7 @@ __device__ __forceinline__ void multiply_tile(float (&sum)[N / 2], Ring& ring, c
     for (int j = 0; j < 4; ++j) {
       ptx::wgmma_wait<3>();
       if (j == 3) warp_arrive(previous_empty, c.lane);
-      start_step<T, N>(sum, packed, a[j], ring.stage, 0, j);
+      start_step<S, T, N>(sum, packed, a[j], ring.stage, 0, j);
     }
   }
   if (k_blocks % kStageBlocks == 0) {
@@ -108,7 +109,7 @@ __device__ __forceinline__ void multiply_tile(float (&sum)[N / 2], Ring& ring, c
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       ptx::wgmma_wait<3>();
-      start_step<T, N>(sum, packed, a[j], ring.stage, 1, j);
+      start_step<S, T, N>(sum, packed, a[j], ring.stage, 1, j);
     }
   }
   ptx::wgmma_wait<0>();

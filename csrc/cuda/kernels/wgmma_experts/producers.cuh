@@ -6,10 +6,11 @@
 
 namespace nvfp4::cuda::wgmma_experts {
 
-// ---- warp 19
+// ---- the last warp
 
+template <class S>
 __device__ __forceinline__ void describe_tile(const Params& p, const int* offsets, const int* tiles, const int* rows,
-                                              int claimed, Tile& tile) {
+                                              int claimed, Tile<S>& tile) {
   const int lane = threadIdx.x % kWarp;
   const int column_tiles = tiles[p.experts];
   int gemm = 0;
@@ -45,21 +46,22 @@ __device__ __forceinline__ void describe_tile(const Params& p, const int* offset
     tile.gate_scale = gate_scale * kDecodeFactor;
     tile.up_scale = up_scale * kDecodeFactor;
     tile.row_tile = row_tile;
-    tile.width = round_up(tokens, kTokenAtom);  // the last tile of an expert may be narrower than the cut
+    tile.width = S::tile_width(round_up(tokens, kTokenAtom));  // the last of an expert may be narrower than the cut
     tile.tokens = tokens;
     tile.hidden_row = rows[expert] + first_token;
     tile.prerequisites = cut.tiles * p.gemm[0].row_tiles;
   }
 }
 
-__device__ __forceinline__ void schedule_tiles(const Params& p, Shared& shared, const int* offsets, int* tiles,
+template <class S>
+__device__ __forceinline__ void schedule_tiles(const Params& p, Shared<S>& shared, const int* offsets, int* tiles,
                                                int* rows) {
   const int lane = threadIdx.x % kWarp;
   sum_tiles(offsets, p.experts, p.max_width, tiles, rows);
   int stored = 0;
   int previous_expert = -1;  // of a GEMM1 tile whose end is not published yet
   for (int i = 0;; ++i) {
-    Tile& tile = shared.tiles[i % kTileRing];
+    Tile<S>& tile = shared.tiles[i % kTileRing];
     ptx::mbarrier_wait(ptx::shared_address(&shared.tile_empty[i % kTileRing]), i / kTileRing & 1 ^ 1);
     int claimed = 0;
     if (lane == 0) claimed = atomicAdd(p.control, 1);
@@ -79,16 +81,17 @@ __device__ __forceinline__ void schedule_tiles(const Params& p, Shared& shared, 
   }
 }
 
-// ---- warp 16: lane i < 4 streams panel i of the tile
+// ---- the first: lane i streams panel i of the tile
 
-__device__ __forceinline__ void stream_weights(const Params& p, Shared& shared, Ring ring) {
+template <class S>
+__device__ __forceinline__ void stream_weights(const Params& p, Shared<S>& shared, Ring ring) {
   const int lane = threadIdx.x % kWarp;
-  TileReader reader{shared};
-  while (const Tile* tile = reader.next()) {
+  TileReader<S> reader{shared};
+  while (const Tile<S>* tile = reader.next()) {
     const ExpertGemm& gemm = p.gemm[tile->gemm];
-    const int panel = tile->row_tile * kConsumers + lane;
+    const int panel = tile->row_tile * S::kConsumers + lane;
     const int k_blocks = gemm.k_blocks;
-    const bool inside = lane < kConsumers && panel < gemm.panels;
+    const bool inside = lane < S::kConsumers && panel < gemm.panels;
     const uint32_t panels = __popc(__ballot_sync(~0u, inside));
     const uint8_t* source =
         gemm.weight + tile->expert * gemm.expert_bytes + static_cast<int64_t>(panel) * k_blocks * kBlockBytes;
@@ -103,25 +106,26 @@ __device__ __forceinline__ void stream_weights(const Params& p, Shared& shared, 
       }
       __syncwarp();
       if (inside) {
-        ptx::bulk_load(ring.weights() + lane * kPanelBytes, source, blocks * kBlockBytes, ring.full_barrier());
+        ptx::bulk_load(ring.stage + lane * kPanelBytes, source, blocks * kBlockBytes, ring.full_barrier());
       }
     }
     reader.release();
   }
 }
 
-// ---- warps 17 and 18
+// ---- the two between them
 
 // Every warp announces its stages once their copies have landed and are visible to wgmma, kGatherLag stages behind the
 // one it is filling.
-__device__ __forceinline__ void gather_tokens(const Params& p, const Tile& tile, Ring& ring, int thread) {
+template <class S>
+__device__ __forceinline__ void gather_tokens(const Params& p, const Tile<S>& tile, Ring& ring, int thread) {
   const int chunk = thread % 8;
   const int first = thread / 8;  // every 8th token: the swizzle is the same for all
   const int k_blocks = p.gemm[0].k_blocks;
   const int copies = ceil_div(tile.tokens, kTokenAtom);
-  uint32_t block[kMaxWidth / kTokenAtom];
+  uint32_t block[S::kMaxWidth / kTokenAtom];
 #pragma unroll
-  for (int i = 0; i < kMaxWidth / kTokenAtom; ++i) block[i] = tile.x_block[first][min(i, copies - 1)];
+  for (int i = 0; i < S::kMaxWidth / kTokenAtom; ++i) block[i] = tile.x_block[first][min(i, copies - 1)];
   const uint32_t offset = swizzled(first, chunk);
   const uint8_t* source = p.x + chunk * 16;
   Ring landed = ring;
@@ -135,11 +139,11 @@ __device__ __forceinline__ void gather_tokens(const Params& p, const Tile& tile,
   const uint32_t second = token_block_bytes(tile.width);
   for (int s = 0; s < stages; ++s, source += kStageBlocks * kTokenBytes, ring.advance()) {
     ring.wait_empty();
-    const uint32_t to = ring.tokens() + offset;
+    const uint32_t to = ring.stage + kWeightBytes<S> + offset;
     // One address for both k-blocks of a row; what the last stage may lack is copied all the same. Batches, all but the
     // last unconditional, so that addresses do not wait for the copy before to have read its own.
 #pragma unroll
-    for (int i = 0; i < kMaxWidth / kTokenAtom; i += 2) {
+    for (int i = 0; i < S::kMaxWidth / kTokenAtom; i += 2) {
       if (i >= copies) break;
 #pragma unroll
       for (int atom = i; atom < i + 2; ++atom) {
@@ -159,7 +163,8 @@ __device__ __forceinline__ void gather_tokens(const Params& p, const Tile& tile,
 }
 
 // One thread. It makes the arrivals of all gathering warps.
-__device__ __forceinline__ void load_hidden(const Params& p, const Tile& tile, Ring& ring) {
+template <class S>
+__device__ __forceinline__ void load_hidden(const Params& p, const Tile<S>& tile, Ring& ring) {
   while (ptx::load_acquire(p.control + 1 + tile.expert) < tile.prerequisites) __nanosleep(64);
   ptx::fence_async_proxy();
   const uint32_t bytes = round_up(tile.tokens, kTokenAtom) * kTokenBytes;
@@ -171,14 +176,16 @@ __device__ __forceinline__ void load_hidden(const Params& p, const Tile& tile, R
     ptx::mbarrier_arrive_expect(ring.full_barrier(), blocks * bytes);
     ptx::mbarrier_arrive(ring.full_barrier(), kGatherWarps * kWarpArrivals - 1);
     for (int b = 0; b < blocks; ++b, source += p.hidden_rows * kTokenBytes) {
-      ptx::bulk_load(ring.tokens() + b * token_block_bytes(tile.width), source, bytes, ring.full_barrier());
+      ptx::bulk_load(ring.stage + kWeightBytes<S> + b * token_block_bytes(tile.width), source, bytes,
+                     ring.full_barrier());
     }
   }
 }
 
-__device__ __forceinline__ void fetch_tokens(const Params& p, Shared& shared, Ring ring, int thread) {
-  TileReader reader{shared};
-  while (const Tile* tile = reader.next()) {
+template <class S>
+__device__ __forceinline__ void fetch_tokens(const Params& p, Shared<S>& shared, Ring ring, int thread) {
+  TileReader<S> reader{shared};
+  while (const Tile<S>* tile = reader.next()) {
     if (tile->gemm == 0) {
       gather_tokens(p, *tile, ring, thread);
     } else if (thread == 0) {
