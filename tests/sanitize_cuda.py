@@ -13,7 +13,7 @@ from torch_nvfp4.testing import assert_accurate, random_routing, random_weight
 BF16, FP16 = torch.bfloat16, torch.float16
 LIMIT = 2.0
 # E, K, I, top_k, M, dtype: a single token; up to 32 slots, which are not sorted; narrow and wide tiles; a routing that
-# several blocks sort; wgmma, and its ring of stages when it wraps.
+# several blocks sort; wgmma with tall and with wide tiles, and its ring of stages when it wraps.
 MOE = [
     (8, 192, 96, 2, 1, BF16),
     (8, 192, 96, 2, 12, BF16),
@@ -21,7 +21,8 @@ MOE = [
     (8, 192, 96, 2, 40, FP16),
     (8, 192, 96, 2, 90, BF16),
     (4, 80, 48, 6, 400, BF16),
-    (2, 2560, 1280, 2, 150, BF16),
+    (2, 1280, 640, 2, 100, BF16),
+    (2, 1280, 640, 2, 150, BF16),
     (2, 256, 128, 2, 60, FP16),
 ]
 
