@@ -325,6 +325,13 @@ def test_moe_routings(kind: str, ids_dtype: torch.dtype, m: int, target: str) ->
     assert bool((expected[skipped] == 0).all())
 
 
+def test_moe_without_slots(target: str, dtype: torch.dtype) -> None:
+    layer = make_layer(4, 128, 64, seed=4)
+    topk_weights, topk_ids = torch.empty(5, 0), torch.empty(5, 0, dtype=torch.int32)
+    out = run_moe(layer, activations(5, 128, seed=6), topk_weights, topk_ids, device=target, dtype=dtype)
+    assert torch.equal(out, torch.zeros(5, 128, dtype=dtype))
+
+
 def test_moe_expert_map(device: str, dtype: torch.dtype) -> None:
     """Two ranks with half of the experts each add up to the whole layer."""
     e, m, top_k = 16, 21, 4

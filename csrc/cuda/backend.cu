@@ -2,8 +2,11 @@
 #include <algorithm>
 #include <map>
 #include <mutex>
+#include <set>
+#include <utility>
 
 #include "device/decode.cuh"
+#include "kernels/few_slots_mlp.h"
 #include "kernels/route.h"
 #include "kernels/stream_gemm.h"
 #include "kernels/wgmma_experts.h"
@@ -28,6 +31,17 @@ const Device& device() {
           "device attribute");
   }
   return entry->second;
+}
+
+void allow_shared_memory(const void* kernel) {
+  static std::mutex mutex;
+  static std::set<std::pair<int, const void*>> allowed;
+  const Device& d = device();
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (allowed.contains({d.ordinal, kernel})) return;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, d.shared_memory_per_block),
+        "shared memory of a kernel");
+  allowed.insert({d.ordinal, kernel});
 }
 
 namespace {
@@ -95,9 +109,9 @@ struct MoePlan {
   void* sort;
   int4* tile_table;
   void* intermediate;  // [slots, k of w2], stream paths
-  void* expert_out;    // [slots, n of w2], fp32 with panels_done
+  void* expert_out;    // [slots, n of w2], fp32 with few_slots
   void* aligned_x;     // [tokens, k of w13], for hidden_states that are not
-  int* panels_done;    // so few slots that nothing is sorted and no launch sums
+  bool few_slots;      // nothing else than the two intermediates is needed
   void* mlp;
   size_t bytes;
 };
@@ -120,16 +134,53 @@ ExpertMlpArgs mlp_args(const MoeArgs& args, const MoePlan& plan) {
   };
 }
 
+FewSlotsGemm few_slots_gemm(const Weight& weight, const void* x, int64_t rows, int64_t slots_per_row) {
+  FewSlotsGemm gemm{};
+  gemm.x = x;
+  gemm.rows = static_cast<int>(rows);
+  gemm.slots_per_row = Divider(static_cast<uint32_t>(slots_per_row));
+  gemm.packed = weight.packed;
+  gemm.expert_bytes = weight.expert_bytes;
+  gemm.global_scale = weight.global_scale;
+  gemm.k = static_cast<int>(weight.k);
+  gemm.n = static_cast<int>(weight.n);
+  gemm.k_blocks = static_cast<int>(ceil_div<int64_t>(weight.k, kBlockK));
+  gemm.panels = static_cast<int>(ceil_div<int64_t>(weight.n, kBlockRows));
+  gemm.by_k_blocks = Divider(gemm.k_blocks);
+  gemm.by_panels = Divider(gemm.panels);
+  return gemm;
+}
+
+FewSlotsParams few_slots_params(const MoeArgs& args, const MoePlan& plan) {
+  FewSlotsParams p{};
+  p.gemm[0] =
+      few_slots_gemm(args.w13, args.hidden_states, args.routing.tokens, std::max<int64_t>(1, args.routing.top_k));
+  p.gemm[1] = few_slots_gemm(args.w2, plan.intermediate, plan.slots, 1);
+  p.routing = args.routing;
+  (args.apply_router_weight_on_input ? p.slot_scale : p.topk_weights) = args.topk_weights;
+  p.gate = args.gate;
+  p.hidden = plan.intermediate;
+  p.expert_out = static_cast<float*>(plan.expert_out);
+  p.out = args.out;
+  return p;
+}
+
+// Whether nothing is sorted and one launch does it all.
+bool is_few_slots(const MoeArgs& args, const MoePlan& plan) {
+  if (plan.slots > kInlineSlots) return false;
+  const FewSlotsParams p = few_slots_params(args, plan);
+  return plan.choice.path == Path::stream_sm80 ? few_slots_fit_sm80(p) : few_slots_fit_sm90(p);
+}
+
 MoePlan plan_moe(const MoeArgs& args, void* workspace) {
   MoePlan plan{};
   Carver carver(workspace);
   plan.slots = args.routing.tokens * args.routing.top_k;
-  const bool is_inline = plan.slots <= kInlineSlots;
-  plan.choice = is_inline ? select_inline(plan.slots) : select(plan.slots, args.routing.experts);
+  plan.choice = select(plan.slots, args.routing.experts);
+  plan.few_slots = is_few_slots(args, plan);
   plan.aligned_x = take_copy(carver, args.hidden_states, args.routing.tokens * args.w13.k * 2);
-  plan.expert_out = carver.take<void>(plan.slots * args.w2.n * (is_inline ? sizeof(float) : 2));
-  if (is_inline) {
-    plan.panels_done = carver.take<int>(ceil_div<int64_t>(args.w2.n, kBlockRows) * sizeof(int));
+  plan.expert_out = carver.take<void>(plan.slots * args.w2.n * (plan.few_slots ? sizeof(float) : 2));
+  if (plan.few_slots) {
     plan.intermediate = carver.take<void>(plan.slots * args.w2.k * 2);
     plan.bytes = carver.used();
     return plan;
@@ -150,19 +201,15 @@ MoePlan plan_moe(const MoeArgs& args, void* workspace) {
 
 void stream_mlp(const MoeArgs& args, const MoePlan& plan, void* stream) {
   const int64_t tiles = std::min(plan.slots, args.w13.experts);
-  const int64_t down_panels = ceil_div<int64_t>(args.w2.n, kBlockRows);
   StreamGemmParams gate_up = weight_params(args.w13, tiles);
   gate_up.x = args.hidden_states;
   gate_up.slots_per_row = static_cast<int>(args.routing.top_k);
   gate_up.tile_table = plan.tile_table;
   gate_up.order = plan.order;
-  gate_up.routing = args.routing;
   gate_up.slot_scale = args.apply_router_weight_on_input ? args.topk_weights : nullptr;
   gate_up.has_gate = true;
   gate_up.gate = args.gate;
   gate_up.out = plan.intermediate;
-  gate_up.clear = plan.panels_done;
-  gate_up.clear_size = static_cast<int>(down_panels);
   stream_gemm(plan.choice, args.dtype, gate_up, stream);
 
   StreamGemmParams down = weight_params(args.w2, tiles);
@@ -170,9 +217,7 @@ void stream_mlp(const MoeArgs& args, const MoePlan& plan, void* stream) {
   down.tile_table = plan.tile_table;
   down.order = plan.order;
   down.plan_is_older = true;
-  down.routing = args.routing;
   down.out = plan.expert_out;
-  down.sum = {plan.panels_done, args.apply_router_weight_on_input ? nullptr : args.topk_weights, args.out};
   stream_gemm(plan.choice, args.dtype, down, stream);
 }
 
@@ -242,7 +287,10 @@ void moe(const MoeArgs& original, const Context& context) {
   MoeArgs args = original;
   args.hidden_states =
       aligned_rows(args.hidden_states, plan.aligned_x, args.routing.tokens * args.w13.k * 2, context.stream);
-  if (plan.panels_done != nullptr) return stream_mlp(args, plan, context.stream);
+  if (plan.few_slots) {
+    const auto launch_path = plan.choice.path == Path::stream_sm80 ? few_slots_mlp_sm80 : few_slots_mlp_sm90;
+    return launch_path(args.dtype, few_slots_params(args, plan), context.stream);
+  }
   const int width = plan.tile_table != nullptr ? tile_width(plan.choice.tiles) : 0;
   sort_slots(args.routing, plan.order, plan.offsets, plan.tile_table, width, plan.sort, context.stream);
   if (plan.choice.path == Path::wgmma) {

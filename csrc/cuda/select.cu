@@ -26,13 +26,6 @@ Choice select(int64_t slots, int64_t experts) {
   return {Path::stream_sm90, tiles};
 }
 
-Choice select_inline(int64_t slots) {
-  // SM90's one block a multiprocessor spreads the few items of one token best; from two tokens on the SM80 path's two
-  // smaller blocks, which hand over to the next launch one by one, are faster (M = 2: 55 against 59 us).
-  constexpr int64_t kOneToken = 8;
-  return {use_hopper() && slots <= kOneToken ? Path::stream_sm90 : Path::stream_sm80, StreamTiles::routing};
-}
-
 int select_k_ways(int64_t k_blocks, int64_t items) {
   // The fewer warps share an item, the rarer are reductions; but every warp should find work, several times over.
   const int64_t warps = device().multiprocessors * 16;

@@ -22,9 +22,6 @@ struct Choice {
 // device.
 Choice select(int64_t slots, int64_t experts);
 
-// The same for at most kInlineSlots slots, whose tiles come straight from the routing.
-Choice select_inline(int64_t slots);
-
 // Warps that share an item of the stream paths, splitting its k; `items` is an estimate.
 int select_k_ways(int64_t k_blocks, int64_t items);
 

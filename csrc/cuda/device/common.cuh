@@ -23,6 +23,20 @@ __host__ __device__ constexpr I round_up(I a, I b) {
   return ceil_div(a, b) * b;
 }
 
+// Division by a number that the host knows; exact while dividend times divisor is below 2^32.
+class Divider {
+ public:
+  Divider() = default;
+  explicit Divider(uint32_t divisor) : is_one_(divisor == 1), factor_(0xFFFFFFFFu / divisor + 1) {}
+  __device__ __forceinline__ int quotient(int dividend) const {
+    return is_one_ ? dividend : static_cast<int>(__umulhi(dividend, factor_));
+  }
+
+ private:
+  bool is_one_;
+  uint32_t factor_;  // 2^32 / divisor, rounded up
+};
+
 template <class T>
 __device__ __forceinline__ float to_float(T value);
 template <>

@@ -50,6 +50,46 @@ __device__ __forceinline__ float2 reduce(const PartialSums* warps, int ways, int
   return total;
 }
 
+// The same where a warp's sums have room for a run-time number of tokens only: floats of a token, its 64 rows first.
+constexpr int kPartialRows = kBlockRows + 4;
+
+// The first `tokens` of a column tile's 8.
+__device__ __forceinline__ void store_partial(float* partial, int tokens, const float (&sum)[4][1][4]) {
+  const int lane = threadIdx.x % kWarp;
+  const int column = lane % 4 * 2;
+  float* at = partial + column * kPartialRows + lane / 4;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    if (column + i >= tokens) continue;
+#pragma unroll
+    for (int tile = 0; tile < 4; ++tile) {
+      at[i * kPartialRows + 16 * tile] = sum[tile][0][i];
+      at[i * kPartialRows + 16 * tile + 8] = sum[tile][0][i + 2];
+    }
+  }
+}
+
+// `partials` are `stride` floats apart.
+__device__ __forceinline__ float2 reduce(const float* partials, int stride, int ways, int token, int row) {
+  constexpr int kBatch = 4;
+  const float* at = partials + token * kPartialRows + row;
+  float2 total = make_float2(0.0f, 0.0f);
+  for (int first = 0; first < ways; first += kBatch) {
+    float2 part[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      part[i] = make_float2(0.0f, 0.0f);
+      if (first + i < ways) part[i] = *reinterpret_cast<const float2*>(at + (first + i) * stride);
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      total.x += part[i].x;
+      total.y += part[i].y;
+    }
+  }
+  return total;
+}
+
 __device__ __forceinline__ float2 scaled(float2 v, float scale) { return make_float2(v.x * scale, v.y * scale); }
 
 template <class T>

@@ -14,6 +14,13 @@ namespace nvfp4::cuda {
 template <int kTiles>
 struct TokenBlock {
   uint32_t value[kTiles][8];
+
+  // The lane's 16 k of its token of the first column tile; nothing changes if not wanted.
+  __device__ __forceinline__ void load_shared_if(bool wanted, uint32_t at) {
+    uint32_t (&v)[8] = value[0];
+    ptx::load_shared_128_if(wanted, at, v[0], v[1], v[2], v[3]);
+    ptx::load_shared_128_if(wanted, at + 16, v[4], v[5], v[6], v[7]);
+  }
 };
 
 // Walks token rows block by block. Columns without a token are never loaded: the caller zeroes the blocks once, and

@@ -110,12 +110,52 @@ __device__ __forceinline__ void load_global_128_if(bool wanted, const void* from
       : "l"(from), "r"(static_cast<uint32_t>(wanted)));
 }
 
+// Words that other blocks write meanwhile: past L1, each time anew.
+__device__ __forceinline__ uint4 load_relaxed_128(const void* from) {
+  uint4 v;
+  asm volatile("ld.relaxed.gpu.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(from)
+               : "memory");
+  return v;
+}
+__device__ __forceinline__ uint2 load_relaxed_64(const void* from) {
+  uint2 v;
+  asm volatile("ld.relaxed.gpu.global.v2.b32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(from) : "memory");
+  return v;
+}
+
+__device__ __forceinline__ void store_relaxed_32(void* to, uint32_t v) {
+  asm volatile("st.relaxed.gpu.global.b32 [%0], %1;" ::"l"(to), "r"(v) : "memory");
+}
+__device__ __forceinline__ void store_relaxed_64(void* to, uint2 v) {
+  asm volatile("st.relaxed.gpu.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(v.x), "r"(v.y) : "memory");
+}
+
+__device__ __forceinline__ void load_shared_128_if(bool wanted, uint32_t from, uint32_t& x, uint32_t& y, uint32_t& z,
+                                                   uint32_t& w) {
+  asm volatile(
+      "{\n\t.reg .pred p;\n\tsetp.ne.u32 p, %5, 0;\n\t"
+      "@p ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n\t}"
+      : "+r"(x), "+r"(y), "+r"(z), "+r"(w)
+      : "r"(from), "r"(static_cast<uint32_t>(wanted))
+      : "memory");
+}
+
 // ---- asynchronous copies, SM80
 
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global) {
   asm volatile(
       "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
       "l"(global)
+      : "memory");
+}
+
+// 16 bytes of zeros if not wanted.
+__device__ __forceinline__ void cp_async_16_or_zero(void* shared, const void* global, bool wanted) {
+  asm volatile(
+      "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+      "l"(global), "r"(wanted ? 16 : 0)
       : "memory");
 }
 

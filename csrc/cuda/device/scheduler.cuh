@@ -67,13 +67,18 @@ __host__ __device__ constexpr int64_t tile_table_entries(int64_t slots, int64_t 
 // named by its first slot's lane.
 class InlineTiles {
  public:
-  __device__ __forceinline__ InlineTiles(const Routing& routing, int width) : width_(width) {
+  // Of slot `lane`, or -1.
+  static __device__ __forceinline__ int expert_of_lane(const Routing& routing) {
     const int lane = threadIdx.x % kWarp;
-    const int slots = static_cast<int>(routing.tokens * routing.top_k);
-    expert_ = lane < slots ? local_expert(routing, lane) : -1;
+    return lane < static_cast<int>(routing.tokens * routing.top_k) ? local_expert(routing, lane) : -1;
+  }
+
+  __device__ __forceinline__ InlineTiles(int expert_of_lane, int width, const Divider& by_width)
+      : width_(width), expert_(expert_of_lane) {
+    const int lane = threadIdx.x % kWarp;
     peers_ = __match_any_sync(~0u, expert_);
     rank_ = __popc(peers_ & ((1u << lane) - 1));
-    first_ = __ballot_sync(~0u, expert_ >= 0 && rank_ % width_ == 0);
+    first_ = __ballot_sync(~0u, expert_ >= 0 && by_width.quotient(rank_) * width_ == rank_);
   }
 
   __device__ __forceinline__ int size() const { return __popc(first_); }

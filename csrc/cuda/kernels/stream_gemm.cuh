@@ -5,8 +5,6 @@
 // shared memory once an item.
 #pragma once
 
-#include <type_traits>
-
 #include "../device/epilogue.cuh"
 #include "../device/mma.cuh"
 #include "../device/pipeline.cuh"
@@ -23,10 +21,9 @@ struct StreamStorage {
   PartialSums partial[2][kWarps];
 };
 
-template <class T, class Ring, class Tiles, int kMaxTiles, int kWarps>
+template <class T, class Ring, int kMaxTiles, int kWarps>
 class StreamGemm {
   static_assert(Ring::kSlots % kRound == 0);
-  static constexpr bool kInline = std::is_same_v<Tiles, InlineTiles>;
 
  public:
   using Storage = StreamStorage<Ring, kWarps>;
@@ -36,11 +33,7 @@ class StreamGemm {
     const int item = blockIdx.x + gridDim.x * team;  // neighbours go to different blocks: a few items spread evenly
     const Place place = locate(p, item);             // divides while there is time
     if (!p.plan_is_older) ptx::dependency_wait();
-    if constexpr (kInline) {
-      StreamGemm(p, storage, Tiles(p.routing, 8 * kMaxTiles), team).run(item, place);
-    } else {
-      StreamGemm(p, storage, Tiles(p.tile_table, p.order, p.rows, 8 * kMaxTiles), team).run(item, place);
-    }
+    StreamGemm(p, storage, TileTable(p.tile_table, p.order, p.rows, 8 * kMaxTiles), team).run(item, place);
   }
 
  private:
@@ -49,7 +42,7 @@ class StreamGemm {
     int panel;
   };
 
-  __device__ __forceinline__ StreamGemm(const StreamGemmParams& p, Storage& storage, const Tiles& tiles, int team)
+  __device__ __forceinline__ StreamGemm(const StreamGemmParams& p, Storage& storage, const TileTable& tiles, int team)
       : p_(p),
         storage_(storage),
         tiles_(tiles),
@@ -71,12 +64,6 @@ class StreamGemm {
       end_round();
     }
     if (!p_.plan_is_older) release();
-    if (p_.clear != nullptr && blockIdx.x == 0) {
-      for (int i = threadIdx.x; i < p_.clear_size; i += kWarps * kWarp) p_.clear[i] = 0;
-    }
-    if constexpr (kInline) {
-      if (items_ == 0 && p_.sum.done != nullptr) write_no_sums();
-    }
     if (item >= items_) return release_after_wait();
 
     TokenTile tile = tiles_.tile(place.tile);
@@ -216,9 +203,6 @@ class StreamGemm {
       write_tokens(partial, tile, slot, panel, scales, 8 * column_tile);
       parity_ ^= 1;  // the other buffer is free: everybody has passed the barrier, so has read it
     }
-    if constexpr (kInline) {
-      if (p_.sum.done != nullptr && way_ == 0) sum_panel(panel);
-    }
   }
 
   template <int kTiles>
@@ -239,14 +223,11 @@ class StreamGemm {
 
   // ---- the end of an item
 
-  // Tokens first .. first + 7 of the tile, 64 rows or 32 features of the panel. With a PanelSum to follow, one warp
-  // writes them all, so that no other has to be waited for.
+  // Tokens first .. first + 7 of the tile, 64 rows or 32 features of the panel.
   __device__ __forceinline__ void write_tokens(const PartialSums* partial, const TokenTile& tile, int slot, int panel,
                                                const Scales& scales, int first) const {
     const int tokens = min(8, tile.count - first);
-    const bool alone = p_.sum.done != nullptr;
-    if (alone && way_ != 0) return;
-    const int writers = alone ? 1 : p_.k_ways;
+    const int writers = p_.k_ways;
     if (p_.gated) {
       const int feature = lane_ % 16 * 2;
       const int row = feature / 8 * 16 + feature % 8;
@@ -275,11 +256,7 @@ class StreamGemm {
         const float scale = __shfl_sync(~0u, scales.slot, source) * kDecodeFactor;
         if (column >= p_.n) continue;
         const float2 v = scaled(reduce(partial, p_.k_ways, token, 2 * lane_), scales.upper * scale);
-        if (alone) {
-          static_cast<float2*>(p_.out)[(to * p_.n + column) / 2] = v;
-        } else {
-          store_pair<T>(p_.out, to * p_.n + column, with_bias(v, column));
-        }
+        store_pair<T>(p_.out, to * p_.n + column, with_bias(v, column));
       }
     }
   }
@@ -290,63 +267,9 @@ class StreamGemm {
     return make_float2(v.x + to_float(bias[0]), v.y + to_float(bias[1]));
   }
 
-  // Counts this item of the panel; the warp that counts the last sums all tokens' slots, in the order of slots.
-  __device__ __forceinline__ void sum_panel(int panel) const {
-    constexpr int kBatch = 8;
-    const int slots = static_cast<int>(p_.routing.tokens * p_.routing.top_k);
-    const unsigned used = tiles_.used_slots();
-    float weight = 1.0f;  // of slot lane
-    if (p_.sum.topk_weights != nullptr && lane_ < slots) weight = p_.sum.topk_weights[lane_];
-    __syncwarp();
-    int before = 0;
-    if (lane_ == 0) before = ptx::atomic_add_acquire_release(p_.sum.done + panel, 1);
-    before = __shfl_sync(~0u, before, 0);
-    if (before != tiles_.size() - 1) return;
-    const int column = panel * kBlockRows + 2 * lane_;
-    const bool inside = column < p_.n;
-    const float2* rows = static_cast<const float2*>(p_.out) + column / 2;
-    float2 total = make_float2(0.0f, 0.0f);
-    int token = 0;
-    int left = static_cast<int>(p_.routing.top_k);
-    for (int first = 0; first < slots; first += kBatch) {
-      float2 value[kBatch];
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const int slot = first + i;
-        if (inside && slot < slots && (used >> slot & 1) != 0) value[i] = __ldcg(rows + slot * (p_.n / 2));
-      }
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const int slot = first + i;
-        if (slot >= slots) break;
-        const float w = __shfl_sync(~0u, weight, slot);
-        if ((used >> slot & 1) != 0) {
-          total.x += w * value[i].x;
-          total.y += w * value[i].y;
-        }
-        if (--left == 0) {
-          if (inside) store_pair<T>(p_.sum.out, static_cast<int64_t>(token) * p_.n + column, total);
-          total = make_float2(0.0f, 0.0f);
-          left = static_cast<int>(p_.routing.top_k);
-          ++token;
-        }
-      }
-    }
-  }
-
-  // No slot has an expert here: no panel will be finished.
-  __device__ __forceinline__ void write_no_sums() {
-    release_after_wait();
-    const int64_t pairs = p_.routing.tokens * p_.n / 2;
-    for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < pairs;
-         i += static_cast<int64_t>(gridDim.x) * blockDim.x) {
-      store_pair<T>(p_.sum.out, 2 * i, make_float2(0.0f, 0.0f));
-    }
-  }
-
   const StreamGemmParams& p_;
   Storage& storage_;
-  const Tiles tiles_;
+  const TileTable tiles_;
   const int lane_;
   const int way_;
   const int team_;

@@ -11,7 +11,7 @@ namespace nvfp4::cuda {
 
 using StreamGemmKernel = void (*)(StreamGemmParams);
 
-// Blocks that fill the device; allows the kernel its shared memory on the way. Both once a kernel and device.
+// Blocks that fill the device; asks the driver once a kernel and device.
 inline int resident_blocks(StreamGemmKernel kernel, int threads, int shared) {
   static std::mutex mutex;
   static std::map<std::pair<int, StreamGemmKernel>, int> known;
@@ -19,8 +19,7 @@ inline int resident_blocks(StreamGemmKernel kernel, int threads, int shared) {
   const auto [entry, is_new] = known.try_emplace({device().ordinal, kernel}, 0);
   if (is_new) {
     const auto raw = reinterpret_cast<const void*>(kernel);
-    check(cudaFuncSetAttribute(raw, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
-          "shared memory of stream_gemm");
+    allow_shared_memory(raw);
     int blocks = 0;
     check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, raw, threads, shared), "occupancy of stream_gemm");
     entry->second = blocks * device().multiprocessors;

@@ -6,28 +6,26 @@ namespace {
 // Two slots a warp: two blocks fit an SM80 multiprocessor, one an SM89's.
 using Ring = CpAsyncRing<2>;
 
-template <class T, class Tiles, int kMaxTiles, int kWarps, int kBlocks>
+template <class T, int kMaxTiles, int kWarps, int kBlocks>
 __global__ void __launch_bounds__(kWarps* kWarp, kBlocks)
     stream_gemm_sm80_kernel(const __grid_constant__ StreamGemmParams p) {
   extern __shared__ __align__(128) uint8_t storage[];
-  using Gemm = StreamGemm<T, Ring, Tiles, kMaxTiles, kWarps>;
+  using Gemm = StreamGemm<T, Ring, kMaxTiles, kWarps>;
   Gemm::run(p, *reinterpret_cast<typename Gemm::Storage*>(storage));
 }
 
-template <class T, class Tiles, int kMaxTiles, int kWarps, int kBlocks>
+template <class T, int kMaxTiles, int kWarps, int kBlocks>
 StreamGemmLaunch with() {
-  return {stream_gemm_sm80_kernel<T, Tiles, kMaxTiles, kWarps, kBlocks>, kWarps, sizeof(StreamStorage<Ring, kWarps>)};
+  return {stream_gemm_sm80_kernel<T, kMaxTiles, kWarps, kBlocks>, kWarps, sizeof(StreamStorage<Ring, kWarps>)};
 }
 
 template <class T>
 StreamGemmLaunch choose(StreamTiles tiles) {
   switch (tiles) {
     case StreamTiles::narrow:
-      return with<T, TileTable, 2, 8, 2>();
+      return with<T, 2, 8, 2>();
     case StreamTiles::wide:
-      return with<T, TileTable, 4, 8, 1>();
-    case StreamTiles::routing:
-      return with<T, InlineTiles, 1, 8, 2>();
+      return with<T, 4, 8, 1>();
   }
   return {};
 }

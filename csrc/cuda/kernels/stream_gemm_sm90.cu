@@ -5,19 +5,19 @@ namespace {
 
 using Ring = BulkRing<4>;
 
-template <class T, class Tiles, int kMaxTiles, int kWarps, int kBlocks>
+template <class T, int kMaxTiles, int kWarps, int kBlocks>
 __global__ void __launch_bounds__(kWarps* kWarp, kBlocks)
     stream_gemm_sm90_kernel(const __grid_constant__ StreamGemmParams p) {
 #if __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) uint8_t storage[];
-  using Gemm = StreamGemm<T, Ring, Tiles, kMaxTiles, kWarps>;
+  using Gemm = StreamGemm<T, Ring, kMaxTiles, kWarps>;
   Gemm::run(p, *reinterpret_cast<typename Gemm::Storage*>(storage));
 #endif
 }
 
-template <class T, class Tiles, int kMaxTiles, int kWarps, int kBlocks>
+template <class T, int kMaxTiles, int kWarps, int kBlocks>
 StreamGemmLaunch with() {
-  return {stream_gemm_sm90_kernel<T, Tiles, kMaxTiles, kWarps, kBlocks>, kWarps, sizeof(StreamStorage<Ring, kWarps>)};
+  return {stream_gemm_sm90_kernel<T, kMaxTiles, kWarps, kBlocks>, kWarps, sizeof(StreamStorage<Ring, kWarps>)};
 }
 
 template <class T>
@@ -25,11 +25,9 @@ StreamGemmLaunch choose(StreamTiles tiles) {
   switch (tiles) {
     // One block of 16 warps a multiprocessor, so that a few items spread evenly.
     case StreamTiles::narrow:
-      return with<T, TileTable, 2, 16, 1>();
+      return with<T, 2, 16, 1>();
     case StreamTiles::wide:
-      return with<T, TileTable, 4, 8, 1>();
-    case StreamTiles::routing:
-      return with<T, InlineTiles, 1, 16, 1>();
+      return with<T, 4, 8, 1>();
   }
   return {};
 }

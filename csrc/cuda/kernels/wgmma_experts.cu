@@ -1,10 +1,7 @@
 #include <algorithm>
-#include <mutex>
-#include <set>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
-#include <utility>
 
 #include "../device/gather.cuh"
 #include "../launch.h"
@@ -104,18 +101,6 @@ Workspace lay_out(const Weight& first, const Weight* second, int64_t rows, int64
   return w;
 }
 
-// Once a kernel and device.
-void allow_shared_memory(void (*kernel)(Params)) {
-  static std::mutex mutex;
-  static std::set<std::pair<int, void (*)(Params)>> allowed;
-  const std::lock_guard<std::mutex> lock(mutex);
-  if (allowed.contains({device().ordinal, kernel})) return;
-  check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             device().shared_memory_per_block),
-        "wgmma experts: shared memory");
-  allowed.insert({device().ordinal, kernel});
-}
-
 template <class S, class T, bool kSilu>
 void launch_experts(Params params, int64_t slots, void* stream) {
   const auto kernel = expert_kernel<S, T, kSilu>;
@@ -124,7 +109,7 @@ void launch_experts(Params params, int64_t slots, void* stream) {
   const int ring_bytes = device().shared_memory_per_block - fixed_bytes<S>(params.experts);
   params.stages = std::min(kMaxStages, ring_bytes / stage_bytes<S>(params.max_width));
   const int shared = params.stages * stage_bytes<S>(params.max_width) + fixed_bytes<S>(params.experts);
-  allow_shared_memory(kernel);
+  allow_shared_memory(reinterpret_cast<const void*>(kernel));
   launch(kernel, dim3(device().multiprocessors), kThreads<S>, shared, stream, "wgmma experts", params);
 }
 

@@ -1,0 +1,415 @@
+// The expert MLP of at most kInlineSlots slots, where nothing counts but that all warps stream weights all the time.
+//
+// A block owns a few whole items of each GEMM. Their weight blocks, one sequence along items and k, are cut into equal
+// runs, one a warp: no warp waits for another before the end. Where a run goes over to the next item, and at its end,
+// the warp leaves its sums in shared memory, where they meet after the last multiplication. The tokens of all items are
+// brought to shared memory before the first. A warp's ring runs on from w13 to w2, so that memory is busy while blocks
+// finish w13 and wait for one another's.
+//
+// What blocks hand to one another, w13's outputs and the rows to be summed, needs no flags or fences: its memory is
+// full of kNotYet before the launch, and who wants a word reads it until it is something else.
+#pragma once
+
+#include "../device/epilogue.cuh"
+#include "../device/mma.cuh"
+#include "../device/pipeline.cuh"
+#include "../device/scheduler.cuh"
+#include "few_slots_mlp.h"
+
+namespace nvfp4::cuda {
+
+template <class T, class Ring, int kWarps>
+class FewSlotsMlp {
+  static constexpr int kRound = 2;  // blocks of one turn of the main loop; an item begins with a new turn
+  static_assert(Ring::kSlots % kRound == 0);
+
+ public:
+  static constexpr int kRingBytes = kWarps * sizeof(typename Ring::Storage);
+
+  static __device__ __forceinline__ void run(const FewSlotsParams& p, uint8_t* storage) {
+    Ring ring;
+    ring.start(reinterpret_cast<typename Ring::Storage*>(storage)[threadIdx.x / kWarp]);
+    ptx::dependency_wait();
+    const int expert = InlineTiles::expert_of_lane(p.routing);  // copies go out before its value is there
+    if (p.gemm[0].all_rows) copy_rows(p.gemm[0], storage + kRingBytes);
+    FewSlotsMlp(p, storage, ring, expert).run();
+  }
+
+ private:
+  // This block's part of a GEMM, and this warp's.
+  struct Share {
+    int first_item;
+    int items;
+    int run;  // blocks of each warp, but of the last ones
+    int begin;
+    int blocks;  // of this warp
+  };
+
+  __device__ __forceinline__ FewSlotsMlp(const FewSlotsParams& p, uint8_t* storage, const Ring& ring, int expert)
+      : p_(p),
+        tokens_(storage + kRingBytes),
+        partials_(reinterpret_cast<float*>(storage + kRingBytes + p.token_bytes)),
+        lane_(threadIdx.x % kWarp),
+        warp_(threadIdx.x / kWarp),
+        tiles_(expert, p.width, p.by_width),
+        ring_(ring) {}
+
+  __device__ __forceinline__ void run() {
+    open(0);
+#pragma unroll 1
+    for (int slot = 0; slot < Ring::kSlots; slot += kRound) {
+      next_round();
+#pragma unroll
+      for (int i = 0; i < kRound; ++i) refill(slot, i);
+      end_round();
+    }
+    ptx::dependency_release();
+    if (tiles_.size() == 0) return write_no_sums();
+
+#pragma unroll 1
+    for (int g = 0; g < 2; ++g) {
+      const Share s = share(g);
+      if (g == 0) {
+        if (!p_.gemm[0].all_rows) copy_tokens<false>(0, s);
+      } else {
+        copy_tokens<true>(1, s);
+      }
+      ptx::cp_async_commit();
+      Outcome outcome = prepare(g, s, warp_);
+      ptx::cp_async_wait<0>();
+      __syncthreads();
+      const int before = p_.gemm[g].by_k_blocks.quotient(s.begin);
+      int k = s.begin - before * p_.gemm[g].k_blocks;
+      for (int item = before, left = s.blocks; left > 0; ++item, k = 0) {
+        const int blocks = min(left, p_.gemm[g].k_blocks - k);
+        multiply_blocks(g, s, item, k, blocks);
+        left -= blocks;
+      }
+      __syncthreads();
+      for (int i = warp_; i < s.items; i += kWarps) {
+        finish(g, s, i, outcome);
+        if (i + kWarps < s.items) outcome = prepare(g, s, i + kWarps);
+      }
+    }
+  }
+
+  __device__ __forceinline__ Share share(int g) const {
+    const FewSlotsGemm& gemm = p_.gemm[g];
+    const int all = tiles_.size() * gemm.panels;
+    const int each = p_.by_grid.quotient(all);
+    const int more = all - each * static_cast<int>(gridDim.x);
+    const int block = blockIdx.x;
+    Share s;
+    s.first_item = block * each + min(block, more);
+    s.items = each + (block < more ? 1 : 0);
+    const int blocks = s.items * gemm.k_blocks;
+    s.run = round_up(ceil_div(blocks, kWarps), kRound);
+    s.begin = min(warp_ * s.run, blocks);
+    s.blocks = min(s.run, blocks - s.begin);
+    return s;
+  }
+
+  // ---- the stream of weight blocks, which runs ahead of the multiplications by the length of the ring
+
+  __device__ __forceinline__ void open(int g) {
+    const Share s = share(g);
+    const int before = p_.gemm[g].by_k_blocks.quotient(s.begin);
+    fill_gemm_ = g;
+    fill_item_ = s.first_item + before;
+    fill_k_ = s.begin - before * p_.gemm[g].k_blocks;
+    fill_ahead_ = s.blocks;
+  }
+
+  // Before the first refill of a turn.
+  __device__ __forceinline__ void next_round() {
+    if (fill_left_ > 0) return;
+    if (fill_ahead_ == 0 && fill_gemm_ == 0) open(1);
+    if (fill_ahead_ == 0) return;
+    const FewSlotsGemm& gemm = p_.gemm[fill_gemm_];
+    const int tile = gemm.by_panels.quotient(fill_item_);
+    const int64_t block = static_cast<int64_t>(fill_item_ - tile * gemm.panels) * gemm.k_blocks + fill_k_;
+    fill_at_ = gemm.packed + tiles_.tile(tile).expert * gemm.expert_bytes + block * kBlockBytes;
+    fill_left_ = min(fill_ahead_, gemm.k_blocks - fill_k_);
+    fill_ahead_ -= fill_left_;
+    fill_k_ = 0;
+    ++fill_item_;
+  }
+
+  // The i-th block of the turn.
+  __device__ __forceinline__ void refill(int first_slot, int i) {
+    ring_.fill(first_slot + i, i < fill_left_, fill_at_ + i * kBlockBytes);
+  }
+
+  __device__ __forceinline__ void end_round() {
+    fill_at_ += kRound * kBlockBytes;
+    fill_left_ -= kRound;
+  }
+
+  // ---- tokens
+
+  // Shared memory's row of a token of a tile.
+  __device__ __forceinline__ int token_row(int g, const Share& s, int tile_index, int slot, int token) const {
+    const FewSlotsGemm& gemm = p_.gemm[g];
+    if (gemm.all_rows) return gemm.slots_per_row.quotient(slot);
+    return (tile_index - gemm.by_panels.quotient(s.first_item)) * p_.width + token;
+  }
+
+  // All of the block's threads; k beyond the row's end is zeros.
+  static __device__ __forceinline__ void copy_rows(const FewSlotsGemm& gemm, uint8_t* tokens) {
+    for (int row = 0; row < gemm.rows; ++row) {
+#pragma unroll 1
+      for (int i = threadIdx.x; i < gemm.row_chunks; i += kWarps * kWarp) {
+        copy_chunk<false>(gemm, row, tokens + row * gemm.row_bytes, i);
+      }
+    }
+  }
+
+  // Those of the block's own tiles, or all. kHandedOver: by other blocks of this launch.
+  template <bool kHandedOver>
+  __device__ __forceinline__ void copy_tokens(int g, const Share& s) const {
+    const FewSlotsGemm& gemm = p_.gemm[g];
+    if (s.items == 0) return;
+    int row = lane_;  // that goes to row `lane` of shared memory, or -1
+    int rows = gemm.rows;
+    if (gemm.all_rows) {
+      if (kHandedOver && (tiles_.used_slots() >> lane_ & 1) == 0) row = -1;  // never written
+    } else {
+      const int first = gemm.by_panels.quotient(s.first_item);
+      const int last = gemm.by_panels.quotient(s.first_item + s.items - 1);
+      row = -1;
+      rows = (last - first + 1) * p_.width;
+      for (int i = first; i <= last; ++i) {
+        const TokenTile tile = tiles_.tile(i);
+        const int token = lane_ - (i - first) * p_.width;
+        const int slot = __shfl_sync(~0u, tiles_.slot(tile), token & (kWarp - 1));
+        if (token >= 0 && token < tile.count) row = gemm.slots_per_row.quotient(slot);
+      }
+    }
+    const int chunks = rows * gemm.row_chunks;
+#pragma unroll 1
+    for (int base = warp_ * kWarp; base < chunks; base += kWarps * kWarp) {
+      const int to = gemm.by_row_chunks.quotient(base + lane_);
+      const int from = __shfl_sync(~0u, row, to & (kWarp - 1));
+      if (base + lane_ < chunks && from >= 0) {
+        copy_chunk<kHandedOver>(gemm, from, tokens_ + to * gemm.row_bytes, base + lane_ - to * gemm.row_chunks);
+      }
+    }
+  }
+
+  // 16 bytes of a row; zeros beyond its end.
+  template <bool kHandedOver>
+  static __device__ __forceinline__ void copy_chunk(const FewSlotsGemm& gemm, int from, uint8_t* to, int chunk) {
+    const bool inside = chunk * 8 < gemm.k;
+    const uint8_t* row = static_cast<const uint8_t*>(gemm.x) + static_cast<int64_t>(from) * gemm.k * 2;
+    if constexpr (kHandedOver) {
+      uint4 v = make_uint4(0, 0, 0, 0);
+      if (inside) {
+        do {
+          v = ptx::load_relaxed_128(row + chunk * 16);
+        } while (v.x == kNotYet || v.y == kNotYet || v.z == kNotYet || v.w == kNotYet);
+      }
+      *reinterpret_cast<uint4*>(to + chunk * 16) = v;
+    } else {
+      ptx::cp_async_16_or_zero(to + chunk * 16, inside ? row + chunk * 16 : row, inside);
+    }
+  }
+
+  // ---- an item's blocks k .. k + blocks - 1
+
+  __device__ __forceinline__ void multiply_blocks(int g, const Share& s, int item, int k, int blocks) {
+    const FewSlotsGemm& gemm = p_.gemm[g];
+    const int tile_index = gemm.by_panels.quotient(s.first_item + item);
+    const TokenTile tile = tiles_.tile(tile_index);
+    const int token = lane_ / 4;
+    const bool used = token < tile.count;
+    const int row = token_row(g, s, tile_index, __shfl_sync(~0u, tiles_.slot(tile), token), used ? token : 0);
+    uint32_t x_at = ptx::shared_address(tokens_) + row * gemm.row_bytes + k * (kBlockK * 2) + lane_ % 4 * 32;
+    TokenBlock<1> x = {};
+    float sum[4][1][4] = {};
+    for (int left = blocks; left > 0; left -= kRound) {
+      next_round();
+#pragma unroll
+      for (int i = 0; i < kRound; ++i) {
+        const bool here = i == 0 || i < left;
+        const uint8_t* block = ring_.wait(slot_ + i, round_);
+        WeightBlock w;
+        if (here) {
+          w = WeightBlock::read(block);
+          x.load_shared_if(used, x_at + i * (kBlockK * 2));
+        }
+        if constexpr (Ring::kFillQueues) {
+          __syncwarp();
+          refill(slot_, i);
+        }
+        if (here) multiply<T>(w, x, sum);
+        if constexpr (!Ring::kFillQueues) {  // only now: what has been multiplied has been loaded
+          __syncwarp();
+          refill(slot_, i);
+        }
+      }
+      end_round();
+      x_at += kRound * kBlockK * 2;
+      if ((slot_ += kRound) == Ring::kSlots) {
+        slot_ = 0;
+        round_ ^= 1;
+      }
+    }
+    store_partial(partial(warp_, item), p_.width, sum);
+  }
+
+  // Runs and items both go up along the sequence of blocks, so no two pairs that meet have the same sum.
+  __device__ __forceinline__ float* partial(int warp, int item) const {
+    return partials_ + (warp + item) * p_.width * kPartialRows;
+  }
+
+  // ---- the end of a GEMM
+
+  // What finishing an item takes from global memory.
+  struct Outcome {
+    TokenTile tile;
+    int tile_index;
+    int panel;
+    int slot;      // of token lane
+    float upper;   // scale of the rows, or of the gate rows
+    float lower;   // of the up rows
+    float scale;   // of slot `slot`
+    float weight;  // of slot lane
+  };
+
+  __device__ __forceinline__ Outcome prepare(int g, const Share& s, int i) const {
+    Outcome o = {};
+    if (i >= s.items) return o;
+    const FewSlotsGemm& gemm = p_.gemm[g];
+    o.tile_index = gemm.by_panels.quotient(s.first_item + i);
+    o.tile = tiles_.tile(o.tile_index);
+    o.panel = s.first_item + i - o.tile_index * gemm.panels;
+    o.slot = tiles_.slot(o.tile);
+    o.upper = gemm.global_scale[g == 0 ? 2 * o.tile.expert : o.tile.expert];
+    o.scale = o.weight = 1.0f;
+    if (g == 0) {
+      o.lower = gemm.global_scale[2 * o.tile.expert + 1];
+      if (p_.slot_scale != nullptr) o.scale = p_.slot_scale[o.slot];
+    } else if (p_.topk_weights != nullptr && lane_ < p_.gemm[1].rows) {
+      o.weight = p_.topk_weights[lane_];
+    }
+    return o;
+  }
+
+  __device__ __forceinline__ void finish(int g, const Share& s, int i, const Outcome& o) const {
+    // The runs that have some of the item, one after another.
+    const int k_blocks = p_.gemm[g].k_blocks;
+    const int begin = min(lane_ * s.run, s.items * k_blocks);
+    const bool has = lane_ < kWarps && begin < (i + 1) * k_blocks && begin + s.run > i * k_blocks;
+    const unsigned runs = __ballot_sync(~0u, has);
+    const float* sums = partial(__ffs(runs) - 1, i);
+    if (g == 0) {
+      write_hidden(sums, __popc(runs), o);
+    } else {
+      write_expert_out(sums, __popc(runs), o);
+      if (o.tile_index == tiles_.size() - 1) sum_panel(o);
+    }
+  }
+
+  __device__ __forceinline__ void write_hidden(const float* sums, int ways, const Outcome& o) const {
+    const int stride = p_.width * kPartialRows;
+    const int columns = p_.gemm[1].k;
+    const int feature = lane_ % 16 * 2;
+    const int row = feature / 8 * 16 + feature % 8;
+    const int column = o.panel * 32 + feature;
+    for (int base = 0; base < o.tile.count; base += 2) {
+      const int token = base + lane_ / 16;
+      const int64_t to = __shfl_sync(~0u, o.slot, token % kWarp);
+      const float scale = __shfl_sync(~0u, o.scale, token % kWarp) * kDecodeFactor;
+      if (token >= o.tile.count || column >= columns) continue;
+      const float2 g = scaled(reduce(sums, stride, ways, token, row), o.upper * scale);
+      const float2 u = scaled(reduce(sums, stride, ways, token, row + 8), o.lower * scale);
+      const float2 v = make_float2(apply_gate(p_.gate, g.x, u.x), apply_gate(p_.gate, g.y, u.y));
+      ptx::store_relaxed_32(static_cast<T*>(p_.hidden) + to * columns + column, pack2<T>(v.x, v.y));
+    }
+  }
+
+  __device__ __forceinline__ void write_expert_out(const float* sums, int ways, const Outcome& o) const {
+    const int stride = p_.width * kPartialRows;
+    const int n = p_.gemm[1].n;
+    const int column = o.panel * kBlockRows + 2 * lane_;
+    for (int token = 0; token < o.tile.count; ++token) {
+      const int64_t to = __shfl_sync(~0u, o.slot, token);
+      if (column >= n) continue;
+      const float2 v = scaled(reduce(sums, stride, ways, token, 2 * lane_), o.upper * kDecodeFactor);
+      ptx::store_relaxed_64(p_.expert_out + to * n + column, make_uint2(__float_as_uint(v.x), __float_as_uint(v.y)));
+    }
+  }
+
+  // All tokens' slots, in the order of slots, as they come.
+  __device__ __forceinline__ void sum_panel(const Outcome& o) const {
+    constexpr int kBatch = 8;
+    const int n = p_.gemm[1].n;
+    const int slots = p_.gemm[1].rows;
+    const unsigned used = tiles_.used_slots();
+    const int column = o.panel * kBlockRows + 2 * lane_;
+    const bool inside = column < n;
+    const float* rows = p_.expert_out + column;
+    float2 total = make_float2(0.0f, 0.0f);
+    int token = 0;
+    int left = static_cast<int>(p_.routing.top_k);
+    for (int first = 0; first < slots; first += kBatch) {
+      uint2 value[kBatch];
+      bool missing;
+      do {
+        missing = false;
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          const int slot = first + i;
+          value[i] = make_uint2(0, 0);
+          if (inside && slot < slots && (used >> slot & 1) != 0) value[i] = ptx::load_relaxed_64(rows + slot * n);
+        }
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) missing |= value[i].x == kNotYet || value[i].y == kNotYet;
+      } while (missing);
+      __syncwarp();
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int slot = first + i;
+        if (slot >= slots) break;
+        const float w = __shfl_sync(~0u, o.weight, slot);
+        if ((used >> slot & 1) != 0) {
+          total.x += w * __uint_as_float(value[i].x);
+          total.y += w * __uint_as_float(value[i].y);
+        }
+        if (--left == 0) {
+          if (inside) store_pair<T>(p_.out, static_cast<int64_t>(token) * n + column, total);
+          total = make_float2(0.0f, 0.0f);
+          left = static_cast<int>(p_.routing.top_k);
+          ++token;
+        }
+      }
+    }
+  }
+
+  // No slot has an expert here: no panel will be finished.
+  __device__ __forceinline__ void write_no_sums() const {
+    const int64_t pairs = p_.routing.tokens * p_.gemm[1].n / 2;
+    for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < pairs;
+         i += static_cast<int64_t>(gridDim.x) * blockDim.x) {
+      store_pair<T>(p_.out, 2 * i, make_float2(0.0f, 0.0f));
+    }
+  }
+
+  const FewSlotsParams& p_;
+  uint8_t* tokens_;
+  float* partials_;
+  const int lane_;
+  const int warp_;
+  const InlineTiles tiles_;
+  Ring ring_;
+  const uint8_t* fill_at_ = nullptr;
+  int fill_left_ = 0;   // of the item that is being filled
+  int fill_ahead_ = 0;  // of the run beyond it
+  int fill_gemm_;
+  int fill_item_;  // the next
+  int fill_k_;
+  int slot_ = 0;
+  uint32_t round_ = 0;
+};
+
+}  // namespace nvfp4::cuda
