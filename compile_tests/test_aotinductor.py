@@ -2,7 +2,7 @@
 
 Private torch APIs: ``torch._inductor.aoti_compile_and_package`` and ``aoti_load_package``; in cpp/run_package.cpp
 ``torch::inductor::AOTIModelPackageLoader`` and ``torch::jit::pickle_load``. Run with torch 2.11, 2.13 and 2.15 on the
-CPU; on CUDA not yet with a compiler that suits (see ``package_compiler``).
+CPU, with 2.11 on a GPU.
 """
 
 from __future__ import annotations

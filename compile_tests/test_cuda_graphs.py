@@ -2,8 +2,7 @@
 
 Private torch APIs: ``torch._inductor.cudagraph_trees.CUDAGraphTreeManager.record_function`` and
 ``torch._dynamo.utils.counters``, to see what the compiler recorded; ``torch._dynamo.decorators.mark_unbacked``;
-``torch.cuda._sleep``, to expose a kernel that runs on the wrong stream. Run with torch 2.11, but for
-``test_graph_trees_with_unbacked_tokens``, which has not been run.
+``torch.cuda._sleep``, to expose a kernel that runs on the wrong stream. Run with torch 2.11.
 """
 
 from __future__ import annotations
