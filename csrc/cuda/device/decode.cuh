@@ -123,17 +123,4 @@ __device__ __forceinline__ void decode(uint4 codes, uint32_t scales, uint32_t (&
   for (int i = 0; i < 8; ++i) a[i / 2][i % 2 * 2 + 1] = D::multiply(D::codes(pair[i]), lower);
 }
 
-// Where a weight row lies: its panel, its warp tile, and its row 0..15 in the tile.
-struct RowPlace {
-  int64_t panel;
-  int tile;
-  int row;
-};
-__host__ __device__ inline RowPlace place_row(int64_t row, int64_t n, bool gated) {
-  if (!gated) return {row / 64, static_cast<int>(row % 64 / 16), static_cast<int>(row % 16)};
-  const bool up = row >= n / 2;
-  const int64_t feature = up ? row - n / 2 : row;
-  return {feature / 32, static_cast<int>(feature % 32 / 8), static_cast<int>(feature % 8) + (up ? 8 : 0)};
-}
-
 }  // namespace nvfp4::cuda

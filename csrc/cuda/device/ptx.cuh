@@ -220,15 +220,7 @@ __device__ __forceinline__ void dependency_release() {
 #endif
 }
 
-// ---- barriers and atomics
-
-// Adds and returns the old value; what this thread wrote or saw before is visible to whoever reads the result, and the
-// other way round.
-__device__ __forceinline__ int atomic_add_acquire_release(int* at, int value) {
-  int old;
-  asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], %2;" : "=r"(old) : "l"(at), "r"(value) : "memory");
-  return old;
-}
+// ---- barriers
 
 __device__ __forceinline__ void barrier_sync(int id, int threads) {
   asm volatile("barrier.cta.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
