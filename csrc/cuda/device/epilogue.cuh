@@ -9,10 +9,13 @@
 
 namespace nvfp4::cuda {
 
-// One warp's sums of 64 rows x 8 tokens. A token's 64 rows are contiguous; 4 floats of padding keep the stores of a
-// fragment (8 rows x 4 tokens at a time) on 32 different banks.
+// From a token's 64 rows of partial sums to the next token's: 4 floats of padding keep the stores of a fragment (8 rows
+// x 4 tokens at a time) on 32 different banks.
+constexpr int kPartialRows = kBlockRows + 4;
+
+// One warp's sums of 64 rows x 8 tokens.
 struct PartialSums {
-  float token[8][kBlockRows + 4];
+  float token[8][kPartialRows];
 
   template <int kTiles>
   __device__ __forceinline__ void store(const float (&sum)[4][kTiles][4], int column_tile) {
@@ -50,10 +53,7 @@ __device__ __forceinline__ float2 reduce(const PartialSums* warps, int ways, int
   return total;
 }
 
-// The same where a warp's sums have room for a run-time number of tokens only: floats of a token, its 64 rows first.
-constexpr int kPartialRows = kBlockRows + 4;
-
-// The first `tokens` of a column tile's 8.
+// The same where a warp's sums have room for a run-time number of tokens only: the first `tokens` of a column tile's 8.
 __device__ __forceinline__ void store_partial(float* partial, int tokens, const float (&sum)[4][1][4]) {
   const int lane = threadIdx.x % kWarp;
   const int column = lane % 4 * 2;

@@ -15,6 +15,8 @@
 
 namespace nvfp4::cuda {
 
+constexpr int kRound = 2;  // blocks of one turn of a main loop; an item begins with a new turn
+
 // SM80: every lane copies 16 bytes at a time.
 template <int kSlots_>
 class CpAsyncRing {

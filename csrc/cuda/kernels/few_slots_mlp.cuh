@@ -20,7 +20,6 @@ namespace nvfp4::cuda {
 
 template <class T, class Ring, int kWarps>
 class FewSlotsMlp {
-  static constexpr int kRound = 2;  // blocks of one turn of the main loop; an item begins with a new turn
   static_assert(Ring::kSlots % kRound == 0);
 
  public:

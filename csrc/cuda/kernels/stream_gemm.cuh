@@ -13,8 +13,6 @@
 
 namespace nvfp4::cuda {
 
-constexpr int kRound = 2;  // blocks of one turn of the main loop; an item begins with a new turn
-
 template <class Ring, int kWarps>
 struct StreamStorage {
   typename Ring::Storage ring[kWarps];

@@ -72,7 +72,7 @@ ExpertGemm expert_gemm(const Weight& weight) {
 // Narrow tiles leave room for more stages, which few tokens need to keep weights streaming.
 template <class S>
 int choose_width(int64_t slots, int64_t experts) {
-  return slots <= 32 * experts ? std::min(64, S::kMaxWidth) : S::kMaxWidth;
+  return slots <= 32 * experts ? 64 : S::kMaxWidth;
 }
 
 // Panels come in pairs where the gate applies: a pair's features are a k-block of the next GEMM, zeros included.
