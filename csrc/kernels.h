@@ -14,7 +14,7 @@ constexpr int64_t kGroupSize = 16;  // values along the input dimension that sha
 
 enum class DType : int8_t { bf16, fp16, fp32 };
 
-// The numbers are part of the op schemas; torch_nvfp4/activation.py holds the same table.
+// The numbers are part of the op schemas; torch_nvfp4/gate.py holds the same table.
 enum class Activation : int64_t { silu = 0, swiglustep = 1, gelu = 2, gelu_tanh = 3, relu2 = 4 };
 
 struct Gate {

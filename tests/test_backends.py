@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from torch_nvfp4 import backends, reference, testing
-from torch_nvfp4.activation import Activation
 from torch_nvfp4.backends import (
     Libraries,
     MoEBackend,
@@ -26,13 +25,14 @@ from torch_nvfp4.backends import (
     select_moe_backend,
 )
 from torch_nvfp4.format import NVFP4Weight
+from torch_nvfp4.gate import Gate
 from torch_nvfp4.quant_config import MoEQuantConfig
 
 ALL = Libraries(cpu_ops=True, cuda_ops=True, flashinfer=True)
 NO_FLASHINFER = Libraries(cpu_ops=True, cuda_ops=True, flashinfer=False)
 NOTHING = Libraries(cpu_ops=False, cuda_ops=False, flashinfer=False)
 # A clamped DeepSeek-V4-Flash layer on an H100.
-SM90 = MoEBackendConfig("cuda", 4096, 2048, (9, 0), clamp_limit=10.0, libraries=ALL)
+SM90 = MoEBackendConfig("cuda", 4096, 2048, (9, 0), gate=Gate(clamp_limit=10.0), libraries=ALL)
 CPU = dataclasses.replace(SM90, device_type="cpu", compute_capability=None)
 
 
@@ -55,16 +55,16 @@ def on(capability: tuple[int, int], **kwargs: Any) -> MoEBackendConfig:
         (CPU, "cpu"),
         (on((10, 0)), "flashinfer_trtllm"),
         (on((10, 3)), "flashinfer_trtllm"),
-        (on((10, 0), clamp_limit=None), "flashinfer_trtllm"),
-        (on((10, 0), alpha=1.702, beta=1.0), "flashinfer_trtllm"),
+        (on((10, 0), gate=Gate()), "flashinfer_trtllm"),
+        (on((10, 0), gate=Gate("silu", 10.0, 1.702, 1.0)), "flashinfer_trtllm"),
         (on((10, 0), libraries=NO_FLASHINFER), "marlin"),
-        (on((10, 0), activation=Activation.swiglustep), "marlin"),
-        (on((10, 0), activation=Activation.gelu, clamp_limit=None), "marlin"),
+        (on((10, 0), gate=Gate("swiglustep", 10.0)), "marlin"),
+        (on((10, 0), gate=Gate("gelu")), "marlin"),
         (on((10, 0), dtype=torch.float16), "marlin"),
         (on((10, 0), expert_map=True), "marlin"),
         (on((10, 0), apply_router_weight_on_input=True), "marlin"),
         (on((10, 0), equal_gate_up_scales=False), "marlin"),
-        (on((10, 0), equal_gate_up_scales=False, clamp_limit=None), "flashinfer_trtllm"),
+        (on((10, 0), equal_gate_up_scales=False, gate=Gate()), "flashinfer_trtllm"),
         (on((10, 0), intermediate_size=192), "marlin"),
         (on((12, 0)), "marlin"),
         (on((7, 5)), "reference"),
@@ -90,7 +90,7 @@ def test_selection(config: MoEBackendConfig, expected: str) -> None:
 
 
 def test_this_machine_has_a_backend() -> None:
-    config = MoEBackendConfig.for_device("cpu", 64, 32, clamp_limit=10.0)
+    config = MoEBackendConfig.for_device("cpu", 64, 32, gate=Gate(clamp_limit=10.0))
     assert config.libraries.cpu_ops
     assert select_moe_backend(config).name == "cpu"
 
@@ -98,7 +98,7 @@ def test_this_machine_has_a_backend() -> None:
 @pytest.mark.parametrize(
     ("config", "backend", "reason"),
     [
-        (on((10, 0), activation=Activation.swiglustep), "flashinfer_trtllm", "clamp_limit 10 to swiglustep, got one"),
+        (on((10, 0), gate=Gate("swiglustep", 10.0)), "flashinfer_trtllm", "clamp_limit 10 to swiglustep, got one"),
         (on((10, 0), equal_gate_up_scales=False), "flashinfer_trtllm", "equal global scales of gate and up"),
         (on((9, 0)), "flashinfer_trtllm", r"compute capability 10.x .*, got 9.0"),
         (on((10, 0), libraries=NO_FLASHINFER), "flashinfer_trtllm", "expected the package flashinfer, got none"),
@@ -108,7 +108,6 @@ def test_this_machine_has_a_backend() -> None:
         (on((9, 0)), "cpu", "expected a cpu device, got cuda"),
         (dataclasses.replace(CPU, hidden_size=72), "cpu", "multiples of 16, got 72, 2048"),
         (dataclasses.replace(CPU, dtype=torch.float64), "cpu", "bfloat16 or float16 or float32, got float64"),
-        (dataclasses.replace(CPU, activation=Activation.gelu), "reference", "clamp_limit 10 to gelu"),
     ],
 )
 def test_explicit_backend_that_cannot_run(config: MoEBackendConfig, backend: str, reason: str) -> None:
@@ -136,7 +135,7 @@ def test_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_nothing_left_lists_every_reason() -> None:
-    config = on((8, 0), activation=Activation.relu2)
+    config = on((8, 0), gate=Gate("relu2"), hidden_size=72)
     with pytest.raises(NotImplementedError) as error:
         select_moe_backend(config)
     for name, reason in explain_moe_backends(config).items():
@@ -147,7 +146,7 @@ def test_nothing_left_lists_every_reason() -> None:
 def test_clamp_leaves_only_backends_that_clamp(monkeypatch: pytest.MonkeyPatch) -> None:
     fast = SimpleNamespace(name="fast", CLAMP_ACTIVATIONS=frozenset(), supports=lambda config: None)
     monkeypatch.setattr(backends, "BACKENDS", (fast, *backends.BACKENDS))
-    assert select_moe_backend(dataclasses.replace(CPU, clamp_limit=None)) is fast
+    assert select_moe_backend(dataclasses.replace(CPU, gate=Gate())) is fast
     assert select_moe_backend(CPU).name == "cpu"
     with pytest.raises(ValueError, match="applies clamp_limit 10 to silu, got one that clamps no activation"):
         select_moe_backend(CPU, "fast")
@@ -313,7 +312,7 @@ def flashinfer(monkeypatch: pytest.MonkeyPatch) -> FlashinferStandIn:
 
 def test_flashinfer_receives_the_limit_in_its_units(flashinfer: FlashinferStandIn) -> None:
     w13, w2 = layer(experts=2, k=128, i=128, equal=True)
-    quant = MoEQuantConfig(Activation.silu, 1.702, 1.0, 7.0, a13_scale=0.5, a2_scale=0.25)
+    quant = MoEQuantConfig(Gate("silu", 7.0, 1.702, 1.0), a13_scale=0.5, a2_scale=0.25)
     tensors = flashinfer_trtllm.prepare(w13, w2)
     topk_weights, topk_ids = testing.random_routing(3, 2, 2)
     topk_ids[1, 1] = 2  # no such expert

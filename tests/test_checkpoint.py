@@ -18,9 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from torch_nvfp4 import checkpoint as checkpoint_module
-from torch_nvfp4.checkpoint import Checkpoint, CheckpointError, GateActivation, open_checkpoint
+from torch_nvfp4.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from torch_nvfp4.demo import write_checkpoint
 from torch_nvfp4.format import dequantize
+from torch_nvfp4.gate import Gate
 
 HIDDEN, INTERMEDIATE, EXPERTS, LAYERS = 64, 96, 4, 2
 SHARD_1, SHARD_2 = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -189,7 +190,7 @@ def test_demo_checkpoint(layout: Any, tmp_path: Path) -> None:
     assert checkpoint.layers == (0, 1, 2, 3)
     assert (checkpoint.hidden_size, checkpoint.intermediate_size) == (128, 64)
     assert (checkpoint.num_experts, checkpoint.top_k) == (3, 2)
-    assert [checkpoint.activation(layer) for layer in range(4)] == [GateActivation("silu", 5.0, 1.0, 0.0)] * 4
+    assert [checkpoint.activation(layer) for layer in range(4)] == [Gate("silu", 5.0, 1.0, 0.0)] * 4
     module, names, kind = SPELLINGS[layout.replace("-tensors", "")]
     data, global_scale = (
         ("weight", "weight_scale_2") if kind == "modelopt" else ("weight_packed", "weight_global_scale")
@@ -513,7 +514,7 @@ def test_other_layers_may_be_damaged(damaged: Path) -> None:
         checkpoint.experts(1)
 
 
-def activation_of(path: Path, changes: dict[str, Any], layer: int = 0) -> GateActivation:
+def activation_of(path: Path, changes: dict[str, Any], layer: int = 0) -> Gate:
     config = {key: value for key, value in (CONFIG | changes).items() if value != "absent"}
     (path / "config.json").write_text(json.dumps(config))
     return Checkpoint.open(path).activation(layer)
@@ -542,7 +543,7 @@ def activation_of(path: Path, changes: dict[str, Any], layer: int = 0) -> GateAc
     ],
 )  # fmt: skip
 def test_activation(damaged: Path, changes: dict[str, Any], expected: tuple[str, float | None, float, float]) -> None:
-    assert activation_of(damaged, changes, layer=1) == expected
+    assert activation_of(damaged, changes, layer=1) == Gate(*expected)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import torch_nvfp4
 from torch_nvfp4 import cli
 from torch_nvfp4.demo import write_checkpoint
+from torch_nvfp4.gate import Gate
 from torch_nvfp4.nn import NVFP4Experts
 from torch_nvfp4.quant_config import MoEQuantConfig
 from torch_nvfp4.testing import random_routing
@@ -127,7 +128,7 @@ def test_inspect(checkpoint):
     assert facts["nbytes"] == sum(tensor.nbytes for tensor in tensors.values())
     assert facts["layers"] == [0, 1, 2]
     assert facts["clamp_limits"] == {"0": LIMIT, "1": LIMIT, "2": LIMIT}
-    assert facts["gates"] == [{"gate": "silu, clamp 7", "layers": [0, 1, 2]}]
+    assert facts["gates"] == [{"gate": "silu, clamp_limit 7", "layers": [0, 1, 2]}]
     assert (facts["num_experts"], facts["top_k"]) == (EXPERTS, TOP_K)
     assert (facts["hidden_size"], facts["intermediate_size"]) == (HIDDEN, INTERMEDIATE)
     assert facts["layout"] == "deepseek"
@@ -139,7 +140,7 @@ def test_inspect(checkpoint):
 def test_inspect_as_a_table(checkpoint):
     result = run("inspect", checkpoint, "--device", "cpu", "--backend", "reference")
     assert result.exit_code == 0, result.output
-    assert "silu, clamp 7 (layers 0..2)" in result.stdout
+    assert "silu, clamp_limit 7 (layers 0..2)" in result.stdout
     assert "3 (0..2): 4 experts, top-k 2, hidden 64, intermediate 32" in result.stdout
     assert "backend on cpu: reference (as asked for)" in result.stdout
     assert "not cpu: usable, but another one was asked for" in result.stdout
@@ -190,8 +191,15 @@ def test_verify_all_layers(checkpoint):
 
 
 def test_verify_sees_a_dropped_clamp(checkpoint, monkeypatch):
-    make = MoEQuantConfig.make
-    monkeypatch.setattr(MoEQuantConfig, "make", lambda activation, *rest: make(activation))
+    # On the way to the kernel only: the reference that verify compares with keeps the limit.
+    from_checkpoint = NVFP4Experts.from_checkpoint
+
+    def without_clamp(*args, **kwargs):
+        experts = from_checkpoint(*args, **kwargs)
+        experts.quant_config = MoEQuantConfig(Gate(experts.quant_config.activation))
+        return experts
+
+    monkeypatch.setattr(NVFP4Experts, "from_checkpoint", without_clamp)
     result = run("verify", checkpoint, "--device", "cpu", "--layer", "2", "--json", "-")
     assert result.exit_code == 1
     (check,) = json.loads(result.stdout)["layers"]

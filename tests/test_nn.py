@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_nvfp4 import backends, reference, testing
-from torch_nvfp4.activation import Activation
 from torch_nvfp4.checkpoint import Checkpoint, CheckpointError
 from torch_nvfp4.format import NVFP4Weight, dequantize, quantize
+from torch_nvfp4.gate import Activation
 from torch_nvfp4.nn import NVFP4Experts, NVFP4Linear
 from torch_nvfp4.quant_config import MoEQuantConfig
 
@@ -258,7 +258,7 @@ def test_selection_sees_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     NVFP4Experts.from_weights(*weights(), activation="swiglustep", clamp_limit=LIMIT)
     (config,) = seen
-    assert (config.clamp_limit, config.activation) == (LIMIT, Activation.swiglustep)
+    assert (config.gate.clamp_limit, config.gate.activation) == (LIMIT, Activation.swiglustep)
     assert (config.device_type, config.hidden_size, config.intermediate_size) == ("cpu", K, I)
     assert not config.equal_gate_up_scales
 

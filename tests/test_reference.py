@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torch_nvfp4 import reference
-from torch_nvfp4.activation import Activation, check_gate, gate_error, gated_activation, parse_activation
 from torch_nvfp4.format import NVFP4Weight, dequantize
+from torch_nvfp4.gate import Activation, Gate, check_gate, gate_error, gated_activation, parse_activation
 from torch_nvfp4.testing import TOLERANCE, assert_accurate, random_routing, random_weight, relative_l2
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -153,6 +153,21 @@ def test_gate_errors(activation: int, limit: float | None, alpha: float, beta: f
     with pytest.raises(ValueError, match=r"^expected ") as raised:
         gated_activation(torch.ones(1), torch.ones(1), activation, limit, alpha, beta)
     assert str(raised.value) == message
+
+
+def test_gate_checks_itself_and_gives_the_keywords_of_the_op() -> None:
+    gate = Gate("silu", 7.0, 1.702, 1.0)
+    assert gate.kwargs() == {"activation": 0, "clamp_limit": 7.0, "alpha": 1.702, "beta": 1.0}
+    assert gate == Gate(Activation.silu, 7.0, 1.702, 1.0)
+    assert (str(gate), str(Gate("gelu"))) == ("silu (alpha 1.702, beta 1), clamp_limit 7", "gelu, no clamp")
+    g, u = torch.tensor([-9.0, 2.0, 9.0]), torch.tensor([-9.0, 0.5, 9.0])
+    expected = g.clamp(max=7) * torch.sigmoid(1.702 * g.clamp(max=7)) * (u.clamp(-7, 7) + 1)
+    torch.testing.assert_close(gate(g, u), expected)
+    for bad in (("gelu", 7.0), ("silu", 0.0), ("silu", math.nan), ("silu", None, math.inf), ("gelu", None, 2.0)):
+        with pytest.raises(ValueError, match=r"expected .*, got"):
+            Gate(*bad)
+    with pytest.raises(ValueError, match=r"expected activation to be one of silu, .*, got 'swish'"):
+        Gate("swish")
 
 
 def test_parse_activation() -> None:

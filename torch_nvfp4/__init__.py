@@ -7,9 +7,9 @@ happen before the first trace.
 from typing import Any
 
 from torch_nvfp4 import reference
-from torch_nvfp4.activation import Activation
 from torch_nvfp4.backends import select_moe_backend
 from torch_nvfp4.format import NVFP4Weight, dequantize, quantize
+from torch_nvfp4.gate import Activation, Gate
 from torch_nvfp4.nn import NVFP4Experts, NVFP4Linear
 from torch_nvfp4.ops import (
     combine,
@@ -28,6 +28,7 @@ from torch_nvfp4.quant_config import MoEQuantConfig
 
 __all__ = [
     "Activation",
+    "Gate",
     "MoEQuantConfig",
     "NVFP4Experts",
     "NVFP4Linear",

@@ -28,7 +28,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from torch_nvfp4.errors import CheckpointError
 from torch_nvfp4.format import GROUP_SIZE, NVFP4Weight, reciprocal_global_scale
+from torch_nvfp4.gate import Activation, Gate
 
 __all__ = [
     "Category",
@@ -61,10 +63,6 @@ _FUSED_EXPERTS = re.compile(r".*experts\.(gate_up_proj|down_proj)_(weight_scale|
 _KV_CACHE_LEAVES = {"k_scale", "v_scale"}
 
 
-class CheckpointError(ValueError):
-    """The checkpoint, or the slice asked of it, cannot be used; the text names file, tensor, expected and got."""
-
-
 class TensorInfo(NamedTuple):
     """One tensor as the header of its shard declares it."""
 
@@ -85,13 +83,8 @@ class ExpertWeights(NamedTuple):
     w2: NVFP4Weight
 
 
-class GateActivation(NamedTuple):
-    """The gated activation that the config declares for one layer, in the words of `torch_nvfp4.moe`."""
-
-    activation: str
-    clamp_limit: float | None
-    alpha: float
-    beta: float
+GateActivation = Gate
+"""The former name."""
 
 
 @dataclass(frozen=True)
@@ -247,14 +240,18 @@ class Checkpoint:
         """The SwiGLU clamp limit of a layer's routed experts, None for no clamp."""
         return self._facts.clamp_limit(layer)
 
-    def activation(self, layer: int) -> GateActivation:
-        """The gated activation of a layer's routed experts with its clamp limit.
+    def gate(self, layer: int) -> Gate:
+        """The gate that the config declares for a layer's routed experts, with its clamp limit.
 
         Raises:
             CheckpointError: an activation that is not known, or a clamp on an activation that has none: a clamp is
                 never dropped.
         """
-        return self._facts.activation(layer)
+        return self._facts.gate(layer)
+
+    def activation(self, layer: int) -> Gate:
+        """The former name of `gate`."""
+        return self.gate(layer)
 
     def experts(
         self,
@@ -665,15 +662,15 @@ _LIMIT_WORDS = {"limit", "limits", "clamp", "clip"}
 # Limits of the shared experts, which are dense linears here.
 _SHARED_LIMIT_KEYS = ("swiglu_limit_shared", "swiglu_limits_shared")
 _ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
-    "swigluoai": "silu",
-    "gelu": "gelu",
-    "gelu_tanh": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
-    "relu2": "relu2",
-    "relu_squared": "relu2",
+    "silu": Activation.silu,
+    "swish": Activation.silu,
+    "swigluoai": Activation.silu,
+    "gelu": Activation.gelu,
+    "gelu_tanh": Activation.gelu_tanh,
+    "gelu_pytorch_tanh": Activation.gelu_tanh,
+    "gelu_new": Activation.gelu_tanh,
+    "relu2": Activation.relu2,
+    "relu_squared": Activation.relu2,
 }
 
 
@@ -712,7 +709,7 @@ class ConfigFacts:
             )
         return self._limits[layer]
 
-    def activation(self, layer: int) -> GateActivation:
+    def gate(self, layer: int) -> Gate:
         limit = self.clamp_limit(layer)
         model_type = self.model_type or ""
         hidden_act = self.hidden_act or "silu"
@@ -721,7 +718,7 @@ class ConfigFacts:
             raise CheckpointError(
                 f"{self._file}: hidden_act: expected one of {sorted(_ACTIVATIONS)}, got {hidden_act!r}"
             )
-        if limit is not None and activation != "silu":
+        if limit is not None and activation is not Activation.silu:
             raise CheckpointError(
                 f"{self._file}: expected hidden_act 'silu' beside a swiglu limit, got {hidden_act!r} with limit "
                 f"{limit}: the clamp of that pair is not defined"
@@ -737,7 +734,7 @@ class ConfigFacts:
         beta = self._beta if self._beta is not None else (1.0 if gpt_oss else 0.0)
         if alpha != 1.0 and self._beta is None and not gpt_oss:
             raise CheckpointError(f"{self._file}: expected swiglu_beta beside swiglu_alpha {alpha}, got no such key")
-        if (alpha, beta) != (1.0, 0.0) and activation != "silu":
+        if (alpha, beta) != (1.0, 0.0) and activation is not Activation.silu:
             raise CheckpointError(
                 f"{self._file}: expected hidden_act 'silu' beside swiglu_alpha {alpha} and swiglu_beta {beta}, got "
                 f"{hidden_act!r}"
@@ -748,8 +745,8 @@ class ConfigFacts:
                 raise CheckpointError(
                     f"{self._file}: expected no swiglu_alpha, swiglu_beta with Step-3.5's clamp, got both"
                 )
-            activation = "swiglustep"
-        return GateActivation(activation, limit, alpha, beta)
+            activation = Activation.swiglustep
+        return Gate(activation, limit, alpha, beta)
 
     def _get(self, *keys: str) -> Any:
         """The first of the keys that has a value. text_config goes first; over the gate the two must not disagree."""

@@ -37,12 +37,13 @@ from torch_nvfp4.backends import (
     explain_moe_backends,
     select_moe_backend,
 )
-from torch_nvfp4.checkpoint import Checkpoint, CheckpointError, ExpertWeights, GateActivation
+from torch_nvfp4.checkpoint import Checkpoint, ExpertWeights
 from torch_nvfp4.demo import write_checkpoint
+from torch_nvfp4.errors import CheckpointError
 from torch_nvfp4.format import NVFP4Weight, dequantize
+from torch_nvfp4.gate import Gate
 from torch_nvfp4.nn import NVFP4Experts
 from torch_nvfp4.ops import library_paths
-from torch_nvfp4.quant_config import MoEQuantConfig
 from torch_nvfp4.testing import TOLERANCE, random_routing, relative_l2
 
 DEMO_TOKENS = (1, 16, 256)
@@ -131,15 +132,6 @@ def _mib(nbytes: float) -> str:
     return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.1f} MiB"
 
 
-def _limit(limit: float | None) -> str:
-    return "none" if limit is None else f"{limit:g}"
-
-
-def _gate(gate: GateActivation) -> str:
-    extra = "" if (gate.alpha, gate.beta) == (1.0, 0.0) else f" (alpha {gate.alpha:g}, beta {gate.beta:g})"
-    return f"{gate.activation}{extra}, " + ("no clamp" if gate.clamp_limit is None else f"clamp {gate.clamp_limit:g}")
-
-
 @app.command()
 def info(json_file: _Json = None) -> None:
     """Show this machine, the libraries, and which backends can run here, each with its reason if not.
@@ -195,7 +187,7 @@ def collect_info() -> dict[str, Any]:
     backends = []
     for device in devices:
         reasons = [
-            explain_moe_backends(MoEBackendConfig.for_device(device, 4096, 2048, clamp_limit=limit))
+            explain_moe_backends(MoEBackendConfig.for_device(device, 4096, 2048, gate=Gate(clamp_limit=limit)))
             for limit in (None, _EXAMPLE_LIMIT)
         ]
         backends += [
@@ -248,7 +240,7 @@ def collect_checkpoint(checkpoint: Checkpoint, device: torch.device, backend: st
     summary["path"] = str(checkpoint.path)
     gates: dict[str, list[int]] = {}
     for layer in checkpoint.layers:
-        gates.setdefault(_gate(checkpoint.activation(layer)), []).append(layer)
+        gates.setdefault(str(checkpoint.gate(layer)), []).append(layer)
     summary["gates"] = [{"gate": gate, "layers": layers} for gate, layers in gates.items()]
     summary["device"] = str(device)
     summary["backend"], summary["passed_over"] = None, {}
@@ -266,15 +258,8 @@ def collect_checkpoint(checkpoint: Checkpoint, device: torch.device, backend: st
 
 
 def _backend_config(checkpoint: Checkpoint, layer: int, device: torch.device) -> MoEBackendConfig:
-    gate = MoEQuantConfig.from_config(checkpoint.config, layer, source=checkpoint.path / "config.json")
     return MoEBackendConfig.for_device(
-        device,
-        checkpoint.hidden_size,
-        checkpoint.intermediate_size,
-        activation=gate.activation,
-        clamp_limit=gate.gemm1_clamp_limit,
-        alpha=gate.gemm1_alpha,
-        beta=gate.gemm1_beta,
+        device, checkpoint.hidden_size, checkpoint.intermediate_size, gate=checkpoint.gate(layer)
     )
 
 
@@ -437,12 +422,12 @@ def verify_layer(
         ran_on = experts.backend
         del experts  # the reference needs the memory
         weights = checkpoint.experts(layer)
-        gate = checkpoint.activation(layer)
+        gate = checkpoint.gate(layer)
         expected = _reference(weights, gate, bench.Case(x, topk_weights, topk_ids))
     return LayerCheck(
         layer=layer,
         backend=ran_on,
-        gate=_gate(gate),
+        gate=str(gate),
         clamped_share=expected.clamped_share,
         relative_l2=_error(output, expected.output),
         tolerance=TOLERANCE[dtype],
@@ -451,11 +436,11 @@ def verify_layer(
     )
 
 
-def _reference(weights: ExpertWeights, gate: GateActivation, case: bench.Case) -> reference.MoEResult:
+def _reference(weights: ExpertWeights, gate: Gate, case: bench.Case) -> reference.MoEResult:
     device = case.hidden_states.device
     w13, w2 = (NVFP4Weight(*(part.to(device) for part in weight)) for weight in weights)
     return reference.moe_with_clamped_share(
-        case.hidden_states, w13, w2, case.topk_weights, case.topk_ids, **gate._asdict()
+        case.hidden_states, w13, w2, case.topk_weights, case.topk_ids, **gate.kwargs()
     )
 
 
@@ -491,12 +476,12 @@ class ExpertLayers(nn.Module):
 class DequantizeExperts(nn.Module):
     """The baseline of ``demo``: ``bench.dequantize_then_matmul`` as a layer."""
 
-    def __init__(self, weights: ExpertWeights, gate: GateActivation) -> None:
+    def __init__(self, weights: ExpertWeights, gate: Gate) -> None:
         super().__init__()
         self.weights, self.gate = weights, gate
 
     def forward(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
-        return bench.dequantize_then_matmul(bench.Case(x, topk_weights, topk_ids), *self.weights, **self.gate._asdict())
+        return bench.dequantize_then_matmul(bench.Case(x, topk_weights, topk_ids), *self.weights, **self.gate.kwargs())
 
 
 @dataclass
@@ -614,7 +599,7 @@ def run_demo(
 ) -> list[DemoRow]:
     """Loads the layers, runs them eager, compiled and (CUDA) replayed from a graph, times and checks every one."""
     shape = bench.Shape(checkpoint.num_experts, checkpoint.hidden_size, checkpoint.intermediate_size, checkpoint.top_k)
-    gates = [checkpoint.activation(layer) for layer in layers]
+    gates = [checkpoint.gate(layer) for layer in layers]
     with _progress(console) as progress, torch.inference_mode():
         task = progress.add_task("loading", total=len(layers))
         experts, weights = [], []
@@ -646,7 +631,7 @@ def run_demo(
             for row, inputs, outputs in results:
                 case = by_tokens[row.tokens]._replace(hidden_states=inputs[index])
                 expected = reference.moe_with_clamped_share(
-                    case.hidden_states, *dense, case.topk_weights, case.topk_ids, **gate._asdict()
+                    case.hidden_states, *dense, case.topk_weights, case.topk_ids, **gate.kwargs()
                 )
                 row.clamped_share += expected.clamped_share / len(layers)
                 row.relative_l2 = max(row.relative_l2, _error(outputs[index], expected.output))

@@ -35,7 +35,7 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from torch_nvfp4.activation import Activation, gate_error
+from torch_nvfp4.gate import Activation, Gate
 from torch_nvfp4.ops.moe import decomposed_moe
 
 aten, prims, nvfp4 = torch.ops.aten, torch.ops.prims, torch.ops.nvfp4
@@ -81,7 +81,7 @@ class GraphPass(CustomGraphPass):
     def uuid(self) -> str:
         package = Path(__file__).resolve().parent
         digest = hashlib.sha256(f"{self.fuse_gates} {self.decompose_moe}".encode())
-        for source in (Path(__file__).resolve(), package / "activation.py", package / "ops" / "moe.py"):
+        for source in (Path(__file__).resolve(), package / "gate.py", package / "ops" / "moe.py"):
             digest.update(source.read_bytes())
         return digest.hexdigest()
 
@@ -179,24 +179,21 @@ _Expression = _Half | _Clamp | _Sigmoid | _Exp | _Sum | _Product
 
 
 @dataclass
-class _Gate:
+class _Match:
     root: Node
     half: _Half
     nodes: set[Node]
-    activation: Activation
-    limit: float | None
-    alpha: float
-    beta: float
+    gate: Gate
 
 
 class _NoMatchError(Exception):
     pass
 
 
-def _match(node: Node) -> _Gate | None:
+def _match(node: Node) -> _Match | None:
     reader = _Reader()
     try:
-        activation, limit, alpha, beta = _gate_form(reader.read(node))
+        gate = _gate_form(reader.read(node))
         half = reader.halves[0]
         like = _val(half.gemm)
         root = node
@@ -210,7 +207,7 @@ def _match(node: Node) -> _Gate | None:
         result = _val(root)
     except _NoMatchError:
         return None
-    if result.dtype != like.dtype or gate_error(activation, limit, alpha, beta) is not None:
+    if result.dtype != like.dtype:
         return None
     # A narrower dtype in between rounds more than the fused op may leave out, an integer truncates, and another shape
     # is a broadcast.
@@ -224,11 +221,11 @@ def _match(node: Node) -> _Gate | None:
     nodes = {*reader.half_nodes, *reader.pointwise, *reader.upcasts, *reader.plumbing}
     if any(user not in nodes for n in nodes - {root} for user in n.users):
         return None
-    return _Gate(root, half, nodes, activation, limit, alpha, beta)
+    return _Match(root, half, nodes, gate)
 
 
-def _gate_form(product: _Expression) -> tuple[Activation, float | None, float, float]:
-    """(activation, limit, alpha, beta) of a product that is a gate."""
+def _gate_form(product: _Expression) -> Gate:
+    """The gate that a product is."""
     if not isinstance(product, _Product) or product.scale != 1.0 or len(product.factors) not in (2, 3):
         raise _NoMatchError
     for i, factor in enumerate(product.factors):
@@ -239,7 +236,10 @@ def _gate_form(product: _Expression) -> tuple[Activation, float | None, float, f
             continue
         # swiglustep has no beta; without a clamp it is silu.
         if gate_limit == up_limit and not (activation is Activation.swiglustep and beta != 0.0):
-            return activation, gate_limit, alpha, beta
+            try:
+                return Gate(activation, gate_limit, alpha, beta)
+            except ValueError:
+                raise _NoMatchError from None
     raise _NoMatchError
 
 
@@ -534,14 +534,9 @@ def _insert(graph: Graph, fn: Callable[..., Tensor], args: Sequence[Node]) -> No
     return copies[result]
 
 
-def _replace(graph: Graph, gate: _Gate) -> None:
-    args = _arguments(gate.half.gemm)
-    parameters: dict[str, Any] = {
-        "activation": gate.activation.value,
-        "clamp_limit": gate.limit,
-        "alpha": gate.alpha,
-        "beta": gate.beta,
-    }
+def _replace(graph: Graph, match: _Match) -> None:
+    args = _arguments(match.half.gemm)
+    parameters = match.gate.kwargs()
 
     def grouped(*tensors: Tensor) -> Tensor:
         return nvfp4.grouped_gemm_swiglu(*tensors, **parameters)
@@ -557,22 +552,22 @@ def _replace(graph: Graph, gate: _Gate) -> None:
         return out.reshape(*x.shape[:-1], out.shape[-1])
 
     # The fused op stands where the GEMM stood, so that it reads what the GEMM read.
-    gemm = gate.half.gemm
+    gemm = match.half.gemm
     with graph.inserting_before(gemm):
         fn = grouped if gemm.target is nvfp4.grouped_gemm.default else dense
         fused = _insert(graph, fn, [value for value in args.values() if isinstance(value, Node)])
-    if gate.half.source is not gemm:
-        with graph.inserting_before(gate.root):
-            fused = _view_like(graph, fused, gate)
-    gate.root.replace_all_uses_with(fused)
+    if match.half.source is not gemm:
+        with graph.inserting_before(match.root):
+            fused = _view_like(graph, fused, match)
+    match.root.replace_all_uses_with(fused)
     for node in reversed(list(graph.nodes)):
-        if node in gate.nodes:
+        if node in match.nodes:
             graph.erase_node(node)
 
 
-def _view_like(graph: Graph, fused: Node, gate: _Gate) -> Node:
+def _view_like(graph: Graph, fused: Node, match: _Match) -> Node:
     """The fused output in the shape that the view before the split gave to the halves."""
-    source, shape = gate.half.source, _val(gate.root).shape
+    source, shape = match.half.source, _val(match.root).shape
     sizes = _arguments(source)
     leading = sizes["shape" if "shape" in sizes else "size"][: len(shape) - 1]
     last: Any = shape[-1]

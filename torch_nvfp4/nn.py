@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from torch_nvfp4.backends import MoEBackendConfig, moe_backend, select_moe_backend
-from torch_nvfp4.backends._packed import pack_weight, unpack_weight
 from torch_nvfp4.checkpoint import Checkpoint
 from torch_nvfp4.format import GROUP_SIZE, NVFP4Weight, dequantize, is_gated_pair, quantize, validate, validate_layout
+from torch_nvfp4.ops import pack, unpack
 from torch_nvfp4.quant_config import MoEQuantConfig
 
 __all__ = ["NVFP4Experts", "NVFP4Linear"]
@@ -362,7 +362,7 @@ class NVFP4Experts(_PackedModule):
         """
         if not isinstance(checkpoint, Checkpoint):
             checkpoint = Checkpoint.open(checkpoint)
-        quant_config = MoEQuantConfig.from_config(checkpoint.config, layer, source=checkpoint.path / "config.json")
+        quant_config = MoEQuantConfig(checkpoint.gate(layer))
         weights = checkpoint.experts(
             layer, tp_rank=tp_rank, tp_size=tp_size, ep_rank=ep_rank, ep_size=ep_size, progress=progress
         )
@@ -373,7 +373,7 @@ class NVFP4Experts(_PackedModule):
     @property
     def clamp_limit(self) -> float | None:
         """The limit that the kernel applies to gate and up, None for no clamp."""
-        return self.quant_config.gemm1_clamp_limit
+        return self.quant_config.gate.clamp_limit
 
     def unpacked_weights(self) -> tuple[NVFP4Weight, NVFP4Weight]:
         """(w13, w2) in the canonical format, on the module's device."""
@@ -397,16 +397,16 @@ class NVFP4Experts(_PackedModule):
         return output if hidden_states.dim() == 2 else output.reshape(hidden_states.shape)
 
     def extra_repr(self) -> str:
-        quant = self.quant_config
+        gate = self.quant_config.gate
         parts = [
             f"num_experts={self.num_experts}",
             f"hidden_size={self.hidden_size}",
             f"intermediate_size={self.intermediate_size}",
-            f"activation={quant.activation.name}",
-            f"clamp_limit={quant.gemm1_clamp_limit}",
+            f"activation={gate.activation.name}",
+            f"clamp_limit={gate.clamp_limit}",
         ]
-        if (quant.gemm1_alpha, quant.gemm1_beta) != (1.0, 0.0):
-            parts.append(f"alpha={quant.gemm1_alpha}, beta={quant.gemm1_beta}")
+        if (gate.alpha, gate.beta) != (1.0, 0.0):
+            parts.append(f"alpha={gate.alpha}, beta={gate.beta}")
         return ", ".join([*parts, f"backend={self.backend}"])
 
     def _weight_shapes(self) -> dict[str, _Shape]:
@@ -423,10 +423,7 @@ class NVFP4Experts(_PackedModule):
                 device,
                 self.hidden_size,
                 self.intermediate_size,
-                activation=self.quant_config.activation,
-                clamp_limit=self.quant_config.gemm1_clamp_limit,
-                alpha=self.quant_config.gemm1_alpha,
-                beta=self.quant_config.gemm1_beta,
+                gate=self.quant_config.gate,
                 expert_map=self.expert_map is not None,
                 apply_router_weight_on_input=self.apply_router_weight_on_input,
                 equal_gate_up_scales=bool((scale[:, 0] == scale[:, 1]).all()),
@@ -531,12 +528,12 @@ class NVFP4Linear(_PackedModule):
         if device in ("cpu", "cuda") and torch._C._dispatch_has_kernel_for_dispatch_key(
             "nvfp4::linear", device.upper()
         ):
-            return "kernel", {"packed": pack_weight(weight, gated=False), "global_scale": weight.global_scale}
+            return "kernel", {"packed": pack(weight), "global_scale": weight.global_scale}
         (validate_layout if device == "meta" else validate)(weight, gated=False)
         return "reference", {name: part.contiguous() for name, part in weight._asdict().items()}
 
     def _unpack(self) -> dict[str, NVFP4Weight]:
         if self.backend == "kernel":
             packed, global_scale = self._buffer("packed"), self._buffer("global_scale")
-            return {"": unpack_weight(packed, self.in_features, global_scale, gated=False)}
+            return {"": unpack(packed, self.in_features, global_scale)}
         return {"": NVFP4Weight(self._buffer("data"), self._buffer("scale"), self._buffer("global_scale"))}

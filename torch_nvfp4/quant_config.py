@@ -7,31 +7,40 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch_nvfp4.activation import Activation, check_gate, parse_activation
-from torch_nvfp4.checkpoint import CheckpointError, ConfigFacts
+from torch_nvfp4.checkpoint import ConfigFacts
+from torch_nvfp4.errors import CheckpointError
+from torch_nvfp4.gate import Activation, Gate, parse_activation
 
 _NESTED_CONFIGS = ("text_config", "language_config", "llm_config")
 
 
 @dataclass(frozen=True)
 class MoEQuantConfig:
-    """Gate parameters and activation scales of one MoE layer, for ``backend.apply``; weights bring their own scales.
+    """The gate and the activation scales of one MoE layer, for ``backend.apply``; weights bring their own scales.
 
-    The gate follows the first GEMM, hence names as serving engines have them; in ``torch_nvfp4.moe`` they are
-    ``activation``, ``alpha``, ``beta`` and ``clamp_limit``.
-
-    Raises ValueError for a limit that is not finite and positive, or that the activation cannot apply.
+    Serving engines name the gate's parameters after the first GEMM, which it follows: ``gemm1_alpha``, ``gemm1_beta``
+    and ``gemm1_clamp_limit`` are the ``alpha``, ``beta`` and ``clamp_limit`` of ``gate``.
     """
 
-    activation: Activation = Activation.silu
-    gemm1_alpha: float = 1.0
-    gemm1_beta: float = 0.0
-    gemm1_clamp_limit: float | None = None
+    gate: Gate = Gate()  # noqa: RUF009 (frozen)
     a13_scale: float | None = None  # input_scale of the first GEMM; only a backend that quantizes activations reads it
     a2_scale: float | None = None  # of the second
 
-    def __post_init__(self) -> None:
-        check_gate(self.activation, self.gemm1_clamp_limit, self.gemm1_alpha, self.gemm1_beta)
+    @property
+    def activation(self) -> Activation:
+        return self.gate.activation
+
+    @property
+    def gemm1_alpha(self) -> float:
+        return self.gate.alpha
+
+    @property
+    def gemm1_beta(self) -> float:
+        return self.gate.beta
+
+    @property
+    def gemm1_clamp_limit(self) -> float | None:
+        return self.gate.clamp_limit
 
     @classmethod
     def make(
@@ -41,8 +50,8 @@ class MoEQuantConfig:
         alpha: float = 1.0,
         beta: float = 0.0,
     ) -> MoEQuantConfig:
-        """From the arguments of ``torch_nvfp4.moe``."""
-        return cls(parse_activation(activation), alpha, beta, clamp_limit)
+        """From the arguments of ``torch_nvfp4.moe``. Raises ValueError as ``Gate``."""
+        return cls(Gate(parse_activation(activation), clamp_limit, alpha, beta))
 
     @classmethod
     def from_config(cls, config: Any, layer: int | None = None, *, source: str | Path = "config") -> MoEQuantConfig:
@@ -70,9 +79,9 @@ class MoEQuantConfig:
         values = _as_mapping(config)
         facts = ConfigFacts(Path(source), values)
         if layer is not None:
-            gate = facts.activation(layer)
+            gate = facts.gate(layer)
         else:
-            gates = [facts.activation(i) for i in range(facts.num_layers or 1)]
+            gates = [facts.gate(i) for i in range(facts.num_layers or 1)]
             gate = gates[0]
             other = next((i for i, candidate in enumerate(gates) if candidate != gate), None)
             if other is not None:
@@ -80,7 +89,7 @@ class MoEQuantConfig:
                     f"{source}: expected the layer, as layers differ in their gate, got layer=None "
                     f"(layer 0 has {gate}, layer {other} {gates[other]})"
                 )
-        return cls.make(*gate)
+        return cls(gate)
 
 
 def _as_mapping(config: Any) -> dict[str, Any]:

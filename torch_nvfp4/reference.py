@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torch_nvfp4.activation import check_gate, gated_activation, parse_activation
 from torch_nvfp4.format import NVFP4Weight, dequantize
+from torch_nvfp4.gate import check_gate, gated_activation, parse_activation
 
 Weight = NVFP4Weight | Tensor
 

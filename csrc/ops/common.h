@@ -92,7 +92,7 @@ void check_num_experts(const char* op, int64_t num_experts);
 Dims any_shape(const Tensor& tensor, const char* last);
 std::vector<int64_t> with_last_dim(const Tensor& tensor, int64_t size);
 
-// The words are those of gate_error in torch_nvfp4/activation.py.
+// The words are those of gate_error in torch_nvfp4/gate.py.
 Gate check_gate(const char* op, int64_t activation, std::optional<double> clamp_limit, double alpha, double beta);
 
 Routing check_routing(const char* op, const Tensor& topk_ids, const std::optional<Tensor>& expert_map, int64_t tokens,

@@ -17,10 +17,10 @@ from typing import Protocol, cast
 
 from torch import Tensor
 
-from torch_nvfp4.activation import Activation
 from torch_nvfp4.backends import cpu, flashinfer_trtllm, marlin, reference
 from torch_nvfp4.backends.config import Libraries, MoEBackendConfig
 from torch_nvfp4.format import NVFP4Weight
+from torch_nvfp4.gate import Activation
 from torch_nvfp4.quant_config import MoEQuantConfig
 
 __all__ = [
@@ -78,10 +78,11 @@ def moe_backend(name: str) -> MoEBackend:
 
 def _reason_against(backend: MoEBackend, config: MoEBackendConfig) -> str | None:
     """Why ``backend`` cannot run ``config``, or None. A clamp leaves only backends that can apply it."""
-    if config.clamp_limit is not None and config.activation not in backend.CLAMP_ACTIVATIONS:
+    gate = config.gate
+    if gate.clamp_limit is not None and gate.activation not in backend.CLAMP_ACTIVATIONS:
         clampable = " or ".join(sorted(activation.name for activation in backend.CLAMP_ACTIVATIONS)) or "no activation"
         return (
-            f"expected a backend that applies clamp_limit {config.clamp_limit:g} to {config.activation.name}, "
+            f"expected a backend that applies clamp_limit {gate.clamp_limit:g} to {gate.activation.name}, "
             f"got one that clamps {clampable}"
         )
     return backend.supports(config)

@@ -7,26 +7,17 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from torch_nvfp4.format import NVFP4Weight, validate
+from torch_nvfp4.format import NVFP4Weight
+from torch_nvfp4.ops import pack, unpack
 from torch_nvfp4.quant_config import MoEQuantConfig
-
-
-def pack_weight(weight: NVFP4Weight, gated: bool) -> Tensor:
-    validate(weight, gated=gated)
-    return torch.ops.nvfp4.pack(weight.data.contiguous(), weight.scale.view(torch.uint8).contiguous(), gated)
-
-
-def unpack_weight(packed: Tensor, in_features: int, global_scale: Tensor, gated: bool) -> NVFP4Weight:
-    data, scale = torch.ops.nvfp4.unpack(packed, in_features, gated)
-    return NVFP4Weight(data, scale.view(torch.float8_e4m3fn), global_scale)
 
 
 def prepare(w13: NVFP4Weight, w2: NVFP4Weight) -> dict[str, Tensor]:
     """[E, 2I, K] (global_scale [E, 2]) and [E, K, I], gate rows first -> the weight arguments of the op ``moe``."""
     return {
-        "w13": pack_weight(w13, gated=True),
+        "w13": pack(w13, gated=True),
         "w13_global_scale": w13.global_scale.contiguous(),
-        "w2": pack_weight(w2, gated=False),
+        "w2": pack(w2),
         "w2_global_scale": w2.global_scale.contiguous(),
     }
 
@@ -34,8 +25,8 @@ def prepare(w13: NVFP4Weight, w2: NVFP4Weight) -> dict[str, Tensor]:
 def restore(tensors: Mapping[str, Tensor], hidden_size: int, intermediate_size: int) -> tuple[NVFP4Weight, NVFP4Weight]:
     """The inverse of ``prepare``."""
     return (
-        unpack_weight(tensors["w13"], hidden_size, tensors["w13_global_scale"], gated=True),
-        unpack_weight(tensors["w2"], intermediate_size, tensors["w2_global_scale"], gated=False),
+        unpack(tensors["w13"], hidden_size, tensors["w13_global_scale"], gated=True),
+        unpack(tensors["w2"], intermediate_size, tensors["w2_global_scale"]),
     )
 
 
@@ -58,9 +49,6 @@ def apply(
         topk_weights,
         topk_ids,
         expert_map,
-        activation=quant.activation.value,
-        clamp_limit=quant.gemm1_clamp_limit,
-        alpha=quant.gemm1_alpha,
-        beta=quant.gemm1_beta,
+        **quant.gate.kwargs(),
         apply_router_weight_on_input=apply_router_weight_on_input,
     )

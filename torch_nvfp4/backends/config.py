@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from torch_nvfp4.activation import Activation
+from torch_nvfp4.gate import Gate
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,7 @@ class MoEBackendConfig:
     intermediate_size: int  # I, of this rank
     compute_capability: tuple[int, int] | None = None  # CUDA only
     dtype: torch.dtype | None = None  # of hidden_states; None: one that the backend takes
-    activation: Activation = Activation.silu
-    clamp_limit: float | None = None
-    alpha: float = 1.0
-    beta: float = 0.0
+    gate: Gate = Gate()  # noqa: RUF009 (frozen)
     expert_map: bool = False  # ids are global, and only some of the experts are here
     apply_router_weight_on_input: bool = False
     equal_gate_up_scales: bool = True  # global scales of gate and up agree in every expert
@@ -60,8 +57,7 @@ class MoEBackendConfig:
         where = self.device_type
         if self.compute_capability is not None:
             where += f" SM{self.compute_capability[0]}{self.compute_capability[1]}"
-        limit = "no clamp" if self.clamp_limit is None else f"clamp_limit {self.clamp_limit:g}"
-        return f"{where}, K {self.hidden_size}, I {self.intermediate_size}, {self.activation.name}, {limit}"
+        return f"{where}, K {self.hidden_size}, I {self.intermediate_size}, {self.gate}"
 
 
 def size_error(config: MoEBackendConfig, multiple: int) -> str | None:

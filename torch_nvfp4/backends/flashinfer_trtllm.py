@@ -18,9 +18,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from torch_nvfp4.activation import Activation
 from torch_nvfp4.backends.config import MoEBackendConfig, dtype_error, size_error
 from torch_nvfp4.format import GROUP_SIZE, NVFP4Weight, validate
+from torch_nvfp4.gate import Activation
 from torch_nvfp4.quant_config import MoEQuantConfig
 
 name = "flashinfer_trtllm"
@@ -40,13 +40,13 @@ def supports(config: MoEBackendConfig) -> str | None:
         return f"expected compute capability 10.x (Blackwell data-center), got {got}"
     if not config.libraries.flashinfer:
         return "expected the package flashinfer, got none; pip install flashinfer-python"
-    if config.activation is not Activation.silu:
-        return f"expected activation silu, got {config.activation.name}"
+    if config.gate.activation is not Activation.silu:
+        return f"expected activation silu, got {config.gate.activation.name}"
     if config.expert_map:
         return "expected every expert on this device, got an expert_map (flashinfer takes one contiguous range)"
     if config.apply_router_weight_on_input:
         return "expected router weights on the output, got apply_router_weight_on_input"
-    if config.clamp_limit is not None and not config.equal_gate_up_scales:
+    if config.gate.clamp_limit is not None and not config.equal_gate_up_scales:
         return "expected equal global scales of gate and up beside a clamp, got different ones"
     return dtype_error(config, torch.bfloat16) or size_error(config, 128)
 
@@ -123,7 +123,7 @@ def apply(
     a2 = 1.0 if quant.a2_scale is None else quant.a2_scale
     gate_scale, up_scale = (tensors["w13_global_scale"] * a13).unbind(1)  # [E] each
     per_expert = torch.ones_like(gate_scale)
-    limit = quant.gemm1_clamp_limit
+    limit = quant.gate.clamp_limit
     codes, scales = flashinfer.fp4_quantize(
         hidden_states,
         torch.full((1,), 1 / a13, device=hidden_states.device),
@@ -141,8 +141,8 @@ def apply(
         gemm1_weights=tensors["w13_data"],
         gemm1_weights_scale=tensors["w13_scale"],
         gemm1_bias=None,
-        gemm1_alpha=per_expert * quant.gemm1_alpha,
-        gemm1_beta=quant.gemm1_beta / up_scale,
+        gemm1_alpha=per_expert * quant.gate.alpha,
+        gemm1_beta=quant.gate.beta / up_scale,
         gemm1_clamp_limit=None if limit is None else limit / gate_scale,
         gemm2_weights=tensors["w2_data"],
         gemm2_weights_scale=tensors["w2_scale"],

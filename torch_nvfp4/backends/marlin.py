@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import torch
 
-from torch_nvfp4.activation import Activation
 from torch_nvfp4.backends._packed import apply, prepare, restore
 from torch_nvfp4.backends.config import MoEBackendConfig, dtype_error, size_error
+from torch_nvfp4.gate import Activation
 
 __all__ = ["CLAMP_ACTIVATIONS", "apply", "name", "prepare", "restore", "supports"]
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from torch_nvfp4 import reference
-from torch_nvfp4.activation import Activation
 from torch_nvfp4.backends.config import MoEBackendConfig, dtype_error, size_error
 from torch_nvfp4.format import NVFP4Weight, validate, validate_layout
+from torch_nvfp4.gate import Activation
 from torch_nvfp4.quant_config import MoEQuantConfig
 
 name = "reference"
@@ -67,10 +67,7 @@ def apply(
         topk_weights,
         topk_ids,
         expert_map,
-        quant.activation.value,
-        quant.gemm1_clamp_limit,
-        quant.gemm1_alpha,
-        quant.gemm1_beta,
+        *quant.gate.kwargs().values(),
         apply_router_weight_on_input,
     )
 

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torch_nvfp4 import ops
-from torch_nvfp4.activation import gated_activation, parse_activation
 from torch_nvfp4.bench.layer import (
     COMPILED,
     DEQUANTIZE,
@@ -27,6 +26,7 @@ from torch_nvfp4.bench.layer import (
     dtype_name,
 )
 from torch_nvfp4.format import NVFP4Weight, dequantize
+from torch_nvfp4.gate import gated_activation, parse_activation
 from torch_nvfp4.nn import NVFP4Experts
 
 

@@ -16,7 +16,6 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from torch_nvfp4.activation import Activation, check_gate
 from torch_nvfp4.backends import Libraries
 from torch_nvfp4.bench.contenders import CPU_PEERS, CUDA_PEERS, our_contender
 from torch_nvfp4.bench.cpu import Probes, measure_cpu
@@ -34,6 +33,7 @@ from torch_nvfp4.bench.layer import (
     parse_tokens,
 )
 from torch_nvfp4.bench.report import Report, caption, cpu_name, plot, render, title, wide_console
+from torch_nvfp4.gate import Gate
 
 CPU_LEVEL_VARIABLE = "TORCH_NVFP4_CPU_LEVEL"
 _CPU_TOKENS = (1, 4, 16, 64, 256)
@@ -193,7 +193,7 @@ def _run(
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16} | ({"fp32": torch.float32} if device == "cpu" else {})
     if dtype not in dtypes:
         raise ValueError(f"--dtype: expected one of {', '.join(dtypes)} on {device}, got {dtype!r}")
-    check_gate(Activation.silu, clamp_limit, 1.0, 0.0)
+    Gate(clamp_limit=clamp_limit)  # raises
     table = CUDA_PEERS if device == "cuda" else CPU_PEERS
     peers = default_peers(device) if peer is None else [name for name in peer if name != "none"]
     for name in peers:

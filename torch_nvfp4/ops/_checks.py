@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torch_nvfp4.activation import gate_error
 from torch_nvfp4.format import GROUP_SIZE
+from torch_nvfp4.gate import gate_error
 
 Dim = int | torch.SymInt | str  # a size, or a letter where any size will do
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torch_nvfp4.activation import parse_activation
+from torch_nvfp4.gate import parse_activation
 from torch_nvfp4.ops import _checks
 from torch_nvfp4.ops._library import register_fake, register_no_autograd
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from torch_nvfp4.activation import gated_activation, parse_activation
+from torch_nvfp4.gate import gated_activation, parse_activation
 from torch_nvfp4.ops import _checks
 from torch_nvfp4.ops._library import register_fake, register_no_autograd
 
@@ -32,7 +32,7 @@ def moe(
     """For every token, the weighted sum over its experts e of ``w2[e] @ act(w13[e] @ x)``.
 
     The clamp is applied to the fp32 pre-activations, before the one rounding of the intermediate to 16 bits; sums are
-    in fp32. ``torch_nvfp4.reference.moe`` is the specification, ``torch_nvfp4.activation.gated_activation`` has the
+    in fp32. ``torch_nvfp4.reference.moe`` is the specification, ``torch_nvfp4.gate.gated_activation`` has the
     formulas (DeepSeek-V4's modelling code for ``silu`` with a limit).
 
     Args:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torch_nvfp4.backends._packed import pack_weight, unpack_weight
-from torch_nvfp4.format import NVFP4Weight
+from torch_nvfp4.format import NVFP4Weight, validate
 from torch_nvfp4.ops import _checks
 from torch_nvfp4.ops._library import register_fake
 
@@ -26,7 +25,8 @@ def pack(weight: NVFP4Weight, *, gated: bool = False) -> Tensor:
     Returns uint8, 0.5625 byte a value where N and K are multiples of 64. Raises TypeError or ValueError for a weight
     that is not valid NVFP4 (NaN scales included), RuntimeError (expected and got) for sizes that do not fit.
     """
-    return pack_weight(weight, gated)
+    validate(weight, gated=gated)
+    return torch.ops.nvfp4.pack(weight.data.contiguous(), weight.scale.view(torch.uint8).contiguous(), gated)
 
 
 def unpack(packed: Tensor, in_features: int, global_scale: Tensor, *, gated: bool = False) -> NVFP4Weight:
@@ -40,7 +40,8 @@ def unpack(packed: Tensor, in_features: int, global_scale: Tensor, *, gated: boo
 
     Raises RuntimeError (expected and got) where the shape does not fit.
     """
-    return unpack_weight(packed, in_features, global_scale, gated)
+    data, scale = torch.ops.nvfp4.unpack(packed, in_features, gated)
+    return NVFP4Weight(data, scale.view(torch.float8_e4m3fn), global_scale)
 
 
 @register_fake("pack")

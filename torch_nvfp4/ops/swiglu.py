@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torch_nvfp4.activation import parse_activation
+from torch_nvfp4.gate import parse_activation
 from torch_nvfp4.ops import _checks
 from torch_nvfp4.ops._library import register_fake, register_no_autograd
 
@@ -17,7 +17,7 @@ def swiglu(
     alpha: float = 1.0,
     beta: float = 0.0,
 ) -> Tensor:
-    """``act(gate, up)`` in fp32, rounded once; ``torch_nvfp4.activation.gated_activation`` has the formulas.
+    """``act(gate, up)`` in fp32, rounded once; ``torch_nvfp4.gate.gated_activation`` has the formulas.
 
     Args:
         gate_up: [..., 2I] bfloat16 or float16, on the CPU also float32; gate columns first.

@@ -1,0 +1,170 @@
+"""The gate of an expert, its activation and its clamp: what the ops, the reference and the decomposition share.
+
+The numbers are part of the op schemas; ``enum class Activation`` in csrc/kernels.h holds the same table, and the
+kernels raise the messages of ``gate_error`` word for word.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_FLOAT32_MAX = torch.finfo(torch.float32).max
+
+
+class Activation(IntEnum):
+    """A gated activation ``act(gate, up)``; ``gated_activation`` has the formulas."""
+
+    silu = 0
+    swiglustep = 1
+    gelu = 2
+    gelu_tanh = 3
+    relu2 = 4
+
+    @property
+    def can_clamp(self) -> bool:
+        """Whether ``clamp_limit`` is defined for it."""
+        return self in (Activation.silu, Activation.swiglustep)
+
+    @property
+    def takes_alpha_beta(self) -> bool:
+        """Whether ``alpha`` and ``beta`` are defined for it."""
+        return self is Activation.silu
+
+
+def parse_activation(activation: str | int) -> Activation:
+    """The activation of a name (or of a number of the op schemas); ValueError lists what there is."""
+    if isinstance(activation, str):
+        try:
+            return Activation[activation]
+        except KeyError:
+            names = ", ".join(a.name for a in Activation)
+            raise ValueError(f"expected activation to be one of {names}, got {activation!r}") from None
+    message = _number_error(activation)
+    if message is not None:
+        raise ValueError(message)
+    return Activation(activation)
+
+
+def _number_error(activation: int) -> str | None:
+    if 0 <= activation < len(Activation):
+        return None
+    table = ", ".join(f"{a.value} ({a.name})" for a in Activation)
+    return f"expected activation to be one of {table}, got {activation}"
+
+
+def gate_error(activation: int, clamp_limit: float | None, alpha: float, beta: float) -> str | None:
+    """What is wrong with these parameters of a gate, or None.
+
+    Numbers are formatted as C's ``%g`` (NaN without a sign). Limits are compared after conversion to fp32's range.
+    """
+    number_error = _number_error(activation)
+    if number_error is not None:
+        return number_error
+    act = Activation(activation)
+    if clamp_limit is not None:
+        # Written so that NaN fails.
+        if not 0.0 < clamp_limit <= _FLOAT32_MAX:
+            return f"expected clamp_limit to be finite and positive (in fp32) or None for no clamp, got {clamp_limit:g}"
+        if not act.can_clamp:
+            clampable = " or ".join(a.name for a in Activation if a.can_clamp)
+            return (
+                f"expected clamp_limit to be None for activation {act.name}, which has no clamp, got {clamp_limit:g}; "
+                f"a clamp is never skipped silently: pass None or use {clampable}"
+            )
+    if not (abs(alpha) <= _FLOAT32_MAX and abs(beta) <= _FLOAT32_MAX):
+        return f"expected alpha and beta to be finite (in fp32), got alpha={alpha:g}, beta={beta:g}"
+    if not act.takes_alpha_beta and (alpha != 1.0 or beta != 0.0):
+        return (
+            f"expected alpha=1, beta=0 for activation {act.name}, which takes neither (only silu does), "
+            f"got alpha={alpha:g}, beta={beta:g}"
+        )
+    return None
+
+
+def check_gate(activation: int, clamp_limit: float | None, alpha: float, beta: float) -> None:
+    """Raises ValueError with the message of ``gate_error`` if there is one."""
+    message = gate_error(activation, clamp_limit, alpha, beta)
+    if message is not None:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Activation, clamp and constants of a gate as one value, from the model's config to the kernel.
+
+    A gate that exists is valid: making one raises ValueError with the message of ``gate_error`` for a limit that is not
+    finite and positive, a clamp on an activation that has none, or an unknown activation.
+
+    Attributes:
+        activation: also taken by name.
+        clamp_limit: finite and positive, or None for no clamp; only silu and swiglustep have one.
+        alpha, beta: of silu, ``g * sigmoid(alpha * g) * (u + beta)``.
+    """
+
+    activation: Activation = Activation.silu
+    clamp_limit: float | None = None
+    alpha: float = 1.0
+    beta: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "activation", parse_activation(self.activation))
+        check_gate(self.activation, self.clamp_limit, self.alpha, self.beta)
+
+    def kwargs(self) -> dict[str, Any]:
+        """The gate's keywords of ``torch.ops.nvfp4.moe``, and of every function that has them."""
+        return {
+            "activation": self.activation.value,
+            "clamp_limit": self.clamp_limit,
+            "alpha": self.alpha,
+            "beta": self.beta,
+        }
+
+    def __call__(self, gate: Tensor, up: Tensor) -> Tensor:
+        """``gated_activation`` of gate and up, which have the same shape and dtype."""
+        return gated_activation(gate, up, **self.kwargs())
+
+    def __str__(self) -> str:
+        constants = "" if (self.alpha, self.beta) == (1.0, 0.0) else f" (alpha {self.alpha:g}, beta {self.beta:g})"
+        limit = "no clamp" if self.clamp_limit is None else f"clamp_limit {self.clamp_limit:g}"
+        return f"{self.activation.name}{constants}, {limit}"
+
+
+def gated_activation(
+    gate: Tensor,
+    up: Tensor,
+    activation: int,
+    clamp_limit: float | None = None,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+) -> Tensor:
+    """``act(gate, up)`` in the dtype of its inputs, without rounding in between; NaN passes through every clamp.
+
+    With L = clamp_limit (None: no clamp):
+
+    - silu: ``g' = min(gate, L)``, ``u' = max(min(up, L), -L)``, ``g' * sigmoid(alpha * g') * (u' + beta)``
+      (DeepSeek-V4: alpha 1, beta 0, L 10; gpt-oss and MiniMax-M3: 1.702, 1, 7)
+    - swiglustep: ``min(silu(gate), L) * clamp(up, -L, L)`` (Step-3.5)
+    - gelu (erf), gelu_tanh, relu2 (``relu(gate)^2``): ``act(gate) * up``, no clamp
+
+    Raises ValueError (see ``gate_error``).
+    """
+    check_gate(activation, clamp_limit, alpha, beta)
+    act = Activation(activation)
+    if clamp_limit is not None:
+        up = up.clamp(min=-clamp_limit, max=clamp_limit)
+    if act is Activation.silu:
+        if clamp_limit is not None:
+            gate = gate.clamp(max=clamp_limit)
+        return gate * torch.sigmoid(alpha * gate) * (up + beta)
+    if act is Activation.swiglustep:
+        activated = gate * torch.sigmoid(gate)
+        return (activated if clamp_limit is None else activated.clamp(max=clamp_limit)) * up
+    if act is Activation.relu2:
+        return torch.relu(gate).square() * up
+    return F.gelu(gate, approximate="tanh" if act is Activation.gelu_tanh else "none") * up
