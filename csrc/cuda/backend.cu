@@ -68,11 +68,11 @@ class Carver {
 // The kernels load 16 bytes at a time. Rows that do not begin at such an address, as a view into a larger tensor may,
 // are copied to the workspace first.
 void* take_copy(Carver& carver, const void* rows, size_t bytes) {
-  return is_aligned(rows, 16) ? nullptr : carver.take<void>(bytes);
+  return is_aligned(rows, kChunkBytes) ? nullptr : carver.take<void>(bytes);
 }
 
 const void* aligned_rows(const void* rows, void* copy, size_t bytes, void* stream) {
-  if (is_aligned(rows, 16)) return rows;
+  if (is_aligned(rows, kChunkBytes)) return rows;
   check(cudaMemcpyAsync(copy, rows, bytes, cudaMemcpyDeviceToDevice, static_cast<cudaStream_t>(stream)),
         "copy of rows");
   return copy;
@@ -178,10 +178,10 @@ MoePlan plan_moe(const MoeArgs& args, void* workspace) {
   plan.slots = args.routing.tokens * args.routing.top_k;
   plan.choice = select(plan.slots, args.routing.experts);
   plan.few_slots = is_few_slots(args, plan);
-  plan.aligned_x = take_copy(carver, args.hidden_states, args.routing.tokens * args.w13.k * 2);
-  plan.expert_out = carver.take<void>(plan.slots * args.w2.n * (plan.few_slots ? sizeof(float) : 2));
+  plan.aligned_x = take_copy(carver, args.hidden_states, args.routing.tokens * args.w13.k * kElementBytes);
+  plan.expert_out = carver.take<void>(plan.slots * args.w2.n * (plan.few_slots ? int{sizeof(float)} : kElementBytes));
   if (plan.few_slots) {
-    plan.intermediate = carver.take<void>(plan.slots * args.w2.k * 2);
+    plan.intermediate = carver.take<void>(plan.slots * args.w2.k * kElementBytes);
     plan.bytes = carver.used();
     return plan;
   }
@@ -193,7 +193,7 @@ MoePlan plan_moe(const MoeArgs& args, void* workspace) {
   } else {
     plan.tile_table =
         carver.take<int4>(tile_table_bytes(plan.slots, args.routing.experts, tile_width(plan.choice.tiles)));
-    plan.intermediate = carver.take<void>(plan.slots * args.w2.k * 2);
+    plan.intermediate = carver.take<void>(plan.slots * args.w2.k * kElementBytes);
   }
   plan.bytes = carver.used();
   return plan;
@@ -233,7 +233,7 @@ GroupedPlan plan_grouped(const GroupedGemmArgs& args, void* workspace) {
   GroupedPlan plan{};
   Carver carver(workspace);
   plan.choice = select(args.slots, args.weight.experts);
-  plan.aligned_x = take_copy(carver, args.x, args.rows * args.weight.k * 2);
+  plan.aligned_x = take_copy(carver, args.x, args.rows * args.weight.k * kElementBytes);
   if (plan.choice.path == Path::wgmma) {
     plan.wgmma = carver.take<void>(wgmma_grouped_gemm_workspace(args));
   } else {
@@ -262,11 +262,11 @@ void grouped_gemm(const GroupedGemmArgs& original, const Context& context) {
   const Choice& choice = plan.choice;
   int4* tile_table = plan.tile_table;
   GroupedGemmArgs args = original;
-  args.x = aligned_rows(args.x, plan.aligned_x, args.rows * args.weight.k * 2, context.stream);
+  args.x = aligned_rows(args.x, plan.aligned_x, args.rows * args.weight.k * kElementBytes, context.stream);
   if (choice.path == Path::wgmma) return wgmma_grouped_gemm(args, plan.wgmma, context.stream);
   const int64_t columns = args.gate != nullptr ? args.weight.n / 2 : args.weight.n;
   cut_tiles(args.order, args.offsets, args.slots, args.weight.experts, tile_table, tile_width(choice.tiles), args.out,
-            columns * 2, context.stream);
+            columns * kElementBytes, context.stream);
   StreamGemmParams p = weight_params(args.weight, std::min(args.slots, args.weight.experts));
   p.x = args.x;
   p.slots_per_row = static_cast<int>(args.slots / args.rows);
@@ -285,8 +285,8 @@ void moe(const MoeArgs& original, const Context& context) {
   if (original.routing.tokens == 0) return;
   const MoePlan plan = plan_moe(original, context.workspace);
   MoeArgs args = original;
-  args.hidden_states =
-      aligned_rows(args.hidden_states, plan.aligned_x, args.routing.tokens * args.w13.k * 2, context.stream);
+  args.hidden_states = aligned_rows(args.hidden_states, plan.aligned_x,
+                                    args.routing.tokens * args.w13.k * kElementBytes, context.stream);
   if (plan.few_slots) {
     const auto launch_path = plan.choice.path == Path::stream_sm80 ? few_slots_mlp_sm80 : few_slots_mlp_sm90;
     return launch_path(args.dtype, few_slots_params(args, plan), context.stream);
@@ -311,7 +311,7 @@ void moe(const MoeArgs& original, const Context& context) {
 
 size_t linear_workspace(const LinearArgs& args) {
   Carver carver(nullptr);
-  take_copy(carver, args.x, args.rows * args.weight.k * 2);
+  take_copy(carver, args.x, args.rows * args.weight.k * kElementBytes);
   return carver.used();
 }
 
@@ -320,7 +320,7 @@ void linear(const LinearArgs& args, const Context& context) {
   Choice choice = select(args.rows, 1);
   if (choice.path == Path::wgmma) choice.path = Path::stream_sm90;
   StreamGemmParams p = weight_params(args.weight, ceil_div<int64_t>(args.rows, tile_width(choice.tiles)));
-  p.x = aligned_rows(args.x, context.workspace, args.rows * args.weight.k * 2, context.stream);
+  p.x = aligned_rows(args.x, context.workspace, args.rows * args.weight.k * kElementBytes, context.stream);
   p.rows = static_cast<int>(args.rows);
   p.bias = args.bias;
   p.out = args.out;

@@ -16,7 +16,7 @@ inline void check(cudaError_t error, const char* what) {
   throw std::runtime_error(std::string("nvfp4: ") + what + ": " + cudaGetErrorString(error));
 }
 
-// Facts of the current device, read once a device.
+// Facts of the current device, read once per device.
 struct Device {
   int major;
   int multiprocessors;
@@ -25,7 +25,7 @@ struct Device {
 };
 const Device& device();
 
-// Lets a kernel have all the shared memory that a block can have; asks the driver once a kernel and device.
+// Lets a kernel have all the shared memory that a CTA can have; asks the driver once per kernel and device.
 void allow_shared_memory(const void* kernel);
 
 inline bool is_aligned(const void* pointer, size_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
@@ -68,7 +68,7 @@ void launch(void (*kernel)(Params...), dim3 grid, int threads, size_t shared, vo
   launch(kernel, {grid, threads, shared, stream, false}, name, std::forward<Args>(args)...);
 }
 
-// The same, and no block begins before there is room for all: so blocks may wait for one another.
+// The same, and no CTA begins before there is room for all: so CTAs may wait for one another.
 template <class... Params, class... Args>
 void launch_together(void (*kernel)(Params...), dim3 grid, int threads, size_t shared, void* stream, const char* name,
                      Args&&... args) {

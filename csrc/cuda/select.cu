@@ -21,7 +21,7 @@ Choice select(int64_t slots, int64_t experts) {
   // Wide tiles halve the warps that fit.
   const StreamTiles tiles = tokens <= 16 ? StreamTiles::narrow : StreamTiles::wide;
   if (!use_hopper()) return {Path::stream_sm80, tiles};
-  // At 6 tokens an expert streaming is 3-7 % ahead, at 7 they are equal (I = 2048; at I = 512 they are at 5).
+  // At 6 tokens per expert streaming is 3-7 % ahead, at 7 they are equal (I = 2048; with I = 512 they are equal at 5).
   if (tokens > 7 && experts <= kWgmmaMaxExperts) return {Path::wgmma, tiles};
   return {Path::stream_sm90, tiles};
 }

@@ -32,8 +32,8 @@ struct PartialSums {
   }
 };
 
-// Rows `row` and `row + 1` of one token, summed over `ways` warps in their order. Four at a time: one by one would wait
-// for every load.
+// Rows `row` and `row + 1` of one token, summed over `ways` warps in their order. Four warps at a time: a loop that
+// took one by one would wait for every load.
 __device__ __forceinline__ float2 reduce(const PartialSums* warps, int ways, int token, int row) {
   constexpr int kBatch = 4;
   float2 total = make_float2(0.0f, 0.0f);

@@ -80,8 +80,9 @@ __device__ __forceinline__ float reciprocal(float x) {
 
 // ---- matrix multiply, SM80
 
-// d[16, 8] += a[16, 16] * b[16, 8]. Lane l (g = l / 4, t = l % 4) holds a = rows g, g+8, g, g+8 of slots 2t, 2t, 2t+8,
-// 2t+8; b = slots 2t, 2t+8 of column g; d = rows g, g, g+8, g+8 of columns 2t, 2t+1, 2t, 2t+1.
+// d[16, 8] += a[16, 16] * b[16, 8]. Lane l (r = l / 4, t = l % 4) holds a = rows r, r+8, r, r+8 at k positions 2t, 2t,
+// 2t+8, 2t+8 (and the next); b = k positions 2t, 2t+8 of column r; d = rows r, r, r+8, r+8 of columns 2t, 2t+1, 2t,
+// 2t+1.
 template <class T>
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 template <>

@@ -22,9 +22,9 @@ struct FewSlotsGemm {
   Divider by_k_blocks;
   Divider by_panels;
   // Set by the launch.
-  bool all_rows;   // every row goes to shared memory, or those of a block's own tiles, `width` a tile
-  int row_bytes;   // there, from one to the next
-  int row_chunks;  // of 16 bytes
+  bool all_rows;   // every row goes to shared memory; else those of a CTA's own tiles, `width` rows per tile
+  int row_bytes;   // in shared memory, from one row to the next
+  int row_chunks;  // a row's chunks of kChunkBytes
   Divider by_row_chunks;
 };
 
@@ -38,7 +38,7 @@ struct FewSlotsParams {
   const float* topk_weights;  // null: all 1
   void* out;                  // [tokens, n of w2]
   // Set by the launch.
-  int width;        // tokens of a tile, at most
+  int width;        // tokens per tile, at most
   int token_bytes;  // of shared memory
   Divider by_width;
   Divider by_grid;
@@ -47,7 +47,7 @@ struct FewSlotsParams {
 // A word of `hidden` or `expert_out` that is not written yet: a NaN that no instruction makes.
 constexpr uint32_t kNotYet = 0xFFFFFFFFu;
 
-// Whether a block's shared memory has room for it.
+// Whether a CTA's shared memory has room for the tokens.
 bool few_slots_fit_sm80(const FewSlotsParams& params);
 bool few_slots_fit_sm90(const FewSlotsParams& params);
 

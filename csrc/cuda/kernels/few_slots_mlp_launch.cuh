@@ -28,12 +28,12 @@ inline int lay_out(const FewSlotsLaunch& l, int width, FewSlotsParams& p) {
   p.token_bytes = 0;
   for (FewSlotsGemm& gemm : p.gemm) {
     const int items = ceil_div(tiles * gemm.panels, grid);
-    const int block_tiles = std::min(tiles, ceil_div(items - 1, gemm.panels) + 1);
-    const int tile_rows = block_tiles * width;
+    const int cta_tiles = std::min(tiles, ceil_div(items - 1, gemm.panels) + 1);
+    const int tile_rows = cta_tiles * width;
     gemm.all_rows = gemm.rows <= tile_rows;
-    gemm.row_chunks = gemm.k_blocks * (kBlockK * 2 / 16);
+    gemm.row_chunks = gemm.k_blocks * (kBlockK * kElementBytes / kChunkBytes);
     gemm.by_row_chunks = Divider(gemm.row_chunks);
-    gemm.row_bytes = gemm.row_chunks * 16 + 16;  // 16: neighbours' banks differ
+    gemm.row_bytes = (gemm.row_chunks + 1) * kChunkBytes;  // one more, so that neighbouring rows differ in their banks
     p.token_bytes = std::max(p.token_bytes, std::min(gemm.rows, tile_rows) * gemm.row_bytes);
     most_items = std::max(most_items, items);
   }
@@ -52,7 +52,7 @@ inline int lay_out(const FewSlotsLaunch& l, FewSlotsParams& p) {
   return 0;
 }
 
-// So few that they fit beside a block of few_slots_mlp, whose end they wait for.
+// So few threads that their CTAs fit beside one of few_slots_mlp, whose end they wait for.
 constexpr int kFillThreads = 128;
 
 // Sizes are in units of 16 bytes.

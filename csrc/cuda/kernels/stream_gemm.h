@@ -30,7 +30,7 @@ struct StreamGemmParams {
   void* out;  // [slots, n], or [slots, n / 2] with the gate
 };
 
-// Tokens a tile may have at most.
+// How many tokens a tile may have.
 constexpr int kNarrowTile = 16;
 constexpr int kWideTile = 32;
 

@@ -31,7 +31,7 @@ struct PrepareParams {
   int experts;
   int64_t slots;
   uint4* out;
-  int64_t out_chunks;  // 16 bytes each, of a row
+  int64_t out_chunks;  // of kChunkBytes per row
 };
 
 // What the experts' kernel needs beside route(): permuted tokens, cleared counters, cleared rows of skipped slots.
@@ -93,7 +93,8 @@ Workspace lay_out(const Weight& first, const Weight* second, int64_t rows, int64
   w.control = 0;
   w.x = round_up((1 + first.experts) * sizeof(int), kAlign);
   w.hidden = w.x;
-  if (holds_x) w.hidden += round_up<size_t>(rows * round_up<int64_t>(first.k, kBlockK) * 2 + kOverrun, kAlign);
+  if (holds_x)
+    w.hidden += round_up<size_t>(rows * round_up<int64_t>(first.k, kBlockK) * kElementBytes + kOverrun, kAlign);
   w.total = w.hidden;
   if (second != nullptr) {
     w.total += padded_rows(slots, first.experts) * ceil_div<int64_t>(second->k, kBlockK) * kTokenBytes;
@@ -205,7 +206,7 @@ void wgmma_grouped_gemm(const GroupedGemmArgs& args, void* workspace, void* stre
                         .experts = static_cast<int>(args.weight.experts),
                         .slots = args.slots,
                         .out = static_cast<uint4*>(args.out),
-                        .out_chunks = columns / 8};
+                        .out_chunks = columns * kElementBytes / kChunkBytes};
   run(args.dtype, params, prepare, args.slots, nullptr, static_cast<uint8_t*>(workspace), lay_out(args), stream);
 }
 

@@ -11,7 +11,7 @@ struct Consumer {
   int thread;  // 0..127
   int warp;    // 0..3
   int lane;
-  int g;
+  int r;
   int t;
   uint32_t staging;  // of all consumers
 };

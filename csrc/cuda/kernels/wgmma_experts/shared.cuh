@@ -89,14 +89,14 @@ struct Params {
 
 template <class S>
 struct Tile {
-  int gemm;  // -1: no more tiles
+  int gemm_index;  // -1: no more tiles
   int expert;
   int row_tile;
   int width;
   int tokens;
   int hidden_row;
-  float gate_scale;   // of rows g of a warp's 16, and
-  float up_scale;     // of rows g + 8, what decoding leaves out included
+  float gate_scale;   // of rows r of a warp's 16, and
+  float up_scale;     // of rows r + 8, what decoding leaves out included
   int prerequisites;  // finished GEMM1 tiles of the expert that a GEMM2 tile waits for
   // [i % 8][i / 8] of token i: its row's first block of x
   alignas(16) uint32_t x_block[kTokenAtom][round_up(S::kMaxWidth / kTokenAtom, 4)];
@@ -170,7 +170,7 @@ struct TileReader {
   __device__ __forceinline__ const Tile<S>* next() {
     ptx::mbarrier_wait(ptx::shared_address(&shared.tile_full[index % kTileRing]), index / kTileRing & 1);
     const Tile<S>* tile = &shared.tiles[index % kTileRing];
-    return uniform(tile->gemm) < 0 ? nullptr : tile;
+    return uniform(tile->gemm_index) < 0 ? nullptr : tile;
   }
   // By the whole warp, once all its lanes have read the tile.
   __device__ __forceinline__ void release() {
