@@ -22,7 +22,7 @@ LAYERS = [
 ]
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
 ONLY = {"checkpoint": {"format"}}  # modules with fewer dependencies than their layer allows
-TORCH_FREE = ("csrc/kernels.h", "csrc/cpu", "csrc/cuda/device", "csrc/cuda/kernels")
+TORCH_FREE = ("csrc/common.h", "csrc/kernels.h", "csrc/cpu", "csrc/cuda/device", "csrc/cuda/kernels")
 # common <- ptx <- decode (the packed format, which the others work on) <- these, which never include each other.
 CUDA_SIBLINGS = {"mma", "wgmma", "pipeline", "scheduler", "epilogue"}
 
