@@ -6,10 +6,10 @@
 #include <utility>
 
 #include "device/decode.cuh"
-#include "kernels/few_slots_mlp.h"
+#include "kernels/few_slots_mlp/params.h"
 #include "kernels/route.h"
-#include "kernels/stream_gemm.h"
-#include "kernels/wgmma_experts.h"
+#include "kernels/stream_gemm/params.h"
+#include "kernels/wgmma_experts/params.h"
 #include "launch.h"
 #include "select.h"
 

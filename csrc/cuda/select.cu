@@ -1,7 +1,7 @@
 #include <cstdlib>
 #include <string_view>
 
-#include "kernels/wgmma_experts.h"
+#include "kernels/wgmma_experts/params.h"
 #include "launch.h"
 #include "select.h"
 

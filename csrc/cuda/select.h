@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "kernels/stream_gemm.h"
+#include "kernels/stream_gemm/params.h"
 
 namespace nvfp4::cuda {
 

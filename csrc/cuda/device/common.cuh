@@ -21,24 +21,12 @@
 
 #include <cstdint>
 
+#include "sizes.h"
+
 namespace nvfp4::cuda {
 
 using bf16 = __nv_bfloat16;
 using fp16 = __half;
-
-constexpr int kWarp = 32;
-constexpr int kElementBytes = 2;  // of an activation, bf16 or fp16
-constexpr int kChunkBytes = 16;   // the widest access of one thread
-
-template <class I>
-__host__ __device__ constexpr I ceil_div(I a, I b) {
-  return (a + b - 1) / b;
-}
-
-template <class I>
-__host__ __device__ constexpr I round_up(I a, I b) {
-  return ceil_div(a, b) * b;
-}
 
 // Division by a number that the host knows; exact while dividend times divisor is below 2^32.
 class Divider {

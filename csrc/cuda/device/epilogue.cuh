@@ -5,13 +5,9 @@
 #include "common.cuh"
 #include "decode.cuh"
 #include "gate.cuh"
-#include "ptx.cuh"
+#include "shared_layout.h"
 
 namespace nvfp4::cuda {
-
-// From a token's 64 rows of partial sums to the next token's: 4 floats of padding keep the stores of a fragment (8 rows
-// x 4 tokens at a time) on 32 different banks.
-constexpr int kPartialRows = kBlockRows + 4;
 
 // One warp's sums of 64 rows x 8 tokens.
 struct PartialSums {

@@ -6,7 +6,8 @@
 
 #include "common.cuh"
 #include "decode.cuh"
-#include "ptx.cuh"
+#include "ptx/memory.cuh"
+#include "ptx/mma.cuh"
 
 namespace nvfp4::cuda {
 

@@ -11,9 +11,11 @@
 #pragma once
 
 #include "common.cuh"
-#include "decode.cuh"
-#include "hopper.cuh"
-#include "ptx.cuh"
+#include "ptx/async_copy.cuh"
+#include "ptx/control.cuh"
+#include "ptx/mbarrier.cuh"
+#include "ptx/memory.cuh"
+#include "shared_layout.h"
 
 namespace nvfp4::cuda {
 
@@ -25,9 +27,7 @@ class CpAsyncRing {
  public:
   static constexpr int kStages = kStages_;
   static constexpr bool kFillQueues = true;
-  struct Storage {
-    alignas(128) uint8_t block[kStages][kBlockBytes];
-  };
+  using Storage = CpAsyncStorage<kStages>;
 
   __device__ __forceinline__ void start(Storage& storage) { storage_ = &storage; }
 
@@ -61,10 +61,7 @@ class BulkRing {
  public:
   static constexpr int kStages = kStages_;
   static constexpr bool kFillQueues = false;
-  struct Storage {
-    alignas(128) uint8_t block[kStages][kBlockBytes];
-    alignas(8) uint64_t landed[kStages];
-  };
+  using Storage = BulkStorage<kStages>;
 
   __device__ __forceinline__ void start(Storage& storage) {
     storage_ = &storage;

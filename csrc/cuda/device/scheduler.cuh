@@ -7,7 +7,6 @@
 //   slot(tile)   in lane i, the slot of the tile's i-th token; the last one's beyond the count
 #pragma once
 
-#include "../../kernels.h"
 #include "common.cuh"
 
 namespace nvfp4::cuda {

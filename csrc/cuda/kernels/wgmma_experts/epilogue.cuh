@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../../device/gate.cuh"
+#include "../../device/ptx/mma.cuh"
 #include "multiply.cuh"
 
 namespace nvfp4::cuda::wgmma_experts {

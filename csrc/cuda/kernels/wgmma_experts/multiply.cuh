@@ -1,7 +1,7 @@
 // A consumer warpgroup's main loop: 64 rows of packed weights, decoded into register fragments, times a tile of tokens.
 #pragma once
 
-#include "../../device/wgmma.cuh"
+#include "../../device/ptx/wgmma.cuh"
 #include "shared.cuh"
 
 namespace nvfp4::cuda::wgmma_experts {

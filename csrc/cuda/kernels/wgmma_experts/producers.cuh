@@ -1,7 +1,7 @@
 // The warps that feed the consumers: one claims and describes tiles, one streams weights, two fetch tokens.
 #pragma once
 
-#include "../../device/ptx.cuh"
+#include "../../device/ptx/async_copy.cuh"
 #include "shared.cuh"
 
 namespace nvfp4::cuda::wgmma_experts {
@@ -148,8 +148,8 @@ __device__ __forceinline__ void gather_tokens(const Params& p, const Tile<S>& ti
 #pragma unroll
       for (int atom = i; atom < i + 2; ++atom) {
         const uint8_t* from = source + uint64_t{block[atom]} * kTokenBytes;
-        ptx::copy_async_16(to + atom * kTokenAtom * kTokenBytes, from);
-        ptx::copy_async_16(to + second + atom * kTokenAtom * kTokenBytes, from + kTokenBytes);
+        ptx::cp_async_16(to + atom * kTokenAtom * kTokenBytes, from);
+        ptx::cp_async_16(to + second + atom * kTokenAtom * kTokenBytes, from + kTokenBytes);
       }
     }
     ptx::cp_async_commit();

@@ -2,9 +2,10 @@
 // tiles.
 #pragma once
 
-#include "../../../kernels.h"
 #include "../../device/decode.cuh"
-#include "../../device/hopper.cuh"
+#include "../../device/ptx/control.cuh"
+#include "../../device/ptx/mbarrier.cuh"
+#include "../../device/ptx/memory.cuh"
 #include "../../device/ragged_tiles.cuh"
 
 namespace nvfp4::cuda::wgmma_experts {

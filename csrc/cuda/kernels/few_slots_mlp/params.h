@@ -1,8 +1,7 @@
 // The whole expert MLP of at most kInlineSlots slots in one launch: parameters, and the launches of both architectures.
 #pragma once
 
-#include "../../kernels.h"
-#include "../device/common.cuh"
+#include "../../device/common.cuh"
 
 namespace nvfp4::cuda {
 

@@ -5,11 +5,11 @@
 // shared memory once per item.
 #pragma once
 
-#include "../device/epilogue.cuh"
-#include "../device/mma.cuh"
-#include "../device/pipeline.cuh"
-#include "../device/scheduler.cuh"
-#include "stream_gemm.h"
+#include "../../device/epilogue.cuh"
+#include "../../device/mma.cuh"
+#include "../../device/pipeline.cuh"
+#include "../../device/scheduler.cuh"
+#include "params.h"
 
 namespace nvfp4::cuda {
 

@@ -5,7 +5,7 @@
 // column 8 i + 2 t + {0, 1, 0, 1}).
 #pragma once
 
-#include "common.cuh"
+#include "../common.cuh"
 
 namespace nvfp4::cuda::ptx {
 

@@ -1,7 +1,7 @@
 // GEMM kernels that stream weights through per-warp rings: the parameters and the launches of both architectures.
 #pragma once
 
-#include "../../kernels.h"
+#include "../../../kernels.h"
 
 struct int4;
 

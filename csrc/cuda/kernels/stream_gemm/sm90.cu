@@ -1,4 +1,4 @@
-#include "stream_gemm_launch.cuh"
+#include "launch.cuh"
 
 namespace nvfp4::cuda {
 namespace {

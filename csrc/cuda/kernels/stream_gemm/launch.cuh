@@ -4,8 +4,8 @@
 #include <map>
 #include <mutex>
 
-#include "../launch.h"
-#include "stream_gemm.cuh"
+#include "../../launch.h"
+#include "kernel.cuh"
 
 namespace nvfp4::cuda {
 

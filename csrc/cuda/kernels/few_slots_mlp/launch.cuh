@@ -3,8 +3,8 @@
 
 #include <algorithm>
 
-#include "../launch.h"
-#include "few_slots_mlp.cuh"
+#include "../../launch.h"
+#include "kernel.cuh"
 
 namespace nvfp4::cuda {
 

@@ -14,10 +14,10 @@
 // ones.
 #pragma once
 
-#include "wgmma_experts/epilogue.cuh"
-#include "wgmma_experts/multiply.cuh"
-#include "wgmma_experts/producers.cuh"
-#include "wgmma_experts/shared.cuh"
+#include "epilogue.cuh"
+#include "multiply.cuh"
+#include "producers.cuh"
+#include "shared.cuh"
 
 namespace nvfp4::cuda::wgmma_experts {
 

@@ -10,11 +10,11 @@
 // of kNotYet before the launch, and a warp that wants a word reads it until it is something else.
 #pragma once
 
-#include "../device/epilogue.cuh"
-#include "../device/mma.cuh"
-#include "../device/pipeline.cuh"
-#include "../device/scheduler.cuh"
-#include "few_slots_mlp.h"
+#include "../../device/epilogue.cuh"
+#include "../../device/mma.cuh"
+#include "../../device/pipeline.cuh"
+#include "../../device/scheduler.cuh"
+#include "params.h"
 
 namespace nvfp4::cuda {
 

@@ -3,10 +3,10 @@
 #include <string>
 #include <type_traits>
 
-#include "../device/gather.cuh"
-#include "../launch.h"
-#include "wgmma_experts.cuh"
-#include "wgmma_experts.h"
+#include "../../device/gather.cuh"
+#include "../../launch.h"
+#include "kernel.cuh"
+#include "params.h"
 
 namespace nvfp4::cuda {
 namespace {

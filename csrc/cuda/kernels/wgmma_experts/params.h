@@ -5,7 +5,7 @@
 // route()'s. x may start at any element; out is 16-byte aligned.
 #pragma once
 
-#include "../../kernels.h"
+#include "../../../kernels.h"
 
 namespace nvfp4::cuda {
 

@@ -1,4 +1,4 @@
-#include "few_slots_mlp_launch.cuh"
+#include "launch.cuh"
 
 namespace nvfp4::cuda {
 namespace {
