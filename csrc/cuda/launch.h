@@ -1,4 +1,4 @@
-// Host-side launching: error checks, programmatic dependent launch, and what a device can hold.
+// Host-side launching: error checks, and programmatic dependent launch.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -8,6 +8,8 @@
 #include <string>
 #include <utility>
 
+#include "device_facts.h"
+
 namespace nvfp4::cuda {
 
 inline void check(cudaError_t error, const char* what) {
@@ -15,15 +17,6 @@ inline void check(cudaError_t error, const char* what) {
   cudaGetLastError();  // or the next launch reports it again
   throw std::runtime_error(std::string("nvfp4: ") + what + ": " + cudaGetErrorString(error));
 }
-
-// Facts of the current device, read once per device.
-struct Device {
-  int major;
-  int multiprocessors;
-  int shared_memory_per_block;
-  int ordinal;
-};
-const Device& device();
 
 // Lets a kernel have all the shared memory that a CTA can have; asks the driver once per kernel and device.
 void allow_shared_memory(const void* kernel);

@@ -7,10 +7,9 @@
 #pragma once
 
 #include "common.cuh"
+#include "shared_layout.h"
 
 namespace nvfp4::cuda {
-
-constexpr int kTokenAtom = 8;
 
 // Rows of the padded order, whatever the routing.
 __host__ __device__ constexpr int64_t padded_rows(int64_t slots, int64_t experts) {

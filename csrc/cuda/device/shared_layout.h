@@ -21,4 +21,6 @@ struct BulkStorage {
 // x 4 tokens at a time) on 32 different banks.
 constexpr int kPartialRows = kBlockRows + 4;
 
+constexpr int kTokenAtom = 8;  // rows of wgmma's swizzle
+
 }  // namespace nvfp4::cuda

@@ -2,10 +2,9 @@
 #pragma once
 
 #include "../../device/common.cuh"
+#include "plan.h"
 
 namespace nvfp4::cuda {
-
-constexpr int kInlineSlots = 32;  // which need no sorting
 
 struct FewSlotsGemm {
   const void* x;  // [rows, k]
@@ -20,10 +19,10 @@ struct FewSlotsGemm {
   int panels;
   Divider by_k_blocks;
   Divider by_panels;
-  // Set by the launch.
-  bool all_rows;   // every row goes to shared memory; else those of a CTA's own tiles, `width` rows per tile
-  int row_bytes;   // in shared memory, from one row to the next
-  int row_chunks;  // a row's chunks of kChunkBytes
+  // Set by the launch: FewSlotsPlan::Gemm.
+  bool all_rows;
+  int row_bytes;
+  int row_chunks;
   Divider by_row_chunks;
 };
 
@@ -36,21 +35,39 @@ struct FewSlotsParams {
   float* expert_out;          // [slots, n of w2]
   const float* topk_weights;  // null: all 1
   void* out;                  // [tokens, n of w2]
-  // Set by the launch.
-  int width;        // tokens per tile, at most
-  int token_bytes;  // of shared memory
+  // Set by the launch: FewSlotsPlan.
+  int width;
+  int token_bytes;
   Divider by_width;
   Divider by_grid;
 };
 
+// What follows from the weight and from x [rows, k], of which slot s reads row s / slots_per_row.
+inline FewSlotsGemm few_slots_gemm(const Weight& weight, const void* x, int64_t rows, int64_t slots_per_row) {
+  FewSlotsGemm gemm{};
+  gemm.x = x;
+  gemm.rows = static_cast<int>(rows);
+  gemm.slots_per_row = Divider(static_cast<uint32_t>(slots_per_row));
+  gemm.packed = weight.packed;
+  gemm.expert_bytes = weight.expert_bytes;
+  gemm.global_scale = weight.global_scale;
+  gemm.k = static_cast<int>(weight.k);
+  gemm.n = static_cast<int>(weight.n);
+  gemm.k_blocks = k_blocks_of(weight.k);
+  gemm.panels = panels_of(weight.n);
+  gemm.by_k_blocks = Divider(gemm.k_blocks);
+  gemm.by_panels = Divider(gemm.panels);
+  return gemm;
+}
+
 // A word of `hidden` or `expert_out` that is not written yet: a NaN that no instruction makes.
 constexpr uint32_t kNotYet = 0xFFFFFFFFu;
 
-// Whether a CTA's shared memory has room for the tokens.
-bool few_slots_fit_sm80(const FewSlotsParams& params);
-bool few_slots_fit_sm90(const FewSlotsParams& params);
+void few_slots_mlp_sm80(DType dtype, const FewSlotsPlan& plan, const FewSlotsParams& params, void* stream);
+void few_slots_mlp_sm90(DType dtype, const FewSlotsPlan& plan, const FewSlotsParams& params, void* stream);
 
-void few_slots_mlp_sm80(DType dtype, const FewSlotsParams& params, void* stream);
-void few_slots_mlp_sm90(DType dtype, const FewSlotsParams& params, void* stream);
+inline void few_slots_mlp(Isa isa, DType dtype, const FewSlotsPlan& plan, const FewSlotsParams& params, void* stream) {
+  (isa == Isa::sm80 ? few_slots_mlp_sm80 : few_slots_mlp_sm90)(dtype, plan, params, stream);
+}
 
 }  // namespace nvfp4::cuda
