@@ -53,6 +53,9 @@ const char* against_wgmma(const Problem& problem, const Device& device, Choice& 
   return choice.wgmma.stages >= kLeastStages ? nullptr : "a CTA's shared memory has no room for two of its stages";
 }
 
+static_assert(kInlineSlots == 32 && kStreamSlotsPerExpert == 7 && kWgmmaMaxExperts == 2048,
+              "the reasons above name these numbers");
+
 // The fewer warps share an item, the rarer are reductions; but every warp should find work, several times over.
 int stream_k_ways(int64_t k_blocks, int64_t items, const Device& device) {
   const int64_t warps = int64_t{device.multiprocessors} * 16;
