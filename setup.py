@@ -145,12 +145,12 @@ def sources(*patterns: str) -> list[str]:
 
 def extensions() -> list[Extension]:
     ops = sources("ops/*.cpp")
-    cpu = sources("library.cpp", "cpu/*.cpp")
+    cpu = sources("library.cpp", "cpu/*.cpp", "cuda/*.cpp")  # what of cuda/ is plain C++ answers without a GPU too
     if platform.machine() not in ("x86_64", "AMD64"):
         cpu = [path for path in cpu if Path(path).stem not in LEVEL_FLAGS]
     libraries = [Extension("torch_nvfp4._C", ops + cpu)]
     if build_cuda(torch_root()):
-        libraries.append(Extension("torch_nvfp4._C_cuda", ops + sources("cuda/**/*.cu")))
+        libraries.append(Extension("torch_nvfp4._C_cuda", ops + sources("cuda/**/*.cu", "cuda/**/*.cpp")))
     return libraries
 
 

@@ -1,4 +1,4 @@
-// Host-side launching: error checks, programmatic dependent launch, and what a device can hold.
+// Host-side launching: error checks, and programmatic dependent launch.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -8,6 +8,8 @@
 #include <string>
 #include <utility>
 
+#include "device_facts.h"
+
 namespace nvfp4::cuda {
 
 inline void check(cudaError_t error, const char* what) {
@@ -16,16 +18,7 @@ inline void check(cudaError_t error, const char* what) {
   throw std::runtime_error(std::string("nvfp4: ") + what + ": " + cudaGetErrorString(error));
 }
 
-// Facts of the current device, read once a device.
-struct Device {
-  int major;
-  int multiprocessors;
-  int shared_memory_per_block;
-  int ordinal;
-};
-const Device& device();
-
-// Lets a kernel have all the shared memory that a block can have; asks the driver once a kernel and device.
+// Lets a kernel have all the shared memory that a CTA can have; asks the driver once per kernel and device.
 void allow_shared_memory(const void* kernel);
 
 inline bool is_aligned(const void* pointer, size_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
@@ -68,7 +61,7 @@ void launch(void (*kernel)(Params...), dim3 grid, int threads, size_t shared, vo
   launch(kernel, {grid, threads, shared, stream, false}, name, std::forward<Args>(args)...);
 }
 
-// The same, and no block begins before there is room for all: so blocks may wait for one another.
+// The same, and no CTA begins before there is room for all: so CTAs may wait for one another.
 template <class... Params, class... Args>
 void launch_together(void (*kernel)(Params...), dim3 grid, int threads, size_t shared, void* stream, const char* name,
                      Args&&... args) {

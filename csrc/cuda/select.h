@@ -1,28 +1,37 @@
-// The one heuristic table: which kernel, tile and split a size runs with.
+// The one heuristic table: which kernel, tile and split a problem gets, and why. Plain host arithmetic, which needs no
+// GPU: the CPU library holds it too, so that it can be asked about any device anywhere.
 #pragma once
 
-#include <cstdint>
+#include <string>
 
-#include "kernels/stream_gemm.h"
+#include "device_facts.h"
+#include "kernels/few_slots_mlp/plan.h"
+#include "kernels/stream_gemm/plan.h"
+#include "kernels/wgmma_experts/plan.h"
+#include "problem.h"
 
 namespace nvfp4::cuda {
 
-enum class Path {
-  stream_sm80,  // cp.async rings, mma.sync
-  stream_sm90,  // bulk-copy rings, mma.sync
-  wgmma,        // SM90a, many tokens per expert
+enum class Kernel {
+  few_slots_mlp,  // the whole MLP of at most 32 slots in one launch
+  wgmma_experts,  // many tokens per expert, on SM90
+  stream_gemm,    // everything else: rings of weight blocks, mma.sync
 };
 
 struct Choice {
-  Path path;
-  StreamTiles tiles;  // stream paths
+  Kernel kernel;
+  Isa isa;
+  // The one that `kernel` names is set.
+  FewSlotsPlan few_slots;
+  WgmmaPlan wgmma;
+  StreamPlan stream;
 };
 
-// `slots` rows spread over at most `experts` experts. TORCH_NVFP4_ARCH=80 in the environment takes the SM80 path on any
-// device.
-Choice select(int64_t slots, int64_t experts);
+// TORCH_NVFP4_ARCH=80 in the environment takes the SM80 kernels on any device.
+Choice select(const Problem& problem, const Device& device);
 
-// Warps that share an item of the stream paths, splitting its k; `items` is an estimate.
-int select_k_ways(int64_t k_blocks, int64_t items);
+// The same choice as lines of "name: text": the problem, the device, the kernel, its tile and split, and for each row
+// of the table why it was taken or passed over.
+std::string explain(const Problem& problem, const Device& device);
 
 }  // namespace nvfp4::cuda

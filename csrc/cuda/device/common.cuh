@@ -1,4 +1,19 @@
 // Types and arithmetic that every piece shares; plain CUDA C++, no PTX.
+//
+// The words of csrc/cuda (csrc/cpu has panels, blocks and tiles of its own sizes):
+//   slot        a routed (token, j), j < top_k; never a place in a ring, which is a stage
+//   block       64 weight rows x 64 k, packed into kBlockBytes (decode.cuh); never a thread block, which is a CTA
+//   panel       64 weight rows along all of k: consecutive blocks
+//   warp tile   16 rows of a block: the rows of one MMA
+//   column tile 8 tokens: the columns of one MMA
+//   token tile  tokens of one expert that are multiplied together (ExpertTile)
+//   item        one token tile times one panel; a team of warps shares it, and each warp is one of its ways through k
+//   row tile    wgmma_experts only: the panels of one CTA, one for each consumer warpgroup
+//   turn        kTurnBlocks blocks: one pass of a streaming main loop
+//   parity      of an mbarrier's phase: 0 on the first pass through a ring, 1 on the second, and so on in turn
+//   r, t        of lane l: l / 4 and l % 4, its row and its quad thread in an MMA fragment
+//   g, u        the gate and up values that enter the activation
+//   gemm_index  0 is w13 (or the only GEMM), 1 is w2
 #pragma once
 
 #include <cuda_bf16.h>
@@ -6,22 +21,12 @@
 
 #include <cstdint>
 
+#include "sizes.h"
+
 namespace nvfp4::cuda {
 
 using bf16 = __nv_bfloat16;
 using fp16 = __half;
-
-constexpr int kWarp = 32;
-
-template <class I>
-__host__ __device__ constexpr I ceil_div(I a, I b) {
-  return (a + b - 1) / b;
-}
-
-template <class I>
-__host__ __device__ constexpr I round_up(I a, I b) {
-  return ceil_div(a, b) * b;
-}
 
 // Division by a number that the host knows; exact while dividend times divisor is below 2^32.
 class Divider {

@@ -1,20 +1,4 @@
-// The packed weight format and its decoding into MMA A fragments.
-//
-// Weights are the A operand (out^T = W x^T). A block is 64 rows x 64 k in 2304 contiguous bytes: 2048 of codes, then
-// 256 of scales. The blocks of a 64-row panel follow one another along k, panels follow one another, so an expert is
-// one contiguous stream of ceil(n / 64) * ceil(k / 64) blocks. Rows and k beyond n and k are zero codes with zero
-// scales.
-//
-// Warp tile w holds rows 16w .. 16w+15 of the block. Lane l (g = l / 4, t = l % 4) owns rows g and g + 8 and
-// k = 16t .. 16t+15, one scale group of each row:
-//   codes  at (w * 32 + l) * 16: words 0, 1 are row g, words 2, 3 row g + 8
-//   scales at 2048 + (l * 4 + w) * 2: the raw E4M3 byte of row g, then of row g + 8 (so a lane's four tiles are 8
-//   bytes)
-// In MMA step j = 0..3 the slots 2t, 2t+1, 2t+8, 2t+9 of quad thread t take k = 16t + 4j + 0..3 of the block. The token
-// operand takes the same order, so over a block a thread wants 16 consecutive values of each of its tokens.
-//
-// Gated weights interleave gate and up by 8: rows g and g + 8 of tile w of panel p are the gate and up rows of feature
-// 32p + 8w + g. Plain weights: row 64p + 16w + (g or g + 8).
+// Decoding the packed weight format (packed_block.h) into MMA A fragments.
 //
 // The two words (q0, q1) of one row hold 16 codes as 8 pairs of consecutive k. A pair's spread form has, in each 16-bit
 // lane (low lane = lower k), the code's sign at bit 15 and its magnitude at bits 8..6: as bf16 that is e2m1 * 2^-126.
@@ -27,18 +11,10 @@
 #pragma once
 
 #include "common.cuh"
-#include "ptx.cuh"
+#include "packed_block.h"
+#include "ptx/arithmetic.cuh"
 
 namespace nvfp4::cuda {
-
-constexpr int kBlockRows = 64;
-constexpr int kBlockK = 64;
-constexpr int kBlockCodeBytes = kBlockRows * kBlockK / 2;
-constexpr int kBlockScaleBytes = kBlockRows * kBlockK / 16;
-constexpr int kBlockBytes = kBlockCodeBytes + kBlockScaleBytes;
-
-__host__ __device__ constexpr int codes_at(int tile, int lane) { return (tile * 32 + lane) * 16; }
-__host__ __device__ constexpr int scales_at(int tile, int lane) { return kBlockCodeBytes + (lane * 4 + tile) * 2; }
 
 // decode() yields weight * block scale * 2^-8, exact in bf16 and fp16; the epilogue multiplies by this times
 // global_scale.
@@ -106,7 +82,8 @@ struct Decode<fp16> {
 };
 
 // One lane's share of a warp tile -> the A fragments of its four MMA steps. `scales` holds the lane's two scale bytes
-// in its low half, or in its high half if kHigh. a[j] = {row g, row g+8, row g, row g+8} of slots {2t, 2t, 2t+8, 2t+8}.
+// in its low half, or in its high half if kHigh. a[j] = {row r, row r+8, row r, row r+8} at k positions {2t, 2t, 2t+8,
+// 2t+8}.
 template <class T, bool kHigh = false>
 __device__ __forceinline__ void decode(uint4 codes, uint32_t scales, uint32_t (&a)[4][4]) {
   using D = Decode<T>;

@@ -5,13 +5,9 @@
 #include "common.cuh"
 #include "decode.cuh"
 #include "gate.cuh"
-#include "ptx.cuh"
+#include "shared_layout.h"
 
 namespace nvfp4::cuda {
-
-// From a token's 64 rows of partial sums to the next token's: 4 floats of padding keep the stores of a fragment (8 rows
-// x 4 tokens at a time) on 32 different banks.
-constexpr int kPartialRows = kBlockRows + 4;
 
 // One warp's sums of 64 rows x 8 tokens.
 struct PartialSums {
@@ -32,8 +28,8 @@ struct PartialSums {
   }
 };
 
-// Rows `row` and `row + 1` of one token, summed over `ways` warps in their order. Four at a time: one by one would wait
-// for every load.
+// Rows `row` and `row + 1` of one token, summed over `ways` warps in their order. Four warps at a time: a loop that
+// took one by one would wait for every load.
 __device__ __forceinline__ float2 reduce(const PartialSums* warps, int ways, int token, int row) {
   constexpr int kBatch = 4;
   float2 total = make_float2(0.0f, 0.0f);

@@ -1,9 +1,8 @@
 // The gated activations in fp32. A NaN passes through every clamp, as it does not through fminf and fmaxf.
 #pragma once
 
-#include "../../kernels.h"
 #include "common.cuh"
-#include "ptx.cuh"
+#include "ptx/arithmetic.cuh"
 
 namespace nvfp4::cuda {
 

@@ -1,15 +1,15 @@
 // Token rows in the k order that decode.cuh's fragments want, ready for wgmma's B operand.
 //
-// wgmma reads slots s = 0..15 of step j from position 16 j + s of a row, and the fragments have k = 16 t + 4 j + 2 h +
-// i at slot 2 t + 8 h + i. So the 16-byte chunk c = 2 j + h of a permuted 64-k block holds, as its word t, the pair of
-// values at k = 16 t + 2 c: the block's 4 x 8 matrix of words, transposed.
+// wgmma reads the k positions 0..15 of step j from 16 j + 0..15 of a row, and the fragments have k = 16 t + 4 j + 2 h +
+// i at k position 2 t + 8 h + i. So the 16-byte chunk c = 2 j + h of a permuted 64-k block holds, as its word t, the
+// pair of values at k = 16 t + 2 c: the block's 4 x 8 matrix of words, transposed.
 #pragma once
 
 #include "common.cuh"
 
 namespace nvfp4::cuda {
 
-constexpr int kGatherBlock = 64;  // k that are permuted among themselves
+constexpr int kGatherBlock = 64;  // so many k are permuted among themselves
 
 // The pair of values at `word` pairs from x. A view may start at any element, and then pairs are not aligned.
 template <bool kAligned>

@@ -1,16 +1,17 @@
 // Token operands in registers, and the multiplication of one weight block by them.
 //
 // Over a block a thread needs 16 consecutive k of each of its tokens (decode.cuh), so it loads them straight from
-// global memory, 32 bytes a token: no shared memory, no ldmatrix, no permutation.
+// memory, 32 bytes per token: no ldmatrix, no permutation.
 #pragma once
 
 #include "common.cuh"
 #include "decode.cuh"
-#include "ptx.cuh"
+#include "ptx/memory.cuh"
+#include "ptx/mma.cuh"
 
 namespace nvfp4::cuda {
 
-// The tokens of kTiles MMA column tiles of 8, at one 64-k block.
+// One lane's part of the tokens of kTiles column tiles of 8, at one 64-k block.
 template <int kTiles>
 struct TokenBlock {
   uint32_t value[kTiles][8];
@@ -23,10 +24,10 @@ struct TokenBlock {
   }
 };
 
-// Walks token rows block by block. Columns without a token are never loaded: the caller zeroes the blocks once, and
-// multiplying by zeros takes less power than by anything else.
+// Walks along the rows of a tile's tokens, block by block. Columns without a token are never loaded: the caller zeroes
+// the blocks once, and multiplying by zeros takes less power than by anything else.
 template <int kTiles>
-struct TokenRows {
+struct TokenCursor {
   const uint4* at[kTiles];  // lane's 16 k of the current block, of token lane / 4 of each column tile
   bool used[kTiles];        // whether there is such a token
   int k_left;               // from the current block to the end of the row; <= 0: beyond it
@@ -69,7 +70,7 @@ struct WeightBlock {
   }
 };
 
-// sum[tile][i] += rows 16 tile .. 16 tile + 15 of the block times column tile i.
+// sum[tile][i] += warp tile `tile` of the block, which is rows 16 tile .. 16 tile + 15, times column tile i.
 template <class T, int kTiles>
 __device__ __forceinline__ void multiply(const WeightBlock& w, const TokenBlock<kTiles>& x,
                                          float (&sum)[4][kTiles][4]) {

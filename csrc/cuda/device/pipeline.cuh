@@ -1,68 +1,67 @@
-// Rings of weight blocks in shared memory, one ring per warp: a warp fills its own slots and is the only one to read
-// them, so nothing but the warp itself is ever synchronised. Slots are filled and read in the same order.
+// Rings of weight blocks in shared memory, one ring per warp: a warp fills its own stages and is the only one to read
+// them, so nothing but the warp itself is ever synchronised. Stages are filled and read in the same order.
 //
-//   start(storage)            once, by the whole warp
-//   fill(slot, wanted, block) starts the copy of one block; if not wanted only the order of slots is kept
-//   wait(slot, round)         until the slot's copy of an even or odd round has landed
-//   kFillQueues               whether a copy queues behind the warp's earlier loads from shared memory. If not it may
-//                             overtake them, and a slot may be filled only once the values of its old block are there
+//   start(storage)              once, by the whole warp
+//   fill(stage, wanted, block)  starts the copy of one block; if not wanted, only the order of stages is kept
+//   wait(stage, parity)         until the stage's copy has landed; `parity` is 0 on the first pass through the ring,
+//                               1 on the second, and so on in turn
+//   kFillQueues                 whether a copy queues behind the warp's earlier loads from shared memory. If not, it
+//                               may overtake them, and a stage may be filled only once the values of its old block are
+//                               in registers
 #pragma once
 
 #include "common.cuh"
-#include "decode.cuh"
-#include "hopper.cuh"
-#include "ptx.cuh"
+#include "ptx/async_copy.cuh"
+#include "ptx/control.cuh"
+#include "ptx/mbarrier.cuh"
+#include "ptx/memory.cuh"
+#include "shared_layout.h"
 
 namespace nvfp4::cuda {
 
-constexpr int kRound = 2;  // blocks of one turn of a main loop; an item begins with a new turn
+constexpr int kTurnBlocks = 2;  // blocks per turn of a main loop; every item begins with a new turn
 
 // SM80: every lane copies 16 bytes at a time.
-template <int kSlots_>
+template <int kStages_>
 class CpAsyncRing {
  public:
-  static constexpr int kSlots = kSlots_;
+  static constexpr int kStages = kStages_;
   static constexpr bool kFillQueues = true;
-  struct Storage {
-    alignas(128) uint8_t block[kSlots][kBlockBytes];
-  };
+  using Storage = CpAsyncStorage<kStages>;
 
   __device__ __forceinline__ void start(Storage& storage) { storage_ = &storage; }
 
-  __device__ __forceinline__ void fill(int slot, bool wanted, const uint8_t* block) {
+  __device__ __forceinline__ void fill(int stage, bool wanted, const uint8_t* block) {
     constexpr int kChunks = kBlockBytes / 16;
     if (wanted) {
       const int lane = threadIdx.x % kWarp;
 #pragma unroll
       for (int chunk = 0; chunk < kChunks; chunk += kWarp) {
         if (chunk + kWarp <= kChunks || chunk + lane < kChunks) {
-          ptx::cp_async_16(storage_->block[slot] + (chunk + lane) * 16, block + (chunk + lane) * 16);
+          ptx::cp_async_16(storage_->block[stage] + (chunk + lane) * 16, block + (chunk + lane) * 16);
         }
       }
     }
     ptx::cp_async_commit();
   }
 
-  __device__ __forceinline__ const uint8_t* wait(int slot, uint32_t) {
-    ptx::cp_async_wait<kSlots - 1>();
+  __device__ __forceinline__ const uint8_t* wait(int stage, uint32_t) {
+    ptx::cp_async_wait<kStages - 1>();
     __syncwarp();
-    return storage_->block[slot];
+    return storage_->block[stage];
   }
 
  private:
   Storage* storage_;
 };
 
-// SM90: one lane starts a bulk copy that completes on the slot's mbarrier.
-template <int kSlots_>
+// SM90: one lane starts a bulk copy that completes on the stage's mbarrier.
+template <int kStages_>
 class BulkRing {
  public:
-  static constexpr int kSlots = kSlots_;
+  static constexpr int kStages = kStages_;
   static constexpr bool kFillQueues = false;
-  struct Storage {
-    alignas(128) uint8_t block[kSlots][kBlockBytes];
-    alignas(8) uint64_t landed[kSlots];
-  };
+  using Storage = BulkStorage<kStages>;
 
   __device__ __forceinline__ void start(Storage& storage) {
     storage_ = &storage;
@@ -71,21 +70,22 @@ class BulkRing {
     policy_ = ptx::policy_evict_first();
     if (ptx::elect_one()) {
 #pragma unroll
-      for (int slot = 0; slot < kSlots; ++slot) ptx::mbarrier_init(landed_ + slot * 8, 1);
+      for (int stage = 0; stage < kStages; ++stage) ptx::mbarrier_init(landed_ + stage * 8, 1);
       ptx::fence_mbarrier_init();
     }
     __syncwarp();
   }
 
-  __device__ __forceinline__ void fill(int slot, bool wanted, const uint8_t* block) {
+  __device__ __forceinline__ void fill(int stage, bool wanted, const uint8_t* block) {
     const bool elected = ptx::elect_one();
-    ptx::mbarrier_arrive_expect_if(elected, landed_ + slot * 8, wanted ? kBlockBytes : 0);
-    ptx::bulk_load_if(elected && wanted, blocks_ + slot * kBlockBytes, block, kBlockBytes, landed_ + slot * 8, policy_);
+    ptx::mbarrier_arrive_expect_if(elected, landed_ + stage * 8, wanted ? kBlockBytes : 0);
+    ptx::bulk_load_if(elected && wanted, blocks_ + stage * kBlockBytes, block, kBlockBytes, landed_ + stage * 8,
+                      policy_);
   }
 
-  __device__ __forceinline__ const uint8_t* wait(int slot, uint32_t round) {
-    ptx::mbarrier_wait(landed_ + slot * 8, round & 1);
-    return storage_->block[slot];
+  __device__ __forceinline__ const uint8_t* wait(int stage, uint32_t parity) {
+    ptx::mbarrier_wait(landed_ + stage * 8, parity & 1);
+    return storage_->block[stage];
   }
 
  private:

@@ -7,21 +7,20 @@
 #pragma once
 
 #include "common.cuh"
+#include "shared_layout.h"
 
 namespace nvfp4::cuda {
-
-constexpr int kTokenAtom = 8;
 
 // Rows of the padded order, whatever the routing.
 __host__ __device__ constexpr int64_t padded_rows(int64_t slots, int64_t experts) {
   return round_up<int64_t>(slots + (kTokenAtom - 1) * (experts < slots ? experts : slots), kTokenAtom);
 }
 
-struct TokenTiles {
+struct TokenCut {
   int tiles;
   int width;
 };
-__device__ __forceinline__ TokenTiles cut_tokens(int tokens, int max_width) {
+__device__ __forceinline__ TokenCut cut_tokens(int tokens, int max_width) {
   if (tokens == 0) return {0, 0};
   const int tiles = ceil_div(tokens, max_width);
   return {tiles, round_up(ceil_div(tokens, tiles), kTokenAtom)};

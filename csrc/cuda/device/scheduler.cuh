@@ -7,14 +7,14 @@
 //   slot(tile)   in lane i, the slot of the tile's i-th token; the last one's beyond the count
 #pragma once
 
-#include "../../kernels.h"
 #include "common.cuh"
 
 namespace nvfp4::cuda {
 
-struct TokenTile {
+// A token tile: some of the tokens of one expert.
+struct ExpertTile {
   int expert;
-  int begin;
+  int begin;  // where its first token stands: a position in `order`, a row, or a lane
   int count;
 };
 
@@ -40,13 +40,13 @@ class TileTable {
     return table_ != nullptr ? __ldcg(&table_->x) : ceil_div(rows_, width_);
   }
 
-  __device__ __forceinline__ TokenTile tile(int i) const {
+  __device__ __forceinline__ ExpertTile tile(int i) const {
     if (table_ == nullptr) return {0, i * width_, min(width_, rows_ - i * width_)};
     const int4 entry = __ldcg(table_ + 1 + i);
     return {entry.x, entry.y, entry.z};
   }
 
-  __device__ __forceinline__ int slot(const TokenTile& tile) const {
+  __device__ __forceinline__ int slot(const ExpertTile& tile) const {
     const int at = tile.begin + min(static_cast<int>(threadIdx.x % kWarp), tile.count - 1);
     return order_ != nullptr ? __ldcg(order_ + at) : at;
   }
@@ -58,13 +58,13 @@ class TileTable {
   int width_;
 };
 
-// Most entries of the table for tiles of `width` tokens.
+// How many entries the table for tiles of `width` tokens has at most.
 __host__ __device__ constexpr int64_t tile_table_entries(int64_t slots, int64_t experts, int64_t width) {
   return 1 + (experts < slots ? experts : slots) + slots / width;
 }
 
-// At most 32 slots need no sorting: every warp keeps them all, one a lane, and finds the tiles by voting. A tile is
-// named by its first slot's lane.
+// At most 32 slots need no sorting: every warp keeps them all, one per lane, and finds the tiles by voting. A tile
+// begins at its first slot's lane.
 class InlineTiles {
  public:
   // Of slot `lane`, or -1.
@@ -86,14 +86,14 @@ class InlineTiles {
   // Bit i: slot i has an expert here.
   __device__ __forceinline__ unsigned used_slots() const { return __ballot_sync(~0u, expert_ >= 0); }
 
-  __device__ __forceinline__ TokenTile tile(int i) const {
+  __device__ __forceinline__ ExpertTile tile(int i) const {
     const int lane = threadIdx.x % kWarp;
     const bool is_it = (first_ >> lane & 1) != 0 && __popc(first_ & ((1u << lane) - 1)) == i;
     const int begin = __ffs(__ballot_sync(~0u, is_it)) - 1;
     return {__shfl_sync(~0u, expert_, begin), begin, __shfl_sync(~0u, min(width_, __popc(peers_) - rank_), begin)};
   }
 
-  __device__ __forceinline__ int slot(const TokenTile& tile) const {
+  __device__ __forceinline__ int slot(const ExpertTile& tile) const {
     const int lane = threadIdx.x % kWarp;
     unsigned members = __shfl_sync(~0u, peers_, tile.begin) & (~0u << tile.begin);
     int slot = 0;

@@ -2,7 +2,7 @@
 #include <algorithm>
 
 #include "../device/gate.cuh"
-#include "../device/ptx.cuh"
+#include "../device/ptx/control.cuh"
 #include "../device/scheduler.cuh"
 #include "../launch.h"
 

@@ -26,14 +26,14 @@ __device__ __forceinline__ Share share_of(int64_t i, int64_t n, int64_t k, bool 
   const int64_t block_of_panel =
       i / 4 % k_blocks;  // quads of consecutive threads walk along k: coalesced canonical rows
   const int64_t rest = i / 4 / k_blocks;
-  const int g = rest % 8;
+  const int r = rest % 8;
   const int tile = rest / 8 % 4;
   const int64_t panel = rest / 32 % panels;
-  const int lane = g * 4 + t;
+  const int lane = r * 4 + t;
   Share share;
   share.expert = rest / 32 / panels;
   for (int half = 0; half < 2; ++half) {
-    const int64_t row = gated ? panel * 32 + tile * 8 + g : panel * 64 + tile * 16 + g + 8 * half;
+    const int64_t row = gated ? panel * 32 + tile * 8 + r : panel * 64 + tile * 16 + r + 8 * half;
     const int64_t limit = gated ? n / 2 : n;
     share.row[half] = row < limit ? row + (gated && half == 1 ? n / 2 : 0) : -1;
   }

@@ -1,6 +1,6 @@
 #include <algorithm>
 
-#include "../device/ptx.cuh"
+#include "../device/ptx/control.cuh"
 #include "../device/scheduler.cuh"
 #include "../launch.h"
 #include "route.h"

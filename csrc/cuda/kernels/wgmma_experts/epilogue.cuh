@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../../device/gate.cuh"
+#include "../../device/ptx/mma.cuh"
 #include "multiply.cuh"
 
 namespace nvfp4::cuda::wgmma_experts {
@@ -31,7 +32,7 @@ constexpr int kStaged = N - kFirst < kStagingBytes / kBytes ? N - kFirst : kStag
 
 constexpr int kGatedBytes = 64;  // of a token in a warpgroup's staging
 
-// The gate in registers. Then lane (g, t) lays what it has of token 8 i + g, the pair of features 2 t and 2 t + 1 of
+// The gate in registers. Then lane (r, t) lays what it has of token 8 i + r, the pair of features 2 t and 2 t + 1 of
 // the warp's 8, into staging at word [warp][token][t]. kTokens of them, from sum[0] on.
 template <class T, int kTokens, bool kSilu>
 __device__ __forceinline__ void stage_gated(const Params& p, const Consumer& c, bool exists, const float* sum,
@@ -118,7 +119,7 @@ __device__ __forceinline__ void finish_gated(const Params& p, const Tile<S>& til
   if constexpr (kFirst + kTokens < N) finish_gated<S, T, N, kSilu, kFirst + kTokens>(p, tile, c, sum, scales);
 }
 
-// Rows g and g + 8 of a warp's 16 are chunks 2 w and 2 w + 1 of a token's 64 rows. Lays the 8 tokens of d[0..3], and
+// Rows r and r + 8 of a warp's 16 are chunks 2 w and 2 w + 1 of a token's 64 rows. Lays the 8 tokens of d[0..3], and
 // the 8 of d[4..7] if there are two blocks, into staging.
 template <class T, int kBlocks>
 __device__ __forceinline__ void stage_plain(const float* d, Scales scales, uint32_t address) {
@@ -169,7 +170,7 @@ __device__ __forceinline__ void store_plain(const Params& p, const ExpertGemm& g
 template <class S, class T, int N, bool kSilu>
 __device__ __forceinline__ void finish_tile(const Params& p, Shared<S>& shared, const Tile<S>& tile,
                                             float (&sum)[N / 2], const Consumer& c, bool active) {
-  const bool first_gemm = tile.gemm == 0;
+  const bool first_gemm = tile.gemm_index == 0;
   const Scales scales{tile.gate_scale, tile.up_scale};
   if (first_gemm && p.slot_scale != nullptr) scale_slots<S, N>(tile, c, sum);
   if (first_gemm && p.gate_applies) {
@@ -179,7 +180,7 @@ __device__ __forceinline__ void finish_tile(const Params& p, Shared<S>& shared, 
       warp_arrive(ptx::shared_address(&shared.stored), c.lane);
     }
   } else if (active) {
-    store_plain<S, T, N>(p, p.gemm[tile.gemm], tile, c, sum, scales);
+    store_plain<S, T, N>(p, p.gemm[tile.gemm_index], tile, c, sum, scales);
   }
 }
 

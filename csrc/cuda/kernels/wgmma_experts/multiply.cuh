@@ -1,7 +1,7 @@
 // A consumer warpgroup's main loop: 64 rows of packed weights, decoded into register fragments, times a tile of tokens.
 #pragma once
 
-#include "../../device/wgmma.cuh"
+#include "../../device/ptx/wgmma.cuh"
 #include "shared.cuh"
 
 namespace nvfp4::cuda::wgmma_experts {
@@ -11,7 +11,7 @@ struct Consumer {
   int thread;  // 0..127
   int warp;    // 0..3
   int lane;
-  int g;
+  int r;
   int t;
   uint32_t staging;  // of all consumers
 };

@@ -1,7 +1,7 @@
 // The warps that feed the consumers: one claims and describes tiles, one streams weights, two fetch tokens.
 #pragma once
 
-#include "../../device/ptx.cuh"
+#include "../../device/ptx/async_copy.cuh"
 #include "shared.cuh"
 
 namespace nvfp4::cuda::wgmma_experts {
@@ -13,27 +13,27 @@ __device__ __forceinline__ void describe_tile(const Params& p, const int* offset
                                               int claimed, Tile<S>& tile) {
   const int lane = threadIdx.x % kWarp;
   const int column_tiles = tiles[p.experts];
-  int gemm = 0;
+  int gemm_index = 0;
   if (p.mlp && claimed >= column_tiles * p.gemm[0].row_tiles) {
     claimed -= column_tiles * p.gemm[0].row_tiles;
-    gemm = 1;
+    gemm_index = 1;
   }
-  const int row_tiles = p.gemm[gemm].row_tiles;
+  const int row_tiles = p.gemm[gemm_index].row_tiles;
   if (claimed >= column_tiles * row_tiles) {
-    if (lane == 0) tile.gemm = -1;
+    if (lane == 0) tile.gemm_index = -1;
     return;
   }
   const int expert = find_expert(tiles, p.experts, claimed / row_tiles);
   const int within = claimed - tiles[expert] * row_tiles;
   const int first_slot = offsets[expert];
   const int expert_tokens = offsets[expert + 1] - first_slot;
-  const TokenTiles cut = cut_tokens(expert_tokens, p.max_width);
+  const TokenCut cut = cut_tokens(expert_tokens, p.max_width);
   const int row_tile = within / cut.tiles;  // token tiles vary fastest: they share the weights
   const int first_token = (within - row_tile * cut.tiles) * cut.width;
   const int tokens = min(cut.width, expert_tokens - first_token);
-  const float* scales = p.gemm[gemm].global_scale;
-  const float gate_scale = scales[p.gemm[gemm].gated ? 2 * expert : expert];
-  const float up_scale = p.gemm[gemm].gated ? scales[2 * expert + 1] : gate_scale;
+  const float* scales = p.gemm[gemm_index].global_scale;
+  const float gate_scale = scales[p.gemm[gemm_index].gated ? 2 * expert : expert];
+  const float up_scale = p.gemm[gemm_index].gated ? scales[2 * expert + 1] : gate_scale;
   for (int i = lane; i < round_up(tokens, kTokenAtom); i += kWarp) {
     const int slot = p.order[first_slot + first_token + min(i, tokens - 1)];
     tile.slot[i] = slot;
@@ -41,7 +41,7 @@ __device__ __forceinline__ void describe_tile(const Params& p, const int* offset
     if (p.slot_scale != nullptr) tile.scale[i] = p.slot_scale[slot];
   }
   if (lane == 0) {
-    tile.gemm = gemm;
+    tile.gemm_index = gemm_index;
     tile.expert = expert;
     tile.gate_scale = gate_scale * kDecodeFactor;
     tile.up_scale = up_scale * kDecodeFactor;
@@ -68,15 +68,15 @@ __device__ __forceinline__ void schedule_tiles(const Params& p, Shared<S>& share
     claimed = __shfl_sync(~0u, claimed, 0);
     describe_tile(p, offsets, tiles, rows, claimed, tile);
     __syncwarp();
-    const int gemm = tile.gemm;
+    const int gemm_index = tile.gemm_index;
     const int expert = tile.expert;
     ptx::mbarrier_arrive(ptx::shared_address(&shared.tile_full[i % kTileRing]));
     if (previous_expert >= 0) {
       ptx::mbarrier_wait(ptx::shared_address(&shared.stored), stored++ & 1);
       if (lane == 0) ptx::add_release(p.control + 1 + previous_expert, 1);
     }
-    if (gemm < 0) break;
-    previous_expert = p.mlp && gemm == 0 ? expert : -1;
+    if (gemm_index < 0) break;
+    previous_expert = p.mlp && gemm_index == 0 ? expert : -1;
     ptx::mbarrier_wait(ptx::shared_address(&shared.claim), i & 1);
   }
 }
@@ -88,7 +88,7 @@ __device__ __forceinline__ void stream_weights(const Params& p, Shared<S>& share
   const int lane = threadIdx.x % kWarp;
   TileReader<S> reader{shared};
   while (const Tile<S>* tile = reader.next()) {
-    const ExpertGemm& gemm = p.gemm[tile->gemm];
+    const ExpertGemm& gemm = p.gemm[tile->gemm_index];
     const int panel = tile->row_tile * S::kConsumers + lane;
     const int k_blocks = gemm.k_blocks;
     const bool inside = lane < S::kConsumers && panel < gemm.panels;
@@ -148,8 +148,8 @@ __device__ __forceinline__ void gather_tokens(const Params& p, const Tile<S>& ti
 #pragma unroll
       for (int atom = i; atom < i + 2; ++atom) {
         const uint8_t* from = source + uint64_t{block[atom]} * kTokenBytes;
-        ptx::copy_async_16(to + atom * kTokenAtom * kTokenBytes, from);
-        ptx::copy_async_16(to + second + atom * kTokenAtom * kTokenBytes, from + kTokenBytes);
+        ptx::cp_async_16(to + atom * kTokenAtom * kTokenBytes, from);
+        ptx::cp_async_16(to + second + atom * kTokenAtom * kTokenBytes, from + kTokenBytes);
       }
     }
     ptx::cp_async_commit();
@@ -186,7 +186,7 @@ template <class S>
 __device__ __forceinline__ void fetch_tokens(const Params& p, Shared<S>& shared, Ring ring, int thread) {
   TileReader<S> reader{shared};
   while (const Tile<S>* tile = reader.next()) {
-    if (tile->gemm == 0) {
+    if (tile->gemm_index == 0) {
       gather_tokens(p, *tile, ring, thread);
     } else if (thread == 0) {
       load_hidden(p, *tile, ring);

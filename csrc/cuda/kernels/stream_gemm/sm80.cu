@@ -1,22 +1,22 @@
-#include "stream_gemm_launch.cuh"
+#include "launch.cuh"
 
 namespace nvfp4::cuda {
 namespace {
 
-// Two slots a warp: two blocks fit an SM80 multiprocessor, one an SM89's.
+// Two stages per warp: then two CTAs fit into an SM80 multiprocessor, and one into an SM89's.
 using Ring = CpAsyncRing<2>;
 
-template <class T, int kMaxTiles, int kWarps, int kBlocks>
-__global__ void __launch_bounds__(kWarps* kWarp, kBlocks)
+template <class T, int kMaxTiles, int kWarps, int kCtas>
+__global__ void __launch_bounds__(kWarps* kWarp, kCtas)
     stream_gemm_sm80_kernel(const __grid_constant__ StreamGemmParams p) {
   extern __shared__ __align__(128) uint8_t storage[];
   using Gemm = StreamGemm<T, Ring, kMaxTiles, kWarps>;
   Gemm::run(p, *reinterpret_cast<typename Gemm::Storage*>(storage));
 }
 
-template <class T, int kMaxTiles, int kWarps, int kBlocks>
+template <class T, int kMaxTiles, int kWarps, int kCtas>
 StreamGemmLaunch with() {
-  return {stream_gemm_sm80_kernel<T, kMaxTiles, kWarps, kBlocks>, kWarps, sizeof(StreamStorage<Ring, kWarps>)};
+  return {stream_gemm_sm80_kernel<T, kMaxTiles, kWarps, kCtas>, kWarps, sizeof(StreamStorage<Ring, kWarps>)};
 }
 
 template <class T>

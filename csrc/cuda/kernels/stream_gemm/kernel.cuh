@@ -1,15 +1,15 @@
 // The streaming GEMM: out[slot] = x[row of slot] W[expert]^T for few tokens per expert.
 //
-// A warp takes whole 64 x 64 weight blocks, so it loads its tokens once for four row tiles. The warps that share an
+// A warp takes whole 64 x 64 weight blocks, so it loads its tokens once for four warp tiles. The warps that share an
 // item, a team, split k; every warp has its own ring of blocks, which runs on across items. A team's sums meet in
-// shared memory once an item.
+// shared memory once per item.
 #pragma once
 
-#include "../device/epilogue.cuh"
-#include "../device/mma.cuh"
-#include "../device/pipeline.cuh"
-#include "../device/scheduler.cuh"
-#include "stream_gemm.h"
+#include "../../device/epilogue.cuh"
+#include "../../device/mma.cuh"
+#include "../../device/pipeline.cuh"
+#include "../../device/scheduler.cuh"
+#include "params.h"
 
 namespace nvfp4::cuda {
 
@@ -21,14 +21,14 @@ struct StreamStorage {
 
 template <class T, class Ring, int kMaxTiles, int kWarps>
 class StreamGemm {
-  static_assert(Ring::kSlots % kRound == 0);
+  static_assert(Ring::kStages % kTurnBlocks == 0);
 
  public:
   using Storage = StreamStorage<Ring, kWarps>;
 
   static __device__ __forceinline__ void run(const StreamGemmParams& p, Storage& storage) {
     const int team = threadIdx.x / kWarp / p.k_ways;
-    const int item = blockIdx.x + gridDim.x * team;  // neighbours go to different blocks: a few items spread evenly
+    const int item = blockIdx.x + gridDim.x * team;  // neighbours go to different CTAs: a few items spread evenly
     const Place place = locate(p, item);             // divides while there is time
     if (!p.plan_is_older) ptx::dependency_wait();
     StreamGemm(p, storage, TileTable(p.tile_table, p.order, p.rows, 8 * kMaxTiles), team).run(item, place);
@@ -55,21 +55,21 @@ class StreamGemm {
     open(item, place);
     ring_.start(storage_.ring[threadIdx.x / kWarp]);
 #pragma unroll
-    for (int slot = 0; slot < Ring::kSlots; slot += kRound) {
-      next_round();
+    for (int stage = 0; stage < Ring::kStages; stage += kTurnBlocks) {
+      begin_turn();
 #pragma unroll
-      for (int i = 0; i < kRound; ++i) refill(slot, i);
-      end_round();
+      for (int i = 0; i < kTurnBlocks; ++i) refill(stage, i);
+      end_turn();
     }
     if (!p_.plan_is_older) release();
     if (item >= items_) return release_after_wait();
 
-    TokenTile tile = tiles_.tile(place.tile);
+    ExpertTile tile = tiles_.tile(place.tile);
     int slot = tiles_.slot(tile);
     while (true) {
       item += teams_;
       Place next_place = place;
-      TokenTile next_tile = tile;
+      ExpertTile next_tile = tile;
       if (item < items_) {
         next_place = locate(p_, item);
         next_tile = tiles_.tile(next_place.tile);
@@ -125,7 +125,7 @@ class StreamGemm {
   }
 
   // Before the first refill of a turn.
-  __device__ __forceinline__ void next_round() {
+  __device__ __forceinline__ void begin_turn() {
     if (fill_left_ > 0 || fill_item_ >= items_) return;
     const int64_t first = static_cast<int64_t>(fill_panel_) * p_.k_blocks + way_;
     fill_at_ = p_.packed + fill_expert_ * p_.expert_bytes + first * kBlockBytes;
@@ -135,13 +135,13 @@ class StreamGemm {
   }
 
   // The i-th block of the turn.
-  __device__ __forceinline__ void refill(int first_slot, int i) {
-    ring_.fill(first_slot + i, i < fill_left_, fill_at_ + i * p_.k_ways * kBlockBytes);
+  __device__ __forceinline__ void refill(int first_stage, int i) {
+    ring_.fill(first_stage + i, i < fill_left_, fill_at_ + i * p_.k_ways * kBlockBytes);
   }
 
-  __device__ __forceinline__ void end_round() {
-    fill_at_ += kRound * p_.k_ways * kBlockBytes;
-    fill_left_ -= kRound;
+  __device__ __forceinline__ void end_turn() {
+    fill_at_ += kTurnBlocks * p_.k_ways * kBlockBytes;
+    fill_left_ -= kTurnBlocks;
   }
 
   // ---- an item
@@ -149,65 +149,65 @@ class StreamGemm {
   struct Scales {
     float upper;  // of the rows, or of the gate rows
     float lower;  // of the up rows
-    float slot;   // of token lane
+    float slot;   // of the slot of the tile's token number `lane`
   };
-  __device__ __forceinline__ Scales load_scales(const TokenTile& tile, int slot) const {
+  __device__ __forceinline__ Scales load_scales(const ExpertTile& tile, int slot) const {
     const float* global = p_.global_scale + (p_.gated ? 2 * tile.expert : tile.expert);
     return {global[0], p_.gated ? global[1] : 0.0f, p_.slot_scale != nullptr ? p_.slot_scale[slot] : 1.0f};
   }
 
   template <int kTiles, class Prepare>
-  __device__ __forceinline__ void multiply_item(const TokenTile& tile, int slot, int panel, const Scales& scales,
+  __device__ __forceinline__ void multiply_item(const ExpertTile& tile, int slot, int panel, const Scales& scales,
                                                 const Prepare& prepare_next) {
     const int step = p_.k_ways * kBlockK;
-    TokenRows<kTiles> rows = token_rows<kTiles>(tile, slot);
-    TokenBlock<kTiles> x[kRound] = {};
+    TokenCursor<kTiles> rows = token_rows<kTiles>(tile, slot);
+    TokenBlock<kTiles> x[kTurnBlocks] = {};
     release_after_wait();
     rows.load(x[0], step);
     float sum[4][kTiles][4] = {};
-    for (int left = blocks_; left > 0; left -= kRound) {
-      next_round();
+    for (int left = blocks_; left > 0; left -= kTurnBlocks) {
+      begin_turn();
 #pragma unroll
-      for (int i = 0; i < kRound; ++i) {
+      for (int i = 0; i < kTurnBlocks; ++i) {
         const bool here = i == 0 || i < left;
-        const uint8_t* block = ring_.wait(slot_ + i, round_);
+        const uint8_t* block = ring_.wait(stage_ + i, parity_);
         WeightBlock w;
         if (here) w = WeightBlock::read(block);
         if constexpr (Ring::kFillQueues) {
           __syncwarp();
-          refill(slot_, i);
+          refill(stage_, i);
         }
         if (here) {
-          rows.load(x[(i + 1) % kRound], step);
+          rows.load(x[(i + 1) % kTurnBlocks], step);
           multiply<T>(w, x[i], sum);
         }
         if constexpr (!Ring::kFillQueues) {  // only now: what has been multiplied has been loaded
           __syncwarp();
-          refill(slot_, i);
+          refill(stage_, i);
         }
       }
-      end_round();
-      if ((slot_ += kRound) == Ring::kSlots) {
-        slot_ = 0;
-        round_ ^= 1;
+      end_turn();
+      if ((stage_ += kTurnBlocks) == Ring::kStages) {
+        stage_ = 0;
+        parity_ ^= 1;
       }
     }
     prepare_next();
 #pragma unroll
     for (int column_tile = 0; column_tile < kTiles; ++column_tile) {
-      PartialSums* partial = storage_.partial[parity_] + team_ * p_.k_ways;
+      PartialSums* partial = storage_.partial[buffer_] + team_ * p_.k_ways;
       partial[way_].store(sum, column_tile);
       ptx::barrier_sync(team_, p_.k_ways * kWarp);
       write_tokens(partial, tile, slot, panel, scales, 8 * column_tile);
-      parity_ ^= 1;  // the other buffer is free: everybody has passed the barrier, so has read it
+      buffer_ ^= 1;  // the other buffer is free: everybody has passed the barrier, so has read it
     }
   }
 
   template <int kTiles>
-  __device__ __forceinline__ TokenRows<kTiles> token_rows(const TokenTile& tile, int slot) const {
+  __device__ __forceinline__ TokenCursor<kTiles> token_rows(const ExpertTile& tile, int slot) const {
     const int row = slot / p_.slots_per_row;
     const int first_k = way_ * kBlockK;
-    TokenRows<kTiles> rows;
+    TokenCursor<kTiles> rows;
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
       const int64_t token_row = __shfl_sync(~0u, row, 8 * i + lane_ / 4);
@@ -222,7 +222,7 @@ class StreamGemm {
   // ---- the end of an item
 
   // Tokens first .. first + 7 of the tile, 64 rows or 32 features of the panel.
-  __device__ __forceinline__ void write_tokens(const PartialSums* partial, const TokenTile& tile, int slot, int panel,
+  __device__ __forceinline__ void write_tokens(const PartialSums* partial, const ExpertTile& tile, int slot, int panel,
                                                const Scales& scales, int first) const {
     const int tokens = min(8, tile.count - first);
     const int writers = p_.k_ways;
@@ -281,9 +281,9 @@ class StreamGemm {
   int fill_panel_;
   int fill_expert_ = 0;
   Ring ring_;
-  int slot_ = 0;
-  uint32_t round_ = 0;
-  int parity_ = 0;
+  int stage_ = 0;
+  uint32_t parity_ = 0;
+  int buffer_ = 0;
 };
 
 }  // namespace nvfp4::cuda

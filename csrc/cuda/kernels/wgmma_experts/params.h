@@ -5,7 +5,8 @@
 // route()'s. x may start at any element; out is 16-byte aligned.
 #pragma once
 
-#include "../../kernels.h"
+#include "../../../kernels.h"
+#include "plan.h"
 
 namespace nvfp4::cuda {
 
@@ -30,13 +31,10 @@ struct ExpertMlpArgs {
 };
 
 size_t wgmma_expert_mlp_workspace(const ExpertMlpArgs& args);
-void wgmma_expert_mlp(const ExpertMlpArgs& args, void* workspace, void* stream);
+void wgmma_expert_mlp(const ExpertMlpArgs& args, const WgmmaPlan& plan, void* workspace, void* stream);
 
 // grouped_gemm() as kernels.h defines it, zero rows of skipped slots included.
 size_t wgmma_grouped_gemm_workspace(const GroupedGemmArgs& args);
-void wgmma_grouped_gemm(const GroupedGemmArgs& args, void* workspace, void* stream);
-
-// The most experts that one launch schedules.
-constexpr int64_t kWgmmaMaxExperts = 2048;
+void wgmma_grouped_gemm(const GroupedGemmArgs& args, const WgmmaPlan& plan, void* workspace, void* stream);
 
 }  // namespace nvfp4::cuda

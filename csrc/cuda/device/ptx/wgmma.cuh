@@ -1,11 +1,11 @@
 // wgmma m64nNk16, A in registers, B in shared memory (K-major, 128-byte swizzle), fp32 accumulators. One instruction
 // per function; N is every multiple of 8 up to 192.
 //
-// Accumulator d[4 i + {0, 1, 2, 3}] of lane l (g = l / 4, t = l % 4) of warp w is (row 16 w + {g, g, g + 8, g + 8},
+// Accumulator d[4 i + {0, 1, 2, 3}] of lane l (r = l / 4, t = l % 4) of warp w is (row 16 w + {r, r, r + 8, r + 8},
 // column 8 i + 2 t + {0, 1, 0, 1}).
 #pragma once
 
-#include "common.cuh"
+#include "../common.cuh"
 
 namespace nvfp4::cuda::ptx {
 
@@ -21,7 +21,7 @@ __device__ __forceinline__ void wgmma_wait() {
 }
 
 // The descriptor of MMA step `step` of the B tile at base + offset, which is 1024-byte aligned: rows of 128 bytes, 8
-// rows an atom, 32 bytes of a row a step. Only the low half varies, by one addition.
+// rows per atom, 32 bytes of a row per step. Only the low half varies, by one addition.
 __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t base, uint32_t offset, int step) {
   constexpr uint32_t kAtomStride = 1024 / 16;
   constexpr uint32_t kSwizzle128 = 1u << 30;

@@ -1,7 +1,9 @@
 // GEMM kernels that stream weights through per-warp rings: the parameters and the launches of both architectures.
 #pragma once
 
-#include "../../kernels.h"
+#include "../../device/packed_block.h"
+#include "../../device_facts.h"
+#include "plan.h"
 
 struct int4;
 
@@ -18,7 +20,7 @@ struct StreamGemmParams {
   int n;
   int k_blocks;
   int panels;
-  int k_ways;              // warps that share an item, each with every k_ways-th block: 1, 2, 4 or 8
+  int k_ways;              // StreamPlan::k_ways
   const int4* tile_table;  // tiles of at most the kernel's width; null: tiles of `rows` dense rows
   const int32_t* order;    // null: slot = position
   int rows;
@@ -30,16 +32,27 @@ struct StreamGemmParams {
   void* out;  // [slots, n], or [slots, n / 2] with the gate
 };
 
-// Tokens a tile may have at most.
-constexpr int kNarrowTile = 16;
-constexpr int kWideTile = 32;
-
-enum class StreamTiles {
-  narrow,  // up to kNarrowTile tokens
-  wide,    // up to kWideTile tokens
-};
+// What follows from the weight; rows are slots unless the caller says otherwise.
+inline StreamGemmParams stream_gemm_params(const Weight& weight, int k_ways) {
+  StreamGemmParams p{};
+  p.slots_per_row = 1;
+  p.packed = weight.packed;
+  p.expert_bytes = weight.expert_bytes;
+  p.global_scale = weight.global_scale;
+  p.gated = weight.gated;
+  p.k = static_cast<int>(weight.k);
+  p.n = static_cast<int>(weight.n);
+  p.k_blocks = k_blocks_of(weight.k);
+  p.panels = panels_of(weight.n);
+  p.k_ways = k_ways;
+  return p;
+}
 
 void stream_gemm_sm80(DType dtype, StreamTiles tiles, const StreamGemmParams& params, void* stream);
 void stream_gemm_sm90(DType dtype, StreamTiles tiles, const StreamGemmParams& params, void* stream);
+
+inline void stream_gemm(Isa isa, DType dtype, StreamTiles tiles, const StreamGemmParams& params, void* stream) {
+  (isa == Isa::sm80 ? stream_gemm_sm80 : stream_gemm_sm90)(dtype, tiles, params, stream);
+}
 
 }  // namespace nvfp4::cuda

@@ -1,12 +1,12 @@
-#include "stream_gemm_launch.cuh"
+#include "launch.cuh"
 
 namespace nvfp4::cuda {
 namespace {
 
 using Ring = BulkRing<4>;
 
-template <class T, int kMaxTiles, int kWarps, int kBlocks>
-__global__ void __launch_bounds__(kWarps* kWarp, kBlocks)
+template <class T, int kMaxTiles, int kWarps, int kCtas>
+__global__ void __launch_bounds__(kWarps* kWarp, kCtas)
     stream_gemm_sm90_kernel(const __grid_constant__ StreamGemmParams p) {
 #if __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) uint8_t storage[];
@@ -15,15 +15,15 @@ __global__ void __launch_bounds__(kWarps* kWarp, kBlocks)
 #endif
 }
 
-template <class T, int kMaxTiles, int kWarps, int kBlocks>
+template <class T, int kMaxTiles, int kWarps, int kCtas>
 StreamGemmLaunch with() {
-  return {stream_gemm_sm90_kernel<T, kMaxTiles, kWarps, kBlocks>, kWarps, sizeof(StreamStorage<Ring, kWarps>)};
+  return {stream_gemm_sm90_kernel<T, kMaxTiles, kWarps, kCtas>, kWarps, sizeof(StreamStorage<Ring, kWarps>)};
 }
 
 template <class T>
 StreamGemmLaunch choose(StreamTiles tiles) {
   switch (tiles) {
-    // One block of 16 warps a multiprocessor, so that a few items spread evenly.
+    // One CTA of 16 warps per multiprocessor, so that a few items spread evenly.
     case StreamTiles::narrow:
       return with<T, 2, 16, 1>();
     case StreamTiles::wide:

@@ -4,15 +4,15 @@
 #include <map>
 #include <mutex>
 
-#include "../launch.h"
-#include "stream_gemm.cuh"
+#include "../../launch.h"
+#include "kernel.cuh"
 
 namespace nvfp4::cuda {
 
 using StreamGemmKernel = void (*)(StreamGemmParams);
 
-// Blocks that fill the device; asks the driver once a kernel and device.
-inline int resident_blocks(StreamGemmKernel kernel, int threads, int shared) {
+// How many CTAs fill the device; asks the driver once per kernel and device.
+inline int resident_ctas(StreamGemmKernel kernel, int threads, int shared) {
   static std::mutex mutex;
   static std::map<std::pair<int, StreamGemmKernel>, int> known;
   const std::lock_guard<std::mutex> lock(mutex);
@@ -20,9 +20,9 @@ inline int resident_blocks(StreamGemmKernel kernel, int threads, int shared) {
   if (is_new) {
     const auto raw = reinterpret_cast<const void*>(kernel);
     allow_shared_memory(raw);
-    int blocks = 0;
-    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, raw, threads, shared), "occupancy of stream_gemm");
-    entry->second = blocks * device().multiprocessors;
+    int ctas = 0;
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&ctas, raw, threads, shared), "occupancy of stream_gemm");
+    entry->second = ctas * device().multiprocessors;
   }
   return entry->second;
 }
@@ -35,8 +35,7 @@ struct StreamGemmLaunch {
 
 inline void launch_stream_gemm(const StreamGemmLaunch& l, const StreamGemmParams& params, void* stream) {
   const int threads = l.warps * kWarp;
-  launch(l.kernel, dim3(resident_blocks(l.kernel, threads, l.shared)), threads, l.shared, stream, "stream_gemm",
-         params);
+  launch(l.kernel, dim3(resident_ctas(l.kernel, threads, l.shared)), threads, l.shared, stream, "stream_gemm", params);
 }
 
 }  // namespace nvfp4::cuda

@@ -14,10 +14,10 @@
 // ones.
 #pragma once
 
-#include "wgmma_experts/epilogue.cuh"
-#include "wgmma_experts/multiply.cuh"
-#include "wgmma_experts/producers.cuh"
-#include "wgmma_experts/shared.cuh"
+#include "epilogue.cuh"
+#include "multiply.cuh"
+#include "producers.cuh"
+#include "shared.cuh"
 
 namespace nvfp4::cuda::wgmma_experts {
 
@@ -28,9 +28,9 @@ __device__ __forceinline__ void consume_tile(const Params& p, Shared<S>& shared,
 #pragma unroll
   for (int i = 0; i < N / 2; ++i) sum[i] = 0.0f;
   const Consumer c = current_consumer(staging);
-  const ExpertGemm& gemm = p.gemm[uniform(tile.gemm)];
+  const ExpertGemm& gemm = p.gemm[uniform(tile.gemm_index)];
   const int k_blocks = gemm.k_blocks;
-  const bool gated = p.gate_applies && uniform(tile.gemm) == 0;
+  const bool gated = p.gate_applies && uniform(tile.gemm_index) == 0;
   const int first_panel = uniform(tile.row_tile) * S::kConsumers + warp_rows<S>(uniform(c.group), 0, gated).panel;
   const bool active = first_panel < gemm.panels;
   if (active) {

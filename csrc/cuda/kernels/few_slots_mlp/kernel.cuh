@@ -1,26 +1,26 @@
 // The expert MLP of at most kInlineSlots slots, where nothing counts but that all warps stream weights all the time.
 //
-// A block owns a few whole items of each GEMM. Their weight blocks, one sequence along items and k, are cut into equal
-// runs, one a warp: no warp waits for another before the end. Where a run goes over to the next item, and at its end,
+// A CTA owns a few whole items of each GEMM. Their weight blocks, one sequence along items and k, are cut into equal
+// runs, one per warp: no warp waits for another before the end. Where a run goes over to the next item, and at its end,
 // the warp leaves its sums in shared memory, where they meet after the last multiplication. The tokens of all items are
-// brought to shared memory before the first. A warp's ring runs on from w13 to w2, so that memory is busy while blocks
-// finish w13 and wait for one another's.
+// brought to shared memory before the first multiplication. A warp's ring runs on from w13 to w2, so that memory is
+// busy while CTAs finish w13 and wait for one another's results.
 //
-// What blocks hand to one another, w13's outputs and the rows to be summed, needs no flags or fences: its memory is
-// full of kNotYet before the launch, and who wants a word reads it until it is something else.
+// What CTAs hand to one another, w13's outputs and the rows to be summed, needs no flags or fences: its memory is full
+// of kNotYet before the launch, and a warp that wants a word reads it until it is something else.
 #pragma once
 
-#include "../device/epilogue.cuh"
-#include "../device/mma.cuh"
-#include "../device/pipeline.cuh"
-#include "../device/scheduler.cuh"
-#include "few_slots_mlp.h"
+#include "../../device/epilogue.cuh"
+#include "../../device/mma.cuh"
+#include "../../device/pipeline.cuh"
+#include "../../device/scheduler.cuh"
+#include "params.h"
 
 namespace nvfp4::cuda {
 
 template <class T, class Ring, int kWarps>
 class FewSlotsMlp {
-  static_assert(Ring::kSlots % kRound == 0);
+  static_assert(Ring::kStages % kTurnBlocks == 0);
 
  public:
   static constexpr int kRingBytes = kWarps * sizeof(typename Ring::Storage);
@@ -35,11 +35,11 @@ class FewSlotsMlp {
   }
 
  private:
-  // This block's part of a GEMM, and this warp's.
+  // This CTA's part of a GEMM, and this warp's.
   struct Share {
     int first_item;
     int items;
-    int run;  // blocks of each warp, but of the last ones
+    int run;  // blocks per warp; the last warps may have fewer
     int begin;
     int blocks;  // of this warp
   };
@@ -56,53 +56,53 @@ class FewSlotsMlp {
   __device__ __forceinline__ void run() {
     open(0);
 #pragma unroll 1
-    for (int slot = 0; slot < Ring::kSlots; slot += kRound) {
-      next_round();
+    for (int stage = 0; stage < Ring::kStages; stage += kTurnBlocks) {
+      begin_turn();
 #pragma unroll
-      for (int i = 0; i < kRound; ++i) refill(slot, i);
-      end_round();
+      for (int i = 0; i < kTurnBlocks; ++i) refill(stage, i);
+      end_turn();
     }
     ptx::dependency_release();
     if (tiles_.size() == 0) return write_no_sums();
 
 #pragma unroll 1
-    for (int g = 0; g < 2; ++g) {
-      const Share s = share(g);
-      if (g == 0) {
+    for (int gemm_index = 0; gemm_index < 2; ++gemm_index) {
+      const Share s = share(gemm_index);
+      if (gemm_index == 0) {
         if (!p_.gemm[0].all_rows) copy_tokens<false>(0, s);
       } else {
         copy_tokens<true>(1, s);
       }
       ptx::cp_async_commit();
-      Outcome outcome = prepare(g, s, warp_);
+      Outcome outcome = prepare(gemm_index, s, warp_);
       ptx::cp_async_wait<0>();
       __syncthreads();
-      const int before = p_.gemm[g].by_k_blocks.quotient(s.begin);
-      int k = s.begin - before * p_.gemm[g].k_blocks;
+      const int before = p_.gemm[gemm_index].by_k_blocks.quotient(s.begin);
+      int k = s.begin - before * p_.gemm[gemm_index].k_blocks;
       for (int item = before, left = s.blocks; left > 0; ++item, k = 0) {
-        const int blocks = min(left, p_.gemm[g].k_blocks - k);
-        multiply_blocks(g, s, item, k, blocks);
+        const int blocks = min(left, p_.gemm[gemm_index].k_blocks - k);
+        multiply_blocks(gemm_index, s, item, k, blocks);
         left -= blocks;
       }
       __syncthreads();
       for (int i = warp_; i < s.items; i += kWarps) {
-        finish(g, s, i, outcome);
-        if (i + kWarps < s.items) outcome = prepare(g, s, i + kWarps);
+        finish(gemm_index, s, i, outcome);
+        if (i + kWarps < s.items) outcome = prepare(gemm_index, s, i + kWarps);
       }
     }
   }
 
-  __device__ __forceinline__ Share share(int g) const {
-    const FewSlotsGemm& gemm = p_.gemm[g];
+  __device__ __forceinline__ Share share(int gemm_index) const {
+    const FewSlotsGemm& gemm = p_.gemm[gemm_index];
     const int all = tiles_.size() * gemm.panels;
     const int each = p_.by_grid.quotient(all);
     const int more = all - each * static_cast<int>(gridDim.x);
-    const int block = blockIdx.x;
+    const int cta = blockIdx.x;
     Share s;
-    s.first_item = block * each + min(block, more);
-    s.items = each + (block < more ? 1 : 0);
+    s.first_item = cta * each + min(cta, more);
+    s.items = each + (cta < more ? 1 : 0);
     const int blocks = s.items * gemm.k_blocks;
-    s.run = round_up(ceil_div(blocks, kWarps), kRound);
+    s.run = round_up(ceil_div(blocks, kWarps), kTurnBlocks);
     s.begin = min(warp_ * s.run, blocks);
     s.blocks = min(s.run, blocks - s.begin);
     return s;
@@ -110,17 +110,17 @@ class FewSlotsMlp {
 
   // ---- the stream of weight blocks, which runs ahead of the multiplications by the length of the ring
 
-  __device__ __forceinline__ void open(int g) {
-    const Share s = share(g);
-    const int before = p_.gemm[g].by_k_blocks.quotient(s.begin);
-    fill_gemm_ = g;
+  __device__ __forceinline__ void open(int gemm_index) {
+    const Share s = share(gemm_index);
+    const int before = p_.gemm[gemm_index].by_k_blocks.quotient(s.begin);
+    fill_gemm_ = gemm_index;
     fill_item_ = s.first_item + before;
-    fill_k_ = s.begin - before * p_.gemm[g].k_blocks;
+    fill_k_ = s.begin - before * p_.gemm[gemm_index].k_blocks;
     fill_ahead_ = s.blocks;
   }
 
   // Before the first refill of a turn.
-  __device__ __forceinline__ void next_round() {
+  __device__ __forceinline__ void begin_turn() {
     if (fill_left_ > 0) return;
     if (fill_ahead_ == 0 && fill_gemm_ == 0) open(1);
     if (fill_ahead_ == 0) return;
@@ -135,25 +135,25 @@ class FewSlotsMlp {
   }
 
   // The i-th block of the turn.
-  __device__ __forceinline__ void refill(int first_slot, int i) {
-    ring_.fill(first_slot + i, i < fill_left_, fill_at_ + i * kBlockBytes);
+  __device__ __forceinline__ void refill(int first_stage, int i) {
+    ring_.fill(first_stage + i, i < fill_left_, fill_at_ + i * kBlockBytes);
   }
 
-  __device__ __forceinline__ void end_round() {
-    fill_at_ += kRound * kBlockBytes;
-    fill_left_ -= kRound;
+  __device__ __forceinline__ void end_turn() {
+    fill_at_ += kTurnBlocks * kBlockBytes;
+    fill_left_ -= kTurnBlocks;
   }
 
   // ---- tokens
 
-  // Shared memory's row of a token of a tile.
-  __device__ __forceinline__ int token_row(int g, const Share& s, int tile_index, int slot, int token) const {
-    const FewSlotsGemm& gemm = p_.gemm[g];
+  // The row of shared memory that holds a token of a tile.
+  __device__ __forceinline__ int token_row(int gemm_index, const Share& s, int tile_index, int slot, int token) const {
+    const FewSlotsGemm& gemm = p_.gemm[gemm_index];
     if (gemm.all_rows) return gemm.slots_per_row.quotient(slot);
     return (tile_index - gemm.by_panels.quotient(s.first_item)) * p_.width + token;
   }
 
-  // All of the block's threads; k beyond the row's end is zeros.
+  // By all threads of the CTA; k beyond a row's end is zeros.
   static __device__ __forceinline__ void copy_rows(const FewSlotsGemm& gemm, uint8_t* tokens) {
     for (int row = 0; row < gemm.rows; ++row) {
 #pragma unroll 1
@@ -163,12 +163,12 @@ class FewSlotsMlp {
     }
   }
 
-  // Those of the block's own tiles, or all. kHandedOver: by other blocks of this launch.
+  // The tokens of the CTA's own tiles, or all. kHandedOver: other CTAs of this launch write them meanwhile.
   template <bool kHandedOver>
-  __device__ __forceinline__ void copy_tokens(int g, const Share& s) const {
-    const FewSlotsGemm& gemm = p_.gemm[g];
+  __device__ __forceinline__ void copy_tokens(int gemm_index, const Share& s) const {
+    const FewSlotsGemm& gemm = p_.gemm[gemm_index];
     if (s.items == 0) return;
-    int row = lane_;  // that goes to row `lane` of shared memory, or -1
+    int row = lane_;  // the row of x that goes to row `lane` of shared memory, or -1
     int rows = gemm.rows;
     if (gemm.all_rows) {
       if (kHandedOver && (tiles_.used_slots() >> lane_ & 1) == 0) row = -1;  // never written
@@ -178,7 +178,7 @@ class FewSlotsMlp {
       row = -1;
       rows = (last - first + 1) * p_.width;
       for (int i = first; i <= last; ++i) {
-        const TokenTile tile = tiles_.tile(i);
+        const ExpertTile tile = tiles_.tile(i);
         const int token = lane_ - (i - first) * p_.width;
         const int slot = __shfl_sync(~0u, tiles_.slot(tile), token & (kWarp - 1));
         if (token >= 0 && token < tile.count) row = gemm.slots_per_row.quotient(slot);
@@ -199,7 +199,7 @@ class FewSlotsMlp {
   template <bool kHandedOver>
   static __device__ __forceinline__ void copy_chunk(const FewSlotsGemm& gemm, int from, uint8_t* to, int chunk) {
     const bool inside = chunk * 8 < gemm.k;
-    const uint8_t* row = static_cast<const uint8_t*>(gemm.x) + static_cast<int64_t>(from) * gemm.k * 2;
+    const uint8_t* row = static_cast<const uint8_t*>(gemm.x) + static_cast<int64_t>(from) * gemm.k * kElementBytes;
     if constexpr (kHandedOver) {
       uint4 v = make_uint4(0, 0, 0, 0);
       if (inside) {
@@ -215,48 +215,49 @@ class FewSlotsMlp {
 
   // ---- an item's blocks k .. k + blocks - 1
 
-  __device__ __forceinline__ void multiply_blocks(int g, const Share& s, int item, int k, int blocks) {
-    const FewSlotsGemm& gemm = p_.gemm[g];
+  __device__ __forceinline__ void multiply_blocks(int gemm_index, const Share& s, int item, int k, int blocks) {
+    const FewSlotsGemm& gemm = p_.gemm[gemm_index];
     const int tile_index = gemm.by_panels.quotient(s.first_item + item);
-    const TokenTile tile = tiles_.tile(tile_index);
+    const ExpertTile tile = tiles_.tile(tile_index);
     const int token = lane_ / 4;
     const bool used = token < tile.count;
-    const int row = token_row(g, s, tile_index, __shfl_sync(~0u, tiles_.slot(tile), token), used ? token : 0);
-    uint32_t x_at = ptx::shared_address(tokens_) + row * gemm.row_bytes + k * (kBlockK * 2) + lane_ % 4 * 32;
+    const int row = token_row(gemm_index, s, tile_index, __shfl_sync(~0u, tiles_.slot(tile), token), used ? token : 0);
+    uint32_t x_at =
+        ptx::shared_address(tokens_) + row * gemm.row_bytes + k * (kBlockK * kElementBytes) + lane_ % 4 * 32;
     TokenBlock<1> x = {};
     float sum[4][1][4] = {};
-    for (int left = blocks; left > 0; left -= kRound) {
-      next_round();
+    for (int left = blocks; left > 0; left -= kTurnBlocks) {
+      begin_turn();
 #pragma unroll
-      for (int i = 0; i < kRound; ++i) {
+      for (int i = 0; i < kTurnBlocks; ++i) {
         const bool here = i == 0 || i < left;
-        const uint8_t* block = ring_.wait(slot_ + i, round_);
+        const uint8_t* block = ring_.wait(stage_ + i, parity_);
         WeightBlock w;
         if (here) {
           w = WeightBlock::read(block);
-          x.load_shared_if(used, x_at + i * (kBlockK * 2));
+          x.load_shared_if(used, x_at + i * (kBlockK * kElementBytes));
         }
         if constexpr (Ring::kFillQueues) {
           __syncwarp();
-          refill(slot_, i);
+          refill(stage_, i);
         }
         if (here) multiply<T>(w, x, sum);
         if constexpr (!Ring::kFillQueues) {  // only now: what has been multiplied has been loaded
           __syncwarp();
-          refill(slot_, i);
+          refill(stage_, i);
         }
       }
-      end_round();
-      x_at += kRound * kBlockK * 2;
-      if ((slot_ += kRound) == Ring::kSlots) {
-        slot_ = 0;
-        round_ ^= 1;
+      end_turn();
+      x_at += kTurnBlocks * kBlockK * kElementBytes;
+      if ((stage_ += kTurnBlocks) == Ring::kStages) {
+        stage_ = 0;
+        parity_ ^= 1;
       }
     }
     store_partial(partial(warp_, item), p_.width, sum);
   }
 
-  // Runs and items both go up along the sequence of blocks, so no two pairs that meet have the same sum.
+  // Runs and items both go up along the sequence of blocks, so no two pairs (warp, item) that meet have the same sum.
   __device__ __forceinline__ float* partial(int warp, int item) const {
     return partials_ + (warp + item) * p_.width * kPartialRows;
   }
@@ -265,27 +266,27 @@ class FewSlotsMlp {
 
   // What finishing an item takes from global memory.
   struct Outcome {
-    TokenTile tile;
+    ExpertTile tile;
     int tile_index;
     int panel;
-    int slot;      // of token lane
+    int slot;      // of the tile's token number `lane`
     float upper;   // scale of the rows, or of the gate rows
-    float lower;   // of the up rows
+    float lower;   // scale of the up rows
     float scale;   // of slot `slot`
-    float weight;  // of slot lane
+    float weight;  // of slot number `lane`
   };
 
-  __device__ __forceinline__ Outcome prepare(int g, const Share& s, int i) const {
+  __device__ __forceinline__ Outcome prepare(int gemm_index, const Share& s, int i) const {
     Outcome o = {};
     if (i >= s.items) return o;
-    const FewSlotsGemm& gemm = p_.gemm[g];
+    const FewSlotsGemm& gemm = p_.gemm[gemm_index];
     o.tile_index = gemm.by_panels.quotient(s.first_item + i);
     o.tile = tiles_.tile(o.tile_index);
     o.panel = s.first_item + i - o.tile_index * gemm.panels;
     o.slot = tiles_.slot(o.tile);
-    o.upper = gemm.global_scale[g == 0 ? 2 * o.tile.expert : o.tile.expert];
+    o.upper = gemm.global_scale[gemm_index == 0 ? 2 * o.tile.expert : o.tile.expert];
     o.scale = o.weight = 1.0f;
-    if (g == 0) {
+    if (gemm_index == 0) {
       o.lower = gemm.global_scale[2 * o.tile.expert + 1];
       if (p_.slot_scale != nullptr) o.scale = p_.slot_scale[o.slot];
     } else if (p_.topk_weights != nullptr && lane_ < p_.gemm[1].rows) {
@@ -294,14 +295,14 @@ class FewSlotsMlp {
     return o;
   }
 
-  __device__ __forceinline__ void finish(int g, const Share& s, int i, const Outcome& o) const {
-    // The runs that have some of the item, one after another.
-    const int k_blocks = p_.gemm[g].k_blocks;
+  __device__ __forceinline__ void finish(int gemm_index, const Share& s, int i, const Outcome& o) const {
+    // The warps whose runs hold some of the item are consecutive.
+    const int k_blocks = p_.gemm[gemm_index].k_blocks;
     const int begin = min(lane_ * s.run, s.items * k_blocks);
     const bool has = lane_ < kWarps && begin < (i + 1) * k_blocks && begin + s.run > i * k_blocks;
     const unsigned runs = __ballot_sync(~0u, has);
     const float* sums = partial(__ffs(runs) - 1, i);
-    if (g == 0) {
+    if (gemm_index == 0) {
       write_hidden(sums, __popc(runs), o);
     } else {
       write_expert_out(sums, __popc(runs), o);
@@ -339,7 +340,7 @@ class FewSlotsMlp {
     }
   }
 
-  // All tokens' slots, in the order of slots, as they come.
+  // The weighted sum of each token's slots, in the order of slots, as the rows come in.
   __device__ __forceinline__ void sum_panel(const Outcome& o) const {
     constexpr int kBatch = 8;
     const int n = p_.gemm[1].n;
@@ -402,13 +403,13 @@ class FewSlotsMlp {
   const InlineTiles tiles_;
   Ring ring_;
   const uint8_t* fill_at_ = nullptr;
-  int fill_left_ = 0;   // of the item that is being filled
-  int fill_ahead_ = 0;  // of the run beyond it
+  int fill_left_ = 0;   // blocks of the item that is being filled
+  int fill_ahead_ = 0;  // blocks of the run beyond it
   int fill_gemm_;
-  int fill_item_;  // the next
+  int fill_item_;  // the next item
   int fill_k_;
-  int slot_ = 0;
-  uint32_t round_ = 0;
+  int stage_ = 0;
+  uint32_t parity_ = 0;
 };
 
 }  // namespace nvfp4::cuda

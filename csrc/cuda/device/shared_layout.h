@@ -1,0 +1,26 @@
+// What kernels keep in shared memory, in plain C++ so that the host counts with the same numbers.
+#pragma once
+
+#include "packed_block.h"
+
+namespace nvfp4::cuda {
+
+// The rings of pipeline.cuh, for one warp.
+template <int kStages>
+struct CpAsyncStorage {
+  alignas(128) uint8_t block[kStages][kBlockBytes];
+};
+
+template <int kStages>
+struct BulkStorage {
+  alignas(128) uint8_t block[kStages][kBlockBytes];
+  alignas(8) uint64_t landed[kStages];
+};
+
+// From a token's 64 rows of partial sums to the next token's: 4 floats of padding keep the stores of a fragment (8 rows
+// x 4 tokens at a time) on 32 different banks.
+constexpr int kPartialRows = kBlockRows + 4;
+
+constexpr int kTokenAtom = 8;  // rows of wgmma's swizzle
+
+}  // namespace nvfp4::cuda

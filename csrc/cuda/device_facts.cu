@@ -1,0 +1,27 @@
+#include <map>
+#include <mutex>
+
+#include "device_facts.h"
+#include "launch.h"
+
+namespace nvfp4::cuda {
+
+const Device& device() {
+  int ordinal = 0;
+  check(cudaGetDevice(&ordinal), "current device");
+  static std::mutex mutex;
+  static std::map<int, Device> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto [entry, is_new] = known.try_emplace(ordinal);
+  if (is_new) {
+    Device& d = entry->second;
+    d.ordinal = ordinal;
+    check(cudaDeviceGetAttribute(&d.major, cudaDevAttrComputeCapabilityMajor, ordinal), "device attribute");
+    check(cudaDeviceGetAttribute(&d.multiprocessors, cudaDevAttrMultiProcessorCount, ordinal), "device attribute");
+    check(cudaDeviceGetAttribute(&d.shared_memory_per_cta, cudaDevAttrMaxSharedMemoryPerBlockOptin, ordinal),
+          "device attribute");
+  }
+  return entry->second;
+}
+
+}  // namespace nvfp4::cuda

@@ -1,0 +1,76 @@
+// The sizes that few_slots_mlp runs with, in plain C++: no GPU is needed to know them.
+#pragma once
+
+#include <algorithm>
+
+#include "../../device/shared_layout.h"
+#include "../../device_facts.h"
+#include "../../problem.h"
+
+namespace nvfp4::cuda {
+
+constexpr int kInlineSlots = 32;  // which need no sorting: one per lane of a warp
+constexpr int kFewSlotsWarps = 16;
+constexpr int kFewSlotsStagesSm80 = 2;  // of a warp's ring
+constexpr int kFewSlotsStagesSm90 = 4;
+constexpr int kFewSlotsMaxWidth = 8;  // one column tile
+// So that divisions by multiplication (Divider) are exact: 32 tiles of 8192 panels, times 8192, stay below 2^32.
+constexpr int kFewSlotsMaxPanels = 8192;
+
+constexpr int few_slots_ring_bytes(Isa isa) {
+  return kFewSlotsWarps * static_cast<int>(isa == Isa::sm80 ? sizeof(CpAsyncStorage<kFewSlotsStagesSm80>)
+                                                            : sizeof(BulkStorage<kFewSlotsStagesSm90>));
+}
+
+struct FewSlotsPlan {
+  struct Gemm {
+    bool all_rows;   // every row goes to shared memory; else those of a CTA's own tiles, `width` rows per tile
+    int row_chunks;  // a row's chunks of kChunkBytes
+    int row_bytes;   // in shared memory, from one row to the next
+  };
+  int width;        // tokens per tile, at most; 0: a CTA's shared memory has no room for the tokens
+  int token_bytes;  // of shared memory
+  int shared_bytes;
+  Gemm gemm[2];
+};
+
+// With tiles of at most `width` tokens, whether they fit or not.
+inline FewSlotsPlan plan_few_slots(const Problem& problem, const Device& device, Isa isa, int width) {
+  const int64_t slots = problem.slots();
+  const int64_t tiles = std::min(slots, problem.experts + slots / width);
+  const int64_t grid = device.multiprocessors;
+  FewSlotsPlan plan{};
+  int64_t token_bytes = 0;
+  int64_t most_items = 0;
+  for (int i = 0; i < 2; ++i) {
+    const int64_t rows = i == 0 ? problem.tokens : slots;
+    const int64_t panels = std::max(1, panels_of(problem.gemm[i].n));
+    const int64_t items = ceil_div(tiles * panels, grid);
+    const int64_t cta_tiles = std::min(tiles, ceil_div(items - 1, panels) + 1);
+    const int64_t tile_rows = cta_tiles * width;
+    const int64_t row_chunks = k_blocks_of(problem.gemm[i].k) * int64_t{kBlockK * kElementBytes / kChunkBytes};
+    const int64_t row_bytes = (row_chunks + 1) * kChunkBytes;  // one more, so that neighbouring rows differ in banks
+    plan.gemm[i] = {rows <= tile_rows, static_cast<int>(row_chunks), static_cast<int>(row_bytes)};
+    token_bytes = std::max(token_bytes, std::min(rows, tile_rows) * row_bytes);
+    most_items = std::max(most_items, items);
+  }
+  const int64_t partials = (kFewSlotsWarps + most_items - 1) * width;
+  const int64_t shared = few_slots_ring_bytes(isa) + token_bytes + partials * kPartialRows * int64_t{sizeof(float)};
+  if (shared > device.shared_memory_per_cta) return plan;
+  plan.width = width;
+  plan.token_bytes = static_cast<int>(token_bytes);
+  plan.shared_bytes = static_cast<int>(shared);
+  return plan;
+}
+
+// With tiles as wide as fit.
+inline FewSlotsPlan plan_few_slots(const Problem& problem, const Device& device, Isa isa) {
+  if (std::max(panels_of(problem.gemm[0].n), panels_of(problem.gemm[1].n)) > kFewSlotsMaxPanels) return {};
+  for (int64_t width = std::min<int64_t>(problem.tokens, kFewSlotsMaxWidth); width > 0; width /= 2) {
+    const FewSlotsPlan plan = plan_few_slots(problem, device, isa, static_cast<int>(width));
+    if (plan.width > 0) return plan;
+  }
+  return {};
+}
+
+}  // namespace nvfp4::cuda

@@ -1,0 +1,90 @@
+// The host side of both ops on wgmma: the workspace, and the two launches.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+#include "../../launch.h"
+#include "kernel.cuh"
+#include "prepare.cuh"
+
+namespace nvfp4::cuda::wgmma_experts {
+
+inline ExpertGemm expert_gemm(const Weight& weight) {
+  return {.weight = weight.packed,
+          .expert_bytes = weight.expert_bytes,
+          .global_scale = weight.global_scale,
+          .n = weight.n,
+          .gated = weight.gated,
+          .panels = panels_of(weight.n),
+          .row_tiles = 0,  // set by the launch
+          .k_blocks = k_blocks_of(weight.k)};
+}
+
+// Panels come in pairs where the gate applies: a pair's features are a k-block of the next GEMM, zeros included.
+template <class S>
+int row_tiles(const ExpertGemm& gemm) {
+  return ceil_div(gemm.gated ? round_up(gemm.panels, 2) : gemm.panels, S::kConsumers);
+}
+
+struct Layout {
+  int* control;
+  uint8_t* x;  // null where permuted tokens lie elsewhere
+  uint8_t* hidden;
+  size_t bytes;
+};
+
+inline Layout lay_out(void* base, const Weight& first, const Weight* second, int64_t rows, int64_t slots,
+                      bool holds_x) {
+  Workspace workspace(base);
+  Layout layout{};
+  layout.control = workspace.take<int>(1 + first.experts);
+  if (holds_x) layout.x = workspace.take<uint8_t>(rows * k_blocks_of(first.k) * kTokenBytes + kOverrun);
+  if (second != nullptr) {
+    layout.hidden = workspace.take<uint8_t>(padded_rows(slots, first.experts) * k_blocks_of(second->k) * kTokenBytes);
+  }
+  layout.bytes = workspace.bytes();
+  return layout;
+}
+
+template <class S, class T, bool kSilu>
+void launch_experts(Params params, const WgmmaPlan& plan, void* stream) {
+  const auto kernel = expert_kernel<S, T, kSilu>;
+  for (ExpertGemm& gemm : params.gemm) gemm.row_tiles = row_tiles<S>(gemm);
+  params.max_width = plan.max_width;
+  params.stages = plan.stages;
+  allow_shared_memory(reinterpret_cast<const void*>(kernel));
+  launch(kernel, dim3(device().multiprocessors), kThreads<S>, plan.shared_bytes, stream, "wgmma experts", params);
+}
+
+// Wide tiles are compiled for SiLU only: select() gives them to no other gate.
+template <class T>
+void launch_experts(const Params& params, const WgmmaPlan& plan, void* stream) {
+  const bool silu = !params.gate_applies || params.gate.activation == Activation::silu;
+  if (!silu) return launch_experts<Tall, T, false>(params, plan, stream);
+  plan.tiles == WgmmaTiles::wide ? launch_experts<Wide, T, true>(params, plan, stream)
+                                 : launch_experts<Tall, T, true>(params, plan, stream);
+}
+
+// Fills in what depends on the workspace, and launches. Permuted tokens go to x_image, or to the workspace if it is
+// null.
+inline void run(DType dtype, Params& params, PrepareParams& prepare, int64_t slots, void* x_image, const Layout& layout,
+                const WgmmaPlan& plan, void* stream) {
+  if (params.experts > kWgmmaMaxExperts) {
+    throw std::invalid_argument("wgmma experts: expected at most " + std::to_string(kWgmmaMaxExperts) +
+                                " experts, got " + std::to_string(params.experts));
+  }
+  uint8_t* permuted = x_image != nullptr ? static_cast<uint8_t*>(x_image) : layout.x;
+  params.x = permuted;
+  params.control = layout.control;
+  params.hidden = layout.hidden;
+  params.hidden_rows = padded_rows(slots, params.experts);
+  prepare.permuted = reinterpret_cast<uint4*>(permuted);
+  prepare.control = params.control;
+  prepare.control_size = 1 + params.experts;
+  launch(prepare_kernel, dim3(device().multiprocessors * 8), kPrepareThreads, 0, stream, "wgmma prepare", prepare);
+
+  dtype == DType::bf16 ? launch_experts<bf16>(params, plan, stream) : launch_experts<fp16>(params, plan, stream);
+}
+
+}  // namespace nvfp4::cuda::wgmma_experts

@@ -1,0 +1,27 @@
+// What a choice of kernels depends on: the op and its sizes.
+#pragma once
+
+#include "../kernels.h"
+
+namespace nvfp4::cuda {
+
+enum class Op { moe, grouped_gemm, linear };
+
+struct GemmSize {
+  int64_t n;
+  int64_t k;
+};
+
+struct Problem {
+  Op op;
+  DType dtype;
+  int64_t tokens;    // rows of x
+  int64_t top_k;     // slots per row; 1 for linear
+  int64_t experts;   // local ones; 1 for linear
+  GemmSize gemm[2];  // moe: w13 and w2; else the second is empty
+  bool silu;         // the gate is SiLU, or there is none
+
+  int64_t slots() const { return tokens * top_k; }
+};
+
+}  // namespace nvfp4::cuda

@@ -1,0 +1,245 @@
+#include "select.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <string_view>
+
+namespace nvfp4::cuda {
+
+namespace {
+
+// ---- the table: the first kernel that has no reason against it
+
+// Where wgmma_experts overtakes stream_gemm. At 6 slots per expert streaming is 3-7 % ahead, at 7 they are equal
+// (I = 2048; with I = 512 they are equal at 5).
+constexpr int64_t kStreamSlotsPerExpert = 7;
+
+const char* against_few_slots(const Problem& problem, const Device& device, Choice& choice) {
+  if (problem.op != Op::moe) return "it runs whole MLPs only";
+  if (problem.slots() > kInlineSlots) return "it sorts nothing and takes at most 32 slots";
+  choice.few_slots = plan_few_slots(problem, device, choice.isa);
+  return choice.few_slots.width > 0 ? nullptr : "the tokens do not fit into a CTA's shared memory beside its rings";
+}
+
+// Tall tiles fill the tensor cores better. Wide ones decode each weight once where an expert has more tokens than a
+// tall tile: up to 176 per expert they gain in bf16, and in fp16, whose decoding costs more, beyond that too.
+WgmmaTiles wgmma_tiles(const Problem& problem) {
+  constexpr int64_t kWideSlotsPerExpert = 176;
+  using namespace wgmma_experts;
+  if (!problem.silu || problem.slots() <= Tall::kMaxWidth * problem.experts) return WgmmaTiles::tall;
+  const bool most_fit = problem.slots() <= kWideSlotsPerExpert * problem.experts;
+  return most_fit || problem.dtype == DType::fp16 ? WgmmaTiles::wide : WgmmaTiles::tall;
+}
+
+// Narrow tiles leave room for more stages, which few tokens need to keep weights streaming.
+int wgmma_width(WgmmaTiles tiles, const Problem& problem) {
+  constexpr int64_t kFewSlotsPerExpert = 32;
+  constexpr int kFewTokensWidth = 64;
+  if (problem.slots() <= kFewSlotsPerExpert * problem.experts) return kFewTokensWidth;
+  return tiles == WgmmaTiles::wide ? wgmma_experts::Wide::kMaxWidth : wgmma_experts::Tall::kMaxWidth;
+}
+
+const char* against_wgmma(const Problem& problem, const Device& device, Choice& choice) {
+  if (choice.isa != Isa::sm90) return "wgmma needs SM90 instructions";
+  if (problem.op == Op::linear) return "it knows no bias and no rows without a routing";
+  if (problem.slots() <= kStreamSlotsPerExpert * problem.experts)
+    return "it needs more than 7 slots per expert to be ahead";
+  if (problem.experts > kWgmmaMaxExperts) return "its shared memory holds the tables of at most 2048 experts";
+  const WgmmaTiles tiles = wgmma_tiles(problem);
+  choice.wgmma = plan_wgmma(tiles, wgmma_width(tiles, problem), problem.experts, device);
+  constexpr int kLeastStages = 2;
+  return choice.wgmma.stages >= kLeastStages ? nullptr : "a CTA's shared memory has no room for two of its stages";
+}
+
+static_assert(kInlineSlots == 32 && kStreamSlotsPerExpert == 7 && kWgmmaMaxExperts == 2048,
+              "the reasons above name these numbers");
+
+// The fewer warps share an item, the rarer are reductions; but every warp should find work, several times over.
+int stream_k_ways(int64_t k_blocks, int64_t items, const Device& device) {
+  const int64_t warps = int64_t{device.multiprocessors} * 16;
+  int ways = 8;
+  if (items * 8 > warps) ways = 4;
+  if (items * 2 > 4 * warps) ways = 2;
+  while (ways > 1 && k_blocks < 4 * ways) ways /= 2;
+  return ways;
+}
+
+const char* against_stream(const Problem& problem, const Device& device, Choice& choice) {
+  choice.stream.tiles = problem.slots() <= kNarrowTile * problem.experts ? StreamTiles::narrow : StreamTiles::wide;
+  // How many tiles there will be is a guess: the routing is not known here. A dense layer has no routing.
+  const int64_t tiles = problem.op == Op::linear ? ceil_div<int64_t>(problem.tokens, tile_width(choice.stream.tiles))
+                                                 : std::min(problem.slots(), problem.experts);
+  for (int i = 0; i < 2; ++i) {
+    const GemmSize& gemm = problem.gemm[i];
+    choice.stream.k_ways[i] = stream_k_ways(k_blocks_of(gemm.k), tiles * panels_of(gemm.n), device);
+  }
+  return nullptr;
+}
+
+struct Row {
+  Kernel kernel;
+  const char* name;
+  const char* on_sm80;  // what it is built on
+  const char* on_sm90;
+  const char* what_for;
+  // Null if the kernel takes the problem; then the kernel's plan is in `choice`, whose isa is set before.
+  const char* (*against)(const Problem& problem, const Device& device, Choice& choice);
+};
+
+constexpr Row kTable[] = {
+    {Kernel::few_slots_mlp, "few_slots_mlp", "cp.async, mma.sync", "bulk copies, mma.sync",
+     "so few slots that one launch does it all, and every warp streams an equal share of the weights",
+     against_few_slots},
+    {Kernel::wgmma_experts, "wgmma_experts", "", "bulk copies, wgmma",
+     "so many slots per expert that tensor cores, and decoding each weight once, count", against_wgmma},
+    {Kernel::stream_gemm, "stream_gemm", "cp.async, mma.sync", "bulk copies, mma.sync",
+     "reading the weights is the limit, and every warp streams its own blocks", against_stream},
+};
+
+const Row& choose(const Problem& problem, const Device& device, Choice& choice) {
+  const char* forced = std::getenv("TORCH_NVFP4_ARCH");
+  const bool sm80 = device.major != 9 || (forced != nullptr && std::string_view(forced) == "80");
+  choice.isa = sm80 ? Isa::sm80 : Isa::sm90;
+  const Row* row = kTable;
+  while (row->against(problem, device, choice) != nullptr) ++row;
+  choice.kernel = row->kernel;
+  return *row;
+}
+
+// ---- in words
+
+template <class... Args>
+void line(std::string& text, const char* format, Args... args) {
+  char buffer[256];
+  std::snprintf(buffer, sizeof(buffer), format, args...);
+  text += buffer;
+  text += '\n';
+}
+
+void describe(const Problem& p, const Device& device, Isa isa, std::string& text) {
+  const char* op = p.op == Op::moe ? "moe" : p.op == Op::linear ? "linear" : "grouped_gemm";
+  const char* dtype = p.dtype == DType::bf16 ? "bf16" : "fp16";
+  const auto number = [](int64_t v) { return static_cast<long long>(v); };
+  const double per_expert = static_cast<double>(p.slots()) / static_cast<double>(p.experts);
+  line(text, "problem: %s in %s, weights [%lld, %lld]%s, M %lld, top-k %lld, %lld experts: %lld slots, %.4g per expert",
+       op, dtype, number(p.gemm[0].n), number(p.gemm[0].k), p.op == Op::moe ? " and back" : "", number(p.tokens),
+       number(p.top_k), number(p.experts), number(p.slots()), per_expert);
+  line(text, "device: compute capability %d.x, %s kernels, %d SMs, %d bytes of shared memory per CTA", device.major,
+       isa == Isa::sm90 ? "SM90" : "SM80", device.multiprocessors, device.shared_memory_per_cta);
+}
+
+void describe_plan(const Problem& problem, const Choice& c, std::string& text) {
+  switch (c.kernel) {
+    case Kernel::few_slots_mlp:
+      line(text, "tile: %d rows x at most %d tokens", kBlockRows, c.few_slots.width);
+      line(text, "split: each of %d warps takes an equal run of its CTA's weight blocks", kFewSlotsWarps);
+      line(text, "shared memory: %d bytes, %d of them tokens", c.few_slots.shared_bytes, c.few_slots.token_bytes);
+      break;
+    case Kernel::wgmma_experts: {
+      const bool wide = c.wgmma.tiles == WgmmaTiles::wide;
+      line(text, "tile: %d rows x at most %d tokens (%s)",
+           (wide ? wgmma_experts::Wide::kConsumers : wgmma_experts::Tall::kConsumers) * kBlockRows, c.wgmma.max_width,
+           wide ? "wide" : "tall");
+      line(text, "split: none");
+      line(text, "shared memory: %d bytes, %d stages", c.wgmma.shared_bytes, c.wgmma.stages);
+      break;
+    }
+    case Kernel::stream_gemm:
+      line(text, "tile: %d rows x at most %d tokens (%s)", kBlockRows, tile_width(c.stream.tiles),
+           c.stream.tiles == StreamTiles::wide ? "wide" : "narrow");
+      if (problem.op == Op::moe) {
+        line(text, "split: k over %d warps in w13, over %d in w2", c.stream.k_ways[0], c.stream.k_ways[1]);
+      } else {
+        line(text, "split: k over %d warps", c.stream.k_ways[0]);
+      }
+      break;
+  }
+}
+
+}  // namespace
+
+Choice select(const Problem& problem, const Device& device) {
+  Choice choice{};
+  choose(problem, device, choice);
+  return choice;
+}
+
+std::string explain(const Problem& problem, const Device& device) {
+  Choice choice{};
+  const Row& chosen = choose(problem, device, choice);
+  std::string text;
+  describe(problem, device, choice.isa, text);
+  line(text, "kernel: %s (%s)", chosen.name, choice.isa == Isa::sm90 ? chosen.on_sm90 : chosen.on_sm80);
+  describe_plan(problem, choice, text);
+  for (const Row* row = kTable; row != &chosen; ++row) {
+    Choice unused = choice;
+    line(text, "not %s: %s", row->name, row->against(problem, device, unused));
+  }
+  line(text, "why: %s", chosen.what_for);
+  return text;
+}
+
+}  // namespace nvfp4::cuda
+
+// For ctypes and other callers without C++: text for explain(), or an error that says what was expected and what came.
+// A plain function, not an op: a str that an op returns leaks in the stable ABI of torch 2.11 to 2.13, as an argument
+// does, and this is no operation on tensors.
+//
+// op: "moe", "grouped_gemm" or "linear". k: columns of x. n: moe's I, else the weight's rows. Writes at most `size`
+// bytes with the ending zero, and returns the text's length without it, or its negative length where it is an error.
+extern "C" __attribute__((visibility("default"))) int64_t nvfp4_explain_select(
+    const char* op, const char* dtype, int64_t tokens, int64_t top_k, int64_t experts, int64_t k, int64_t n, int silu,
+    int major, int multiprocessors, int shared_memory_per_cta, char* text, int64_t size) {
+  using namespace nvfp4::cuda;
+  const auto answer = [&](const std::string& result, bool good) {
+    if (size > 0) std::snprintf(text, static_cast<size_t>(size), "%s", result.c_str());
+    const auto length = static_cast<int64_t>(result.size());
+    return good ? length : -length;
+  };
+  const auto expected = [&](const char* what, const std::string& got) {
+    return answer(std::string("nvfp4 select: expected ") + what + ", got " + got, false);
+  };
+  Problem problem{.op = Op::moe,
+                  .dtype = nvfp4::DType::bf16,
+                  .tokens = tokens,
+                  .top_k = top_k,
+                  .experts = experts,
+                  .gemm = {},
+                  .silu = silu != 0};
+  if (std::strcmp(op, "moe") == 0) {
+    problem.gemm[0] = {2 * n, k};
+    problem.gemm[1] = {k, n};
+  } else if (std::strcmp(op, "grouped_gemm") == 0 || std::strcmp(op, "linear") == 0) {
+    problem.op = std::strcmp(op, "linear") == 0 ? Op::linear : Op::grouped_gemm;
+    problem.gemm[0] = {n, k};
+  } else {
+    return expected("op moe, grouped_gemm or linear", op);
+  }
+  if (std::strcmp(dtype, "fp16") == 0) {
+    problem.dtype = nvfp4::DType::fp16;
+  } else if (std::strcmp(dtype, "bf16") != 0) {
+    return expected("dtype bf16 or fp16", dtype);
+  }
+  constexpr int64_t kMost = int64_t{1} << 30;
+  const struct {
+    const char* what;
+    int64_t value;
+    int64_t least;
+  } sizes[] = {{"tokens from 0 to 2^30", tokens, 0},
+               {"top_k from 1 to 2^30", top_k, 1},
+               {"experts from 1 to 2^30", experts, 1},
+               {"k from 1 to 2^30", k, 1},
+               {"n from 1 to 2^30", n, 1},
+               {"multiprocessors from 1 to 2^30", multiprocessors, 1},
+               {"shared memory from 1 to 2^30 bytes", shared_memory_per_cta, 1}};
+  for (const auto& s : sizes) {
+    if (s.value < s.least || s.value > kMost) return expected(s.what, std::to_string(s.value));
+  }
+  if (problem.op == Op::linear && (top_k != 1 || experts != 1)) {
+    return expected("top_k 1 and experts 1 for linear", std::to_string(top_k) + " and " + std::to_string(experts));
+  }
+  const Device device{major, multiprocessors, shared_memory_per_cta, 0};
+  return answer(explain(problem, device), true);
+}

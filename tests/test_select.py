@@ -1,0 +1,127 @@
+"""The table that chooses CUDA kernels, asked without a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from torch_nvfp4.ops.select import CudaDevice, explain_select
+
+FLASH = {"top_k": 6, "experts": 256, "hidden": 4096, "features": 2048}
+H100 = CudaDevice()
+A100 = CudaDevice(8, 108, 166912)
+
+
+def ask(tokens: int, device: CudaDevice = H100, **changes: Any) -> dict[str, str]:
+    return explain_select(tokens, device=device, **{**FLASH, **changes})
+
+
+def brief(tokens: int, device: CudaDevice = H100, **changes: Any) -> str:
+    answer = ask(tokens, device, **changes)
+    return f"{answer['kernel'].split()[0]} {answer['tile']}"
+
+
+# 256 experts and top-k 6: 7 slots per expert are 298.7 tokens, 32 are 1365.3, 112 are 4778.7, 176 are 7509.3.
+@pytest.mark.parametrize(
+    ("tokens", "changes", "expected"),
+    [
+        (1, {}, "few_slots_mlp 64 rows x at most 1 tokens"),
+        (5, {}, "few_slots_mlp 64 rows x at most 5 tokens"),
+        (6, {}, "stream_gemm 64 rows x at most 16 tokens (narrow)"),
+        (298, {}, "stream_gemm 64 rows x at most 16 tokens (narrow)"),
+        (299, {}, "wgmma_experts 256 rows x at most 64 tokens (tall)"),
+        (1365, {}, "wgmma_experts 256 rows x at most 64 tokens (tall)"),
+        (1366, {}, "wgmma_experts 256 rows x at most 112 tokens (tall)"),
+        (4778, {}, "wgmma_experts 256 rows x at most 112 tokens (tall)"),
+        (4779, {}, "wgmma_experts 192 rows x at most 192 tokens (wide)"),
+        (4779, {"activation": "gelu"}, "wgmma_experts 256 rows x at most 112 tokens (tall)"),
+        (4779, {"activation": None}, "wgmma_experts 192 rows x at most 192 tokens (wide)"),
+        (7509, {}, "wgmma_experts 192 rows x at most 192 tokens (wide)"),
+        (7510, {}, "wgmma_experts 256 rows x at most 112 tokens (tall)"),
+        (7510, {"dtype": torch.float16}, "wgmma_experts 192 rows x at most 192 tokens (wide)"),
+        (299, {"device": A100}, "stream_gemm 64 rows x at most 16 tokens (narrow)"),
+        (683, {"device": A100}, "stream_gemm 64 rows x at most 32 tokens (wide)"),
+        (1, {"device": A100}, "few_slots_mlp 64 rows x at most 1 tokens"),
+        (32, {"experts": 1, "top_k": 1}, "few_slots_mlp 64 rows x at most 2 tokens"),
+        (32, {"experts": 1, "top_k": 1, "hidden": 1024}, "few_slots_mlp 64 rows x at most 8 tokens"),
+        (33, {"experts": 1, "top_k": 1}, "wgmma_experts 256 rows x at most 112 tokens (tall)"),
+        (2048, {"experts": 2048}, "stream_gemm 64 rows x at most 16 tokens (narrow)"),
+        (2400, {"experts": 2048}, "wgmma_experts 256 rows x at most 64 tokens (tall)"),
+        (2400, {"experts": 2049}, "stream_gemm 64 rows x at most 16 tokens (narrow)"),
+        (1, {"op": "grouped_gemm"}, "stream_gemm 64 rows x at most 16 tokens (narrow)"),
+        (16, {"op": "linear", "experts": 1, "top_k": 1}, "stream_gemm 64 rows x at most 16 tokens (narrow)"),
+        (1000, {"op": "linear", "experts": 1, "top_k": 1}, "stream_gemm 64 rows x at most 32 tokens (wide)"),
+    ],
+)
+def test_kernel_and_tile(tokens: int, changes: dict[str, Any], expected: str) -> None:
+    assert brief(tokens, **changes) == expected
+
+
+def test_split() -> None:
+    # 132 x 16 = 2112 warps. 8 of them per item up to 264 items, 4 up to 4224, then 2; each with 4 blocks of k or more.
+    assert ask(6, experts=6)["split"] == "k over 4 warps in w13, over 4 in w2"
+    assert ask(8)["split"] == "k over 4 warps in w13, over 4 in w2"
+    assert ask(11)["split"] == "k over 4 warps in w13, over 4 in w2"
+    assert ask(12)["split"] == "k over 2 warps in w13, over 2 in w2"
+    assert ask(64)["split"] == "k over 2 warps in w13, over 2 in w2"
+    one = {"op": "linear", "experts": 1, "top_k": 1}
+    assert ask(1, **one, features=64)["split"] == "k over 8 warps"
+    assert ask(1, **one, features=64, hidden=31 * 64)["split"] == "k over 4 warps"
+    assert ask(1, **one, features=64, hidden=64)["split"] == "k over 1 warps"
+
+
+def test_reasons() -> None:
+    answer = ask(64)
+    assert list(answer) == [
+        "problem", "device", "kernel", "tile", "split", "not few_slots_mlp", "not wgmma_experts", "why",
+    ]  # fmt: skip
+    assert "384 slots, 1.5 per expert" in answer["problem"]
+    assert answer["device"] == "compute capability 9.x, SM90 kernels, 132 SMs, 232448 bytes of shared memory per CTA"
+    assert answer["kernel"] == "stream_gemm (bulk copies, mma.sync)"
+    assert answer["not few_slots_mlp"].endswith("at most 32 slots")
+    assert answer["not wgmma_experts"] == "it needs more than 7 slots per expert to be ahead"
+    assert ask(64, A100)["not wgmma_experts"] == "wgmma needs SM90 instructions"
+    # 32 rows of 16,384 fp16 values are 1 MB of a CTA's 227 KB.
+    wide = ask(32, top_k=1, experts=4, hidden=16384)
+    assert wide["not few_slots_mlp"].startswith("the tokens do not fit")
+
+
+def test_arch_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_NVFP4_ARCH", "80")
+    assert ask(64)["kernel"] == "stream_gemm (cp.async, mma.sync)"
+    assert brief(8192).startswith("stream_gemm")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"op": "combine"}, "expected op moe, grouped_gemm or linear, got combine"),
+        ({"dtype": torch.float32}, "expected dtype bf16 or fp16, got torch.float32"),
+        ({"experts": 0}, "expected experts from 1 to 2\\^30, got 0"),
+        ({"hidden": 2**31}, "expected k from 1 to 2\\^30, got 2147483648"),
+        ({"hidden": 2**64}, "expected sizes from 0 to 2\\^63 - 1, got"),
+        ({"top_k": -1}, "expected sizes from 0 to 2\\^63 - 1, got"),
+        ({"op": "linear"}, "expected top_k 1 and experts 1 for linear, got 6 and 256"),
+        ({"device": CudaDevice(9, 0, 1)}, "expected multiprocessors from 1 to 2\\^30, got 0"),
+        ({"activation": "tanh"}, "expected activation to be one of"),
+    ],
+)
+def test_bad_problems(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ask(64, **changes)
+
+
+def test_any_size_has_an_answer() -> None:
+    """The least and the greatest sizes, on devices from nothing to a GB of shared memory, without an overflow."""
+    ends = (1, 2**30)
+    for tokens, top_k, experts, hidden, features in [
+        (a, b, c, d, e) for a in (0, *ends) for b in ends for c in ends for d in ends for e in ends
+    ]:
+        for device in (CudaDevice(9, 1, 1), CudaDevice(9, 2**30, 2**30), CudaDevice(8, 132, 102400)):
+            answer = explain_select(
+                tokens, top_k=top_k, experts=experts, hidden=hidden, features=features, device=device
+            )
+            assert answer["kernel"]
+            assert "-" not in answer["tile"] + answer["split"]
