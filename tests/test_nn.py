@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch_nvfp4 import backends, reference, testing
 from torch_nvfp4.checkpoint import Checkpoint, CheckpointError
 from torch_nvfp4.format import NVFP4Weight, dequantize, quantize
-from torch_nvfp4.gate import Activation
+from torch_nvfp4.gate import Activation, Gate
 from torch_nvfp4.nn import NVFP4Experts, NVFP4Linear
 from torch_nvfp4.quant_config import MoEQuantConfig
 
@@ -254,7 +254,7 @@ def test_selection_sees_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     choose = backends.select_moe_backend
     monkeypatch.setattr(
-        "torch_nvfp4.nn.select_moe_backend", lambda config, name: seen.append(config) or choose(config, name)
+        "torch_nvfp4.nn.experts.select_moe_backend", lambda config, name: seen.append(config) or choose(config, name)
     )
     NVFP4Experts.from_weights(*weights(), activation="swiglustep", clamp_limit=LIMIT)
     (config,) = seen
@@ -268,8 +268,10 @@ def test_clamp_that_cannot_be_applied_raises() -> None:
         NVFP4Experts.from_weights(*weights(), activation="gelu", clamp_limit=7.0)
     with pytest.raises(ValueError, match=r"backend='flashinfer_trtllm' cannot run.*clamp_limit 0.6 to swiglustep"):
         NVFP4Experts.from_weights(*weights(), activation="swiglustep", clamp_limit=LIMIT, backend="flashinfer_trtllm")
-    with pytest.raises(ValueError, match="expected the gate's parameters or quant_config, got both"):
+    with pytest.raises(ValueError, match=r"expected the gate once, .* got .* \(silu, clamp_limit 7\) and quant_config"):
         NVFP4Experts.from_weights(*weights(), clamp_limit=7.0, quant_config=MoEQuantConfig())
+    with pytest.raises(ValueError, match=r"got gate \(gelu, no clamp\) and quant_config \(silu, no clamp\)$"):
+        NVFP4Experts.from_weights(*weights(), gate=Gate("gelu"), quant_config=MoEQuantConfig())
 
 
 def test_tensor_and_expert_parallel_sums(tmp_path: Path) -> None:
