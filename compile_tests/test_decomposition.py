@@ -14,7 +14,7 @@ from torch._inductor.utils import fresh_cache
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import torch_nvfp4
-from torch_nvfp4.fusion import decompose_moe, inductor_options
+from torch_nvfp4.compiler import decompose_moe, inductor_options
 from torch_nvfp4.ops.moe import decompositions
 from torch_nvfp4.testing import assert_accurate, random_routing, random_weight, relative_l2
 

@@ -19,7 +19,7 @@ from torch._inductor.utils import fresh_cache
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import torch_nvfp4
-from torch_nvfp4.fusion import fuse_gates, inductor_options
+from torch_nvfp4.compiler import fuse_gates, inductor_options
 from torch_nvfp4.testing import assert_accurate, random_routing, random_weight
 
 E, K, TOKENS, TOP_K = 4, 64, 10, 2

@@ -96,7 +96,7 @@ def compiled_contenders(layer: Layer, dtype: torch.dtype) -> list[Contender]:
     # The compiler takes seconds to import.
     from torch._dynamo.decorators import mark_unbacked
 
-    from torch_nvfp4.fusion import inductor_options
+    from torch_nvfp4.compiler import inductor_options
 
     device = layer.w2.data.device
     backend = "cpu" if device.type == "cpu" else "marlin"  # the packed layout that the steps take
