@@ -167,6 +167,9 @@ GATES = {
     "silu 10": {"clamp_limit": 10.0},
     "gpt-oss": {"clamp_limit": 7.0, "alpha": 1.702, "beta": 1.0},
     "swiglustep 5": {"activation": "swiglustep", "clamp_limit": 5.0},
+    # Below 0.278, the depth of silu's minimum: only there does a lower bound on a gate that has none show.
+    "silu 0.125": {"clamp_limit": 0.125},
+    "swiglustep 0.125": {"activation": "swiglustep", "clamp_limit": 0.125},
     "gelu": {"activation": "gelu"},
     "gelu_tanh": {"activation": "gelu_tanh"},
     "relu2": {"activation": "relu2"},
