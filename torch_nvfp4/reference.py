@@ -173,6 +173,8 @@ def clamped_share(gate_up: Tensor, *, activation: str | int = "silu", clamp_limi
 
 
 class MoEResult(NamedTuple):
+    """A layer's output, and how much of it the limit had a part in."""
+
     output: Tensor  # [M, K]
     clamped_share: float  # of the pre-activations of the slots that were not skipped
 

@@ -223,6 +223,7 @@ def vllm_contender(layer: Layer, dtype: torch.dtype) -> Contender:
     return Contender("vllm", run, dtype, ids_dtype=torch.int32)
 
 
+# Over 60 lines: one engine's kernels are set up, tuned and called, with nothing that another contender would share.
 def humming_contenders(layer: Layer, dtype: torch.dtype) -> list[Contender]:
     """Humming's GEMMs, which read and write rows by index or take them sorted by expert, with its tuning tables.
 
