@@ -54,7 +54,6 @@ OWNERS = {
     "tensorrt": {"compiler.tensorrt"},
     "torch_tensorrt": {"compiler.tensorrt"},
     "torch._inductor": {"compiler"},
-    "safetensors": {"checkpoint"},
     "matplotlib": {"bench"},
 }
 MODULE_LINES, FUNCTION_LINES = 450, 60

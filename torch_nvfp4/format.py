@@ -36,7 +36,7 @@ class NVFP4Weight(NamedTuple):
     carry two per matrix, [..., 2] = (gate, up).
     """
 
-    data: Tensor  # uint8 [..., N, K/2], two codes a byte, low nibble = even column
+    data: Tensor  # uint8 [..., N, K/2], two codes per byte, low nibble = even column
     scale: Tensor  # float8_e4m3fn [..., N, K/16]
     global_scale: Tensor  # float32 [...] or [..., 2]; ModelOpt's weight_scale_2
 
@@ -129,7 +129,7 @@ def row_global_scale(weight: NVFP4Weight) -> Tensor:
 
 
 def unpack_codes(data: Tensor) -> Tensor:
-    """uint8 [..., K/2] with two codes a byte -> uint8 [..., K] with one code (0..15) a byte."""
+    """uint8 [..., K/2] with two codes per byte -> uint8 [..., K] with one code (0..15) per byte."""
     return torch.stack((data & 0x0F, data >> 4), dim=-1).flatten(-2)
 
 

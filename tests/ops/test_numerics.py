@@ -221,7 +221,7 @@ def test_moe_allocates_no_dequantized_weights(m: int, target: str) -> None:
         *to(target, *random_routing(m, e, top_k, generator=seeded(37))),
     )
     torch_nvfp4.moe(*arguments)
-    smallest_matrix = k * i  # one expert's w2 with a single byte a value
+    smallest_matrix = k * i  # one expert's w2 with a single byte per value
     if target == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

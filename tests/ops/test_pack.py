@@ -98,7 +98,7 @@ def test_every_code_times_every_scale_is_exact(target: str, weight: NVFP4Weight,
     expected = dequantize(weight, torch.float64).T
     ids = torch.zeros(k, 1, dtype=torch.int32, device=target)
     order, offsets = torch_nvfp4.route(ids, None, 1)
-    # One token a call costs k calls; a few of them will do.
+    # One token per call costs k calls; a few of them will do.
     chunks = range(0, k, tokens) if tokens > 2 else range(0, k, max(k // 8, tokens))
     for dtype in dtypes_of(target):
         identity = torch.eye(k, dtype=dtype, device=target)
