@@ -1,5 +1,19 @@
 """The former name of ``torch_nvfp4.compiler.tensorrt``."""
 
-from torch_nvfp4.compiler.tensorrt import available, bind_arguments, unavailable_reason, unsupported_reason
+from torch_nvfp4.compiler.tensorrt import (
+    PLUGIN_NAME,
+    PLUGIN_NAMESPACE,
+    available,
+    bind_arguments,
+    unavailable_reason,
+    unsupported_reason,
+)
 
-__all__ = ["available", "bind_arguments", "unavailable_reason", "unsupported_reason"]
+__all__ = [
+    "PLUGIN_NAME",
+    "PLUGIN_NAMESPACE",
+    "available",
+    "bind_arguments",
+    "unavailable_reason",
+    "unsupported_reason",
+]
