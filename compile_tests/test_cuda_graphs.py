@@ -23,7 +23,7 @@ from torch_nvfp4.testing import assert_accurate, random_routing, random_weight
 pytestmark = pytest.mark.gpu
 
 EXPERTS, HIDDEN, INTERMEDIATE, TOP_K, LIMIT = 8, 512, 256, 2, 2.0
-TOKENS = (1, 3, 16, 200)  # few and many tokens an expert run different kernels
+TOKENS = (1, 3, 16, 200)  # few and many tokens per expert run different kernels
 DELAY = 20_000_000  # cycles, about 10 ms
 
 Inputs = tuple[Tensor, Tensor, Tensor]

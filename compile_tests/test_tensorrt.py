@@ -1,4 +1,4 @@
-"""``torch_nvfp4.tensorrt``: TensorRT plugin, Torch-TensorRT converter, and the PyTorch fallback.
+"""``torch_nvfp4.compiler.tensorrt``: TensorRT plugin, Torch-TensorRT converter, and the PyTorch fallback.
 
 How much runs depends on what is installed:
 
@@ -34,7 +34,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 
 import torch_nvfp4
-import torch_nvfp4.tensorrt
+import torch_nvfp4.compiler.tensorrt as tensorrt_moe
 from torch_nvfp4.nn import NVFP4Experts
 from torch_nvfp4.testing import assert_accurate, random_routing, random_weight
 
@@ -91,7 +91,7 @@ def test_says_what_is_missing(missing: str, monkeypatch: pytest.MonkeyPatch) -> 
         present = ModuleType(package)
         present.__spec__ = importlib.machinery.ModuleSpec(package, None)
         monkeypatch.setitem(sys.modules, package, None if package == missing else present)
-    assert torch_nvfp4.tensorrt.unavailable_reason() == (
+    assert tensorrt_moe.unavailable_reason() == (
         f"expected the package {missing}, got none; install torch-tensorrt for your version of torch"
     )
 
@@ -110,7 +110,7 @@ def test_needs_a_tensorrt_with_plugins(
         module.__version__ = version
         module.ENABLED_FEATURES = type("Features", (), {"qdp_plugin": enabled})
         monkeypatch.setitem(sys.modules, name, module)
-    reason = torch_nvfp4.tensorrt.unavailable_reason()
+    reason = tensorrt_moe.unavailable_reason()
     if works:
         assert reason is None
     else:
@@ -126,7 +126,7 @@ def test_a_broken_installation_is_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_
     for name in [name for name in sys.modules if name.partition(".")[0] in ("tensorrt", "torch_tensorrt")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(tmp_path)
-    assert torch_nvfp4.tensorrt.unavailable_reason() == (
+    assert tensorrt_moe.unavailable_reason() == (
         "expected torch_tensorrt to be importable, got Exception: libnvinfer.so.11 is missing"
     )
 
@@ -136,7 +136,7 @@ def test_bind_arguments() -> None:
     positional, keyword_only = names[:8], names[8:]
     defaults = {"expert_map": None, "activation": 0, "clamp_limit": None, "alpha": 1.0, "beta": 0.0}
     defaults["apply_router_weight_on_input"] = False
-    bind = torch_nvfp4.tensorrt.bind_arguments
+    bind = tensorrt_moe.bind_arguments
     assert bind(positional[:7], {}) == {**dict(zip(positional[:7], positional[:7], strict=True)), **defaults}
     by_name = {name: name for name in names}
     assert list(bind([], by_name).items()) == list(by_name.items())
@@ -194,9 +194,9 @@ def torch_tensorrt(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleT
                 pytest.skip("needs tensorrt, or tensorrt-cu13-bindings and a C compiler")
             stack.enter_context(stand_ins(tmp_path_factory.mktemp("stand_ins")))
         module = importlib.import_module("torch_tensorrt")
-        if not torch_nvfp4.tensorrt.available():
-            importlib.reload(torch_nvfp4.tensorrt)
-        assert torch_nvfp4.tensorrt.available(), torch_nvfp4.tensorrt.unavailable_reason()
+        if not tensorrt_moe.available():
+            importlib.reload(tensorrt_moe)
+        assert tensorrt_moe.available(), tensorrt_moe.unavailable_reason()
         yield module
 
 
@@ -260,7 +260,7 @@ def test_what_the_plugin_cannot_take_stays_in_pytorch(
 
     model = Model(clamp_limit=2.0)
     graph = lowered(model)
-    assert "on cuda, got torch.bfloat16 on cpu" in torch_nvfp4.tensorrt.unsupported_reason(moe_node(graph))
+    assert "on cuda, got torch.bfloat16 on cpu" in tensorrt_moe.unsupported_reason(moe_node(graph))
     partitioned, _ = getattr(partitioning, f"{partitioner}_partition")(graph, min_block_size=1)
     if partitioner == "fast":
         found = blocks(partitioned)
@@ -281,7 +281,7 @@ def test_what_the_plugin_takes_is_one_block_with_its_neighbours(lowered: Callabl
 
     graph = lowered(Model(clamp_limit=2.0))
     claim_cuda(graph)
-    assert torch_nvfp4.tensorrt.unsupported_reason(moe_node(graph)) is None
+    assert tensorrt_moe.unsupported_reason(moe_node(graph)) is None
     partitioned, _ = partitioning.fast_partition(graph, min_block_size=1)
     ((for_tensorrt, ops),) = blocks(partitioned)
     assert for_tensorrt
@@ -295,7 +295,7 @@ def test_weights_that_are_inputs_stay_in_pytorch(lowered: Callable[[Model], Grap
     claim_cuda(graph)
     node = moe_node(graph)
     node.replace_input_with(node.args[1], node.args[0])
-    assert torch_nvfp4.tensorrt.unsupported_reason(node).startswith("expected w13 to be a constant of the graph, got")
+    assert tensorrt_moe.unsupported_reason(node).startswith("expected w13 to be a constant of the graph, got")
 
 
 class RecordingNetwork:
@@ -410,7 +410,7 @@ def test_converter_and_plugin_give_the_values_of_the_op(
             tensors.append(torch.from_numpy(values).view(shape))
         else:
             tensors.append(next(dynamic))
-    monkeypatch.setattr(torch_nvfp4.tensorrt, "_tensor_at", lambda tensor, shape, dtype: tensor)
+    monkeypatch.setattr(tensorrt_moe, "_tensor_at", lambda tensor, shape, dtype: tensor)
     monkeypatch.setattr(torch.cuda, "ExternalStream", lambda stream: stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     output = torch.empty_like(x)

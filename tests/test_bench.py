@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 from torch_nvfp4 import bench, ops, reference
 from torch_nvfp4.bench import cpu
 from torch_nvfp4.cli import app
+from torch_nvfp4.compiler import GraphPass
 from torch_nvfp4.format import NVFP4Weight
-from torch_nvfp4.fusion import GraphPass
 from torch_nvfp4.testing import random_routing, random_weight, relative_l2
 
 TINY = bench.Shape(experts=4, hidden=64, intermediate=32, top_k=2)

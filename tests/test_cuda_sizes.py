@@ -17,7 +17,7 @@ from torch_nvfp4.testing import TOLERANCE, random_routing, relative_l2
 pytestmark = pytest.mark.gpu
 
 LIMIT = 10.0
-# Up to 32 slots are not sorted; wgmma takes over from 7 tokens an expert on, with wide tiles from 113 to 176 (bf16).
+# Up to 32 slots are not sorted; wgmma takes over from 7 tokens per expert on, with wide tiles from 113 to 176 (bf16).
 TOKENS = (1, 2, 5, 6, 16, 64, 200, 512, 1024, 3000, 5500)
 LAYERS = {
     "dsv4-flash": (SHAPES["dsv4-flash"], (*TOKENS, 8192, 16384)),

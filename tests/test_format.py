@@ -306,7 +306,7 @@ def test_validate_accepts_every_finite_value() -> None:
     weight = random_weight((3, 8, 32), gated=True)
     validate(weight)
     validate(weight._replace(global_scale=torch.tensor([[0.0, -1.0], [1e-45, 3e38], [1.0, 1.0]])))
-    # [2] beside a batch of 2 is one global scale a matrix, beside a single matrix it is (gate, up).
+    # [2] beside a batch of 2 is one global scale per matrix, beside a single matrix it is (gate, up).
     validate(random_weight((2, 8, 32)), gated=False)
     validate(random_weight((8, 32), gated=True), gated=True)
 

@@ -19,8 +19,9 @@ from torch_nvfp4.testing import TOLERANCE, assert_accurate, random_routing, rand
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
-# Every activation with every limit that it can apply.
-GATES = [(a, limit) for a in Activation for limit in (None, 0.6, 5.0, 7.0, 10.0) if limit is None or a.can_clamp]
+# Every activation with every limit that it can apply. One is below 0.278, the depth of silu's minimum: only there does
+# a lower bound on a gate that has none show.
+GATES = [(a, limit) for a in Activation for limit in (None, 0.125, 0.6, 5.0, 7.0, 10.0) if limit is None or a.can_clamp]
 
 
 def generator(seed: int) -> torch.Generator:
@@ -237,7 +238,9 @@ def moe_loop(
         ("silu", None, {}),
         ("silu", 0.6, {}),
         ("silu", 0.6, {"alpha": 1.702, "beta": 1.0}),
+        ("silu", 0.125, {}),
         ("swiglustep", 0.6, {}),
+        ("swiglustep", 0.125, {}),
         ("relu2", None, {}),
     ],
 )

@@ -53,9 +53,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # fusion imports Inductor, which takes seconds that only those who compile should pay.
+    # Inductor is imported with it, which takes seconds that only those who compile should pay.
     if name == "inductor_options":
-        from torch_nvfp4.fusion import inductor_options
+        from torch_nvfp4.compiler import inductor_options
 
         return inductor_options
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

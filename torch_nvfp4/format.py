@@ -36,7 +36,7 @@ class NVFP4Weight(NamedTuple):
     carry two per matrix, [..., 2] = (gate, up).
     """
 
-    data: Tensor  # uint8 [..., N, K/2], two codes a byte, low nibble = even column
+    data: Tensor  # uint8 [..., N, K/2], two codes per byte, low nibble = even column
     scale: Tensor  # float8_e4m3fn [..., N, K/16]
     global_scale: Tensor  # float32 [...] or [..., 2]; ModelOpt's weight_scale_2
 
@@ -129,7 +129,7 @@ def row_global_scale(weight: NVFP4Weight) -> Tensor:
 
 
 def unpack_codes(data: Tensor) -> Tensor:
-    """uint8 [..., K/2] with two codes a byte -> uint8 [..., K] with one code (0..15) a byte."""
+    """uint8 [..., K/2] with two codes per byte -> uint8 [..., K] with one code (0..15) per byte."""
     return torch.stack((data & 0x0F, data >> 4), dim=-1).flatten(-2)
 
 
@@ -163,6 +163,20 @@ def _quantize_rows(dense: Tensor, global_scale: Tensor) -> tuple[Tensor, Tensor]
     return pack_codes(codes.flatten(-2)), scale
 
 
+def _checked_global_scale(global_scale: Tensor, shape: list[int]) -> Tensor:
+    """In fp32; ValueError unless it has this shape and positive, finite values."""
+    if list(global_scale.shape) != shape:
+        raise ValueError(f"global_scale: expected shape {shape}, got {list(global_scale.shape)}")
+    global_scale = global_scale.to(torch.float32)
+    _require_finite("global_scale", global_scale)
+    if bool((global_scale <= 0).any()):
+        index = _first_index(global_scale <= 0)
+        raise ValueError(
+            f"global_scale: expected positive values, got {float(global_scale[tuple(index)]):g} at index {index}"
+        )
+    return global_scale
+
+
 def quantize(dense: Tensor, *, global_scale: Tensor | None = None, gated: bool = False) -> NVFP4Weight:
     """Quantizes [..., N, K] to NVFP4, bit-equal to nvidia-modelopt's ``NVFP4QTensor.quantize`` on each matrix.
 
@@ -188,15 +202,7 @@ def quantize(dense: Tensor, *, global_scale: Tensor | None = None, gated: bool =
     scale_shape = [*batch, 2] if gated else batch
     device = dense.device
     if global_scale is not None:
-        if list(global_scale.shape) != scale_shape:
-            raise ValueError(f"global_scale: expected shape {scale_shape}, got {list(global_scale.shape)}")
-        global_scale = global_scale.to(device, torch.float32)
-        _require_finite("global_scale", global_scale)
-        if bool((global_scale <= 0).any()):
-            index = _first_index(global_scale <= 0)
-            raise ValueError(
-                f"global_scale: expected positive values, got {float(global_scale[tuple(index)]):g} at index {index}"
-            )
+        global_scale = _checked_global_scale(global_scale.to(device), scale_shape)
 
     matrices = dense.detach().reshape(math.prod(scale_shape), n // 2 if gated else n, k)
     data = torch.empty((*matrices.shape[:-1], k // 2), dtype=torch.uint8, device=device)

@@ -37,6 +37,10 @@ class Activation(IntEnum):
         return self is Activation.silu
 
 
+CLAMP_ACTIVATIONS = frozenset(activation for activation in Activation if activation.can_clamp)
+"""The activations that a limit is defined for; a backend that clamps fewer of them says so itself."""
+
+
 def parse_activation(activation: str | int) -> Activation:
     """The activation of a name (or of a number of the op schemas); ValueError lists what there is."""
     if isinstance(activation, str):

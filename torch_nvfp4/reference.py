@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from torch_nvfp4.format import NVFP4Weight, dequantize
-from torch_nvfp4.gate import check_gate, gated_activation, parse_activation
+from torch_nvfp4.gate import Activation, check_gate, gated_activation, parse_activation
 
 Weight = NVFP4Weight | Tensor
 
@@ -166,13 +166,15 @@ def clamped_share(gate_up: Tensor, *, activation: str | int = "silu", clamp_limi
     if clamp_limit is None or gate_up.numel() == 0:
         return 0.0
     gate, up = gate_up.chunk(2, dim=-1)
-    if act.name == "swiglustep":
+    if act is Activation.swiglustep:
         gate = gate * torch.sigmoid(gate)
     changed = (gate > clamp_limit).sum() + (up.abs() > clamp_limit).sum()
     return int(changed) / gate_up.numel()
 
 
 class MoEResult(NamedTuple):
+    """A layer's output, and how much of it the limit had a part in."""
+
     output: Tensor  # [M, K]
     clamped_share: float  # of the pre-activations of the slots that were not skipped
 

@@ -41,16 +41,24 @@ _logged: set[str] = set()
 
 
 class MoEBackend(Protocol):
+    """What the registry expects of a backend's module."""
+
     name: str
     CLAMP_ACTIVATIONS: frozenset[Activation]
 
-    def supports(self, config: MoEBackendConfig) -> str | None: ...
+    def supports(self, config: MoEBackendConfig) -> str | None:
+        """None if the backend can run ``config``, else why not, as "expected ..., got ..."."""
 
-    def prepare(self, w13: NVFP4Weight, w2: NVFP4Weight) -> dict[str, Tensor]: ...
+    def prepare(self, w13: NVFP4Weight, w2: NVFP4Weight) -> dict[str, Tensor]:
+        """[E, 2I, K] (global scale [E, 2]) and [E, K, I], gate rows first -> the tensors that ``apply`` reads.
+
+        Raises ValueError for NaN scales and global scales that are not finite.
+        """
 
     def restore(
         self, tensors: Mapping[str, Tensor], hidden_size: int, intermediate_size: int
-    ) -> tuple[NVFP4Weight, NVFP4Weight]: ...
+    ) -> tuple[NVFP4Weight, NVFP4Weight]:
+        """The exact inverse of ``prepare``: every code and every scale byte comes back."""
 
     def apply(
         self,
@@ -61,7 +69,11 @@ class MoEBackend(Protocol):
         topk_ids: Tensor,
         expert_map: Tensor | None = None,
         apply_router_weight_on_input: bool = False,
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """The layer: hidden_states [M, K], topk_weights fp32 and topk_ids [M, top_k] -> [M, K] in their dtype.
+
+        ``tensors`` are those of ``prepare``; the rest is as in ``torch_nvfp4.moe``.
+        """
 
 
 BACKENDS: tuple[MoEBackend, ...] = cast(tuple[MoEBackend, ...], (flashinfer_trtllm, marlin, cpu, reference))

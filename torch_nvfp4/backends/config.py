@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -46,12 +45,36 @@ class MoEBackendConfig:
 
     @classmethod
     def for_device(
-        cls, device: torch.device | str, hidden_size: int, intermediate_size: int, **kwargs: Any
+        cls,
+        device: torch.device | str,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        dtype: torch.dtype | None = None,
+        gate: Gate | None = None,
+        expert_map: bool = False,
+        apply_router_weight_on_input: bool = False,
+        equal_gate_up_scales: bool = True,
+        libraries: Libraries | None = None,
     ) -> MoEBackendConfig:
-        """With the device's type and compute capability; ``kwargs`` are further fields."""
+        """For a device that is here, whose type and compute capability it reads; the rest are the fields of the class.
+
+        ``gate`` None is silu without a clamp, ``libraries`` None those of this process. Raises what torch raises for a
+        device that is not there.
+        """
         device = torch.device(device)
-        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-        return cls(device.type, hidden_size, intermediate_size, capability, **kwargs)
+        return cls(
+            device.type,
+            hidden_size,
+            intermediate_size,
+            torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
+            dtype,
+            Gate() if gate is None else gate,
+            expert_map,
+            apply_router_weight_on_input,
+            equal_gate_up_scales,
+            Libraries.detect() if libraries is None else libraries,
+        )
 
     def __str__(self) -> str:
         where = self.device_type
@@ -61,12 +84,14 @@ class MoEBackendConfig:
 
 
 def size_error(config: MoEBackendConfig, multiple: int) -> str | None:
+    """Why a backend cannot run these sizes if it needs K and I to be multiples of ``multiple``, or None."""
     if config.hidden_size % multiple or config.intermediate_size % multiple:
         return f"expected K and I to be multiples of {multiple}, got {config.hidden_size}, {config.intermediate_size}"
     return None
 
 
 def dtype_error(config: MoEBackendConfig, *dtypes: torch.dtype) -> str | None:
+    """Why a backend that takes hidden_states in ``dtypes`` cannot run this layer, or None."""
     if config.dtype is not None and config.dtype not in dtypes:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         return f"expected hidden_states in {names}, got {str(config.dtype).removeprefix('torch.')}"

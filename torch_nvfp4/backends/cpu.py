@@ -6,12 +6,11 @@ import torch
 
 from torch_nvfp4.backends._packed import apply, prepare, restore
 from torch_nvfp4.backends.config import MoEBackendConfig, dtype_error, size_error
-from torch_nvfp4.gate import Activation
+from torch_nvfp4.gate import CLAMP_ACTIVATIONS
 
 __all__ = ["CLAMP_ACTIVATIONS", "apply", "name", "prepare", "restore", "supports"]
 
 name = "cpu"
-CLAMP_ACTIVATIONS = frozenset({Activation.silu, Activation.swiglustep})
 
 
 def supports(config: MoEBackendConfig) -> str | None:

@@ -131,10 +131,8 @@ def apply(
         is_sf_swizzled_layout=False,
     )
     experts, _, hidden_groups = tensors["w13_scale"].shape
-    here = (topk_ids >= 0) & (topk_ids < experts)
-    topk_ids, topk_weights = topk_ids.where(here, 0).to(torch.int32), topk_weights.where(here, 0.0)
     outputs = flashinfer.trtllm_fp4_block_scale_routed_moe(
-        topk_ids=(topk_ids, topk_weights),
+        topk_ids=_routing(topk_ids, topk_weights, experts),
         routing_bias=None,
         hidden_states=codes,
         hidden_states_scale=scales.view(torch.float8_e4m3fn).reshape(-1, hidden_groups),
@@ -163,3 +161,9 @@ def apply(
         activation_type=_SWIGLU,
     )
     return outputs[0] if isinstance(outputs, (list, tuple)) else outputs
+
+
+def _routing(topk_ids: Tensor, topk_weights: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """int32 ids and the weights, where an id without an expert is expert 0 with weight 0."""
+    here = (topk_ids >= 0) & (topk_ids < experts)
+    return topk_ids.where(here, 0).to(torch.int32), topk_weights.where(here, 0.0)

@@ -14,11 +14,12 @@ from torch import Tensor
 from torch_nvfp4 import reference
 from torch_nvfp4.backends.config import MoEBackendConfig, dtype_error, size_error
 from torch_nvfp4.format import NVFP4Weight, validate, validate_layout
-from torch_nvfp4.gate import Activation
+from torch_nvfp4.gate import CLAMP_ACTIVATIONS
 from torch_nvfp4.quant_config import MoEQuantConfig
 
+__all__ = ["CLAMP_ACTIVATIONS", "apply", "name", "prepare", "restore", "supports"]
+
 name = "reference"
-CLAMP_ACTIVATIONS = frozenset({Activation.silu, Activation.swiglustep})
 
 
 def supports(config: MoEBackendConfig) -> str | None:

@@ -96,7 +96,7 @@ def compiled_contenders(layer: Layer, dtype: torch.dtype) -> list[Contender]:
     # The compiler takes seconds to import.
     from torch._dynamo.decorators import mark_unbacked
 
-    from torch_nvfp4.fusion import inductor_options
+    from torch_nvfp4.compiler import inductor_options
 
     device = layer.w2.data.device
     backend = "cpu" if device.type == "cpu" else "marlin"  # the packed layout that the steps take
@@ -223,6 +223,7 @@ def vllm_contender(layer: Layer, dtype: torch.dtype) -> Contender:
     return Contender("vllm", run, dtype, ids_dtype=torch.int32)
 
 
+# Over 60 lines: one engine's kernels are set up, tuned and called, with nothing that another contender would share.
 def humming_contenders(layer: Layer, dtype: torch.dtype) -> list[Contender]:
     """Humming's GEMMs, which read and write rows by index or take them sorted by expert, with its tuning tables.
 

@@ -13,7 +13,7 @@ def combine(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, expert_map: Tenso
     """``out[m] = sum over j of topk_weights[m, j] * x[m * top_k + j]``, summed in fp32 in the order of j.
 
     Args:
-        x: [M * top_k, N] bfloat16 or float16, on the CPU also float32: one row a slot.
+        x: [M * top_k, N] bfloat16 or float16, on the CPU also float32: one row per slot.
         topk_weights: [M, top_k] float32.
         topk_ids, expert_map, num_experts: as in ``route``; slots without a local expert are not read.
 

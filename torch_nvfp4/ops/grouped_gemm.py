@@ -28,7 +28,7 @@ def grouped_gemm(
         order, offsets: int32 [slots] and [E + 1], from ``route``.
         topk_weights: float32 [rows, slots / rows].
 
-    Returns [slots, N] in x's dtype, one row a slot, gate columns before up columns; slots without an expert are zero.
+    Returns [slots, N] in x's dtype, one row per slot, gate columns before up columns; slots without an expert are zero.
     Raises RuntimeError (expected and got).
     """
     return torch.ops.nvfp4.grouped_gemm(x, weight, global_scale, order, offsets, topk_weights)

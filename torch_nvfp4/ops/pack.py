@@ -22,7 +22,7 @@ def pack(weight: NVFP4Weight, *, gated: bool = False) -> Tensor:
             pass it to the op beside the packed weight.
         gated: rows are gate rows, then up rows, to be interleaved for an op with a gated activation.
 
-    Returns uint8, 0.5625 byte a value where N and K are multiples of 64. Raises TypeError or ValueError for a weight
+    Returns uint8, 0.5625 byte per value where N and K are multiples of 64. Raises TypeError or ValueError for a weight
     that is not valid NVFP4 (NaN scales included), RuntimeError (expected and got) for sizes that do not fit.
     """
     validate(weight, gated=gated)

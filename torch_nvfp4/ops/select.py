@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from torch_nvfp4.activation import Activation, parse_activation
+from torch_nvfp4.gate import Activation, parse_activation
 from torch_nvfp4.ops._library import library_paths
 
 

@@ -1,0 +1,137 @@
+"""Fusing an eager clamp-SwiGLU gate into the GEMM whose output it halves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from torch_nvfp4.compiler.expression import CASTS, GEMMS, Half, Reader, gate_form
+from torch_nvfp4.compiler.graph import NoMatchError, arguments_of, insert, packet_of, same_shape, value_of
+from torch_nvfp4.gate import Gate
+
+__all__ = ["fuse_gates"]
+
+aten, nvfp4 = torch.ops.aten, torch.ops.nvfp4
+
+
+def fuse_gates(graph: Graph) -> int:
+    """Replaces each GEMM and the eager gate after it by ``grouped_gemm_swiglu``; returns how many there were.
+
+    The GEMM is ``grouped_gemm``, or ``linear`` without bias, with a weight that was packed with gated=True. The gate is
+    one of (g, u: the halves of the GEMM's output, by chunk, split, slice, unbind or select)
+
+    - ``min(g, L) * sigmoid(alpha * min(g, L)) * (clamp(u, -L, L) + beta)``, of DeepSeek-V4, MiniMax-M3, gpt-oss
+    - ``min(silu(g), L) * clamp(u, -L, L)``, of Step-3.5
+    - either without its clamps, or with an infinite limit
+
+    in any order of the factors, and with or without an upcast of the halves to fp32. The result has the GEMM's dtype.
+
+    It stays as it is where the meaning would differ or the work would be done twice: limits that are unequal or only
+    known at run time, gate and up swapped or interleaved, a GEMM output (or anything up to the result) that something
+    else reads, a broadcast, a cast to a narrower dtype, halves that are written in place.
+    """
+    if not any(graph.find_nodes(op="call_function", target=target) for target in GEMMS):
+        return 0  # the usual graph is not worth reading
+    count = 0
+    # From the end, so that a product is tried before its factors.
+    for node in reversed(list(graph.nodes)):
+        if packet_of(node) in (aten.mul, aten.div) and not node._erased:
+            gate = _match(node)
+            if gate is not None:
+                _replace(graph, gate)
+                count += 1
+    return count
+
+
+@dataclass
+class _Match:
+    """A gate that was found."""
+
+    root: Node  # its result, which the fused op's output replaces
+    half: Half
+    nodes: set[Node]  # everything from the GEMM to the root, which the replacement leaves without a user
+    gate: Gate
+
+
+def _match(node: Node) -> _Match | None:
+    """The gate whose last product ``node`` is, or None."""
+    reader = Reader()
+    try:
+        gate = gate_form(reader.read(node))
+        half = reader.halves[0]
+        like = value_of(half.gemm)
+        root = node
+        if value_of(node).dtype != like.dtype and len(node.users) == 1:
+            root = next(iter(node.users))
+            if packet_of(root) not in CASTS:
+                return None
+            reader.read(root)
+        shaped = [value_of(n) for n in (*reader.half_nodes, *reader.pointwise)]
+        values = [*shaped, *(value_of(n) for n in reader.upcasts)]
+        result = value_of(root)
+    except NoMatchError:
+        return None
+    if result.dtype != like.dtype:
+        return None
+    # A narrower dtype in between rounds more than the fused op may leave out, an integer truncates, and another shape
+    # is a broadcast.
+    for value in values:
+        if not value.dtype.is_floating_point or torch.promote_types(value.dtype, like.dtype) != value.dtype:
+            return None
+        if value.device != like.device:
+            return None
+    if not all(same_shape(value.shape, shaped[0].shape) for value in shaped):
+        return None
+    nodes = {*reader.half_nodes, *reader.pointwise, *reader.upcasts, *reader.plumbing}
+    if any(user not in nodes for n in nodes - {root} for user in n.users):
+        return None
+    return _Match(root, half, nodes, gate)
+
+
+def _replace(graph: Graph, match: _Match) -> None:
+    args = arguments_of(match.half.gemm)
+    parameters = match.gate.kwargs()
+
+    def grouped(*tensors: Tensor) -> Tensor:
+        return nvfp4.grouped_gemm_swiglu(*tensors, **parameters)
+
+    def dense(x: Tensor, weight: Tensor, global_scale: Tensor) -> Tensor:
+        # One expert that owns every row: order is 0 .. rows - 1, offsets are 0 and rows.
+        rows = x.reshape(-1, x.shape[-1])
+        order = torch.arange(rows.shape[0], dtype=torch.int32, device=x.device)
+        offsets = torch.arange(2, dtype=torch.int32, device=x.device) * rows.shape[0]
+        out = nvfp4.grouped_gemm_swiglu(
+            rows, weight.unsqueeze(0), global_scale.unsqueeze(0), order, offsets, **parameters
+        )
+        return out.reshape(*x.shape[:-1], out.shape[-1])
+
+    # The fused op stands where the GEMM stood, so that it reads what the GEMM read.
+    gemm = match.half.gemm
+    with graph.inserting_before(gemm):
+        fn = grouped if gemm.target is nvfp4.grouped_gemm.default else dense
+        fused = insert(graph, fn, [value for value in args.values() if isinstance(value, Node)])
+    if match.half.source is not gemm:
+        with graph.inserting_before(match.root):
+            fused = _view_like(graph, fused, match)
+    match.root.replace_all_uses_with(fused)
+    for node in reversed(list(graph.nodes)):
+        if node in match.nodes:
+            graph.erase_node(node)
+
+
+def _view_like(graph: Graph, fused: Node, match: _Match) -> Node:
+    """The fused output in the shape that the view before the split gave to the halves."""
+    source, shape = match.half.source, value_of(match.root).shape
+    sizes = arguments_of(source)
+    leading = sizes["shape" if "shape" in sizes else "size"][: len(shape) - 1]
+    last: Any = shape[-1]
+    if isinstance(last, torch.SymInt):
+        last = graph.call_function(aten.sym_size.int, (fused, 1))
+        last.meta["val"] = value_of(fused).shape[1]
+    view = graph.call_function(aten.view.default, (fused, [*leading, last]))
+    view.meta["val"] = value_of(fused).view(shape)
+    return view

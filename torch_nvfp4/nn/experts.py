@@ -1,0 +1,292 @@
+"""The routed experts of one MoE layer as a module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from torch_nvfp4.backends import MoEBackendConfig, moe_backend, select_moe_backend
+from torch_nvfp4.checkpoint import Checkpoint
+from torch_nvfp4.format import NVFP4Weight, is_gated_pair, quantize, validate_layout
+from torch_nvfp4.gate import Gate, parse_activation
+from torch_nvfp4.nn.packed_module import PackedModule, WeightShape
+from torch_nvfp4.quant_config import MoEQuantConfig
+
+__all__ = ["NVFP4Experts"]
+
+
+class NVFP4Experts(PackedModule):
+    """The routed experts of one MoE layer, as ``torch_nvfp4.moe``: ``experts(hidden_states, topk_weights, topk_ids)``.
+
+    Made by ``from_float``, ``from_weights`` or ``from_checkpoint``; the constructor itself makes zero weights (on the
+    meta device: none) for ``load_state_dict``. Traceable by torch.compile(fullgraph=True, dynamic=True) and
+    torch.export. No gradient.
+
+    Args:
+        num_experts, hidden_size, intermediate_size: E, K, I, of this rank.
+        activation, clamp_limit, alpha, beta: the gate, as in ``torch_nvfp4.moe``.
+        gate: the gate as one value, instead of these four.
+        quant_config: the gate and the activation scales, instead of the four and of ``gate``.
+        expert_map: int32 [global experts], local expert or -1; then topk_ids are global.
+        apply_router_weight_on_input: as in ``torch_nvfp4.moe``.
+        backend: a name of ``torch_nvfp4.backends``, or None for the first that can run the layer
+            (TORCH_NVFP4_BACKEND overrides None). It holds for every device that the module is moved to.
+        device: torch's default device if None.
+
+    Raises ValueError for a clamp that the activation or the backend cannot apply (it is never skipped), for a gate that
+    is given twice, and for an ``expert_map`` of another dtype or rank.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        activation: str | int = "silu",
+        clamp_limit: float | None = None,
+        alpha: float = 1.0,
+        beta: float = 0.0,
+        gate: Gate | None = None,
+        quant_config: MoEQuantConfig | None = None,
+        expert_map: Tensor | None = None,
+        apply_router_weight_on_input: bool = False,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        _weights: dict[str, NVFP4Weight] | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.quant_config = _one_gate(Gate(parse_activation(activation), clamp_limit, alpha, beta), gate, quant_config)
+        self.apply_router_weight_on_input = apply_router_weight_on_input
+        self.requested_backend = backend
+        if _weights is None:
+            _weights = {prefix: shape.zeros(device) for prefix, shape in self._weight_shapes().items()}
+        if expert_map is not None:
+            if expert_map.dim() != 1 or expert_map.dtype != torch.int32:
+                raise ValueError(
+                    "expert_map: expected int32 of shape [global experts], "
+                    f"got {expert_map.dtype} of shape {list(expert_map.shape)}"
+                )
+            expert_map = expert_map.to(_weights["w2_"].data.device)
+        # In the state dict, as the weights beside it are those of the experts that it names.
+        self.register_buffer("expert_map", expert_map)
+        self.expert_map: Tensor | None
+        self._place(_weights)
+
+    @classmethod
+    def from_weights(
+        cls,
+        w13: NVFP4Weight,
+        w2: NVFP4Weight,
+        *,
+        activation: str | int = "silu",
+        clamp_limit: float | None = None,
+        alpha: float = 1.0,
+        beta: float = 0.0,
+        gate: Gate | None = None,
+        quant_config: MoEQuantConfig | None = None,
+        expert_map: Tensor | None = None,
+        apply_router_weight_on_input: bool = False,
+        backend: str | None = None,
+    ) -> NVFP4Experts:
+        """From NVFP4 weights, on their device.
+
+        Args:
+            w13: [E, 2I, K], gate rows first; its global scale is [E, 2] (gate, up), or [E] for both alike.
+            w2: [E, K, I], global scale [E].
+
+        The keywords are the constructor's. Raises TypeError or ValueError for weights that are not valid NVFP4 or do
+        not fit together, and what the constructor raises.
+        """
+        validate_layout(w13, gated=True)
+        validate_layout(w2, gated=False)
+        if w13.data.dim() != 3 or w2.data.dim() != 3:
+            raise ValueError(
+                "expected w13 [E, 2I, K] and w2 [E, K, I], "
+                f"got data of shapes {list(w13.data.shape)} and {list(w2.data.shape)}"
+            )
+        experts, two_i, k = *w13.data.shape[:2], 2 * w13.data.shape[2]
+        expected, got = (experts, k, two_i // 2), (*w2.data.shape[:2], 2 * w2.data.shape[2])
+        if got != expected or w2.data.device != w13.data.device:
+            raise ValueError(
+                f"w2: expected shape {list(expected)} on {w13.data.device} for w13 of shape {[experts, two_i, k]}, "
+                f"got {list(got)} on {w2.data.device}"
+            )
+        if not is_gated_pair(w13):
+            w13 = w13._replace(global_scale=w13.global_scale.unsqueeze(1).repeat(1, 2))
+        return cls(
+            experts,
+            k,
+            two_i // 2,
+            activation=activation,
+            clamp_limit=clamp_limit,
+            alpha=alpha,
+            beta=beta,
+            gate=gate,
+            quant_config=quant_config,
+            expert_map=expert_map,
+            apply_router_weight_on_input=apply_router_weight_on_input,
+            backend=backend,
+            _weights={"w13_": w13, "w2_": w2},
+        )
+
+    @classmethod
+    def from_float(
+        cls,
+        w13: Tensor,
+        w2: Tensor,
+        *,
+        activation: str | int = "silu",
+        clamp_limit: float | None = None,
+        alpha: float = 1.0,
+        beta: float = 0.0,
+        gate: Gate | None = None,
+        quant_config: MoEQuantConfig | None = None,
+        expert_map: Tensor | None = None,
+        apply_router_weight_on_input: bool = False,
+        backend: str | None = None,
+    ) -> NVFP4Experts:
+        """Quantizes dense weights (see ``torch_nvfp4.quantize``), on their device.
+
+        Args:
+            w13: [E, 2I, K] in any floating point dtype, gate rows first; gate and up get global scales of their own.
+            w2: [E, K, I].
+
+        The keywords are the constructor's. Raises what ``quantize`` and ``from_weights`` raise.
+        """
+        return cls.from_weights(
+            quantize(w13, gated=True),
+            quantize(w2),
+            activation=activation,
+            clamp_limit=clamp_limit,
+            alpha=alpha,
+            beta=beta,
+            gate=gate,
+            quant_config=quant_config,
+            expert_map=expert_map,
+            apply_router_weight_on_input=apply_router_weight_on_input,
+            backend=backend,
+        )
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: str | Path | Checkpoint,
+        layer: int,
+        *,
+        device: torch.device | str = "cpu",
+        tp_rank: int = 0,
+        tp_size: int = 1,
+        ep_rank: int = 0,
+        ep_size: int = 1,
+        backend: str | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> NVFP4Experts:
+        """One layer of a checkpoint directory; gate and clamp limit come from its config.
+
+        With tp_size > 1 this rank has I / tp_size of every expert and its results are partial sums: add those of all
+        ranks (all-reduce). With ep_size > 1 it has E / ep_size whole experts, topk_ids stay global, and the results are
+        partial sums too. The other arguments are those of ``Checkpoint.experts``, and ``backend``.
+
+        Raises CheckpointError (a ValueError).
+        """
+        if not isinstance(checkpoint, Checkpoint):
+            checkpoint = Checkpoint.open(checkpoint)
+        quant_config = MoEQuantConfig(checkpoint.gate(layer))
+        weights = checkpoint.experts(
+            layer, tp_rank=tp_rank, tp_size=tp_size, ep_rank=ep_rank, ep_size=ep_size, progress=progress
+        )
+        w13, w2 = (NVFP4Weight(*(part.to(device) for part in weight)) for weight in weights)
+        expert_map = checkpoint.expert_map(ep_rank, ep_size) if ep_size > 1 else None
+        return cls.from_weights(w13, w2, quant_config=quant_config, expert_map=expert_map, backend=backend)
+
+    @property
+    def clamp_limit(self) -> float | None:
+        """The limit that the kernel applies to gate and up, None for no clamp."""
+        return self.quant_config.gate.clamp_limit
+
+    def unpacked_weights(self) -> tuple[NVFP4Weight, NVFP4Weight]:
+        """(w13, w2) in the canonical format, on the module's device."""
+        weights = self._unpack()
+        return weights["w13_"], weights["w2_"]
+
+    def forward(self, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+        """hidden_states [..., K], topk_weights and topk_ids [..., top_k] -> [..., K] in hidden_states' dtype.
+
+        topk_weights of another floating point dtype are taken as float32.
+        """
+        output = moe_backend(self.backend).apply(
+            {name: self._buffer(name) for name in self._packed_names},
+            self.quant_config,
+            _as_matrix(hidden_states),
+            _as_matrix(topk_weights if topk_weights.dtype == torch.float32 else topk_weights.float()),
+            _as_matrix(topk_ids),
+            self.expert_map,
+            self.apply_router_weight_on_input,
+        )
+        return output if hidden_states.dim() == 2 else output.reshape(hidden_states.shape)
+
+    def extra_repr(self) -> str:
+        """Sizes, gate and backend, for ``print(module)``."""
+        gate = self.quant_config.gate
+        parts = [
+            f"num_experts={self.num_experts}",
+            f"hidden_size={self.hidden_size}",
+            f"intermediate_size={self.intermediate_size}",
+            f"activation={gate.activation.name}",
+            f"clamp_limit={gate.clamp_limit}",
+        ]
+        if (gate.alpha, gate.beta) != (1.0, 0.0):
+            parts.append(f"alpha={gate.alpha}, beta={gate.beta}")
+        return ", ".join([*parts, f"backend={self.backend}"])
+
+    def _weight_shapes(self) -> dict[str, WeightShape]:
+        e, k, i = self.num_experts, self.hidden_size, self.intermediate_size
+        return {"w13_": WeightShape((e, 2 * i, k), (e, 2)), "w2_": WeightShape((e, k, i), (e,))}
+
+    def _pack(self, weights: dict[str, NVFP4Weight]) -> tuple[str, dict[str, Tensor]]:
+        w13, w2 = weights["w13_"], weights["w2_"]
+        device, scale = w13.data.device, w13.global_scale
+        if device.type == "meta":
+            chosen = moe_backend("reference")  # its layout is the canonical one; the choice waits for a real device
+        else:
+            config = MoEBackendConfig.for_device(
+                device,
+                self.hidden_size,
+                self.intermediate_size,
+                gate=self.quant_config.gate,
+                expert_map=self.expert_map is not None,
+                apply_router_weight_on_input=self.apply_router_weight_on_input,
+                equal_gate_up_scales=bool((scale[:, 0] == scale[:, 1]).all()),
+            )
+            chosen = select_moe_backend(config, self.requested_backend)
+        return chosen.name, chosen.prepare(w13, w2)
+
+    def _unpack(self) -> dict[str, NVFP4Weight]:
+        buffers = {name: self._buffer(name) for name in self._packed_names}
+        w13, w2 = moe_backend(self.backend).restore(buffers, self.hidden_size, self.intermediate_size)
+        return {"w13_": w13, "w2_": w2}
+
+
+def _as_matrix(tensor: Tensor) -> Tensor:
+    """Contiguous, leading dimensions as one."""
+    return (tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])).contiguous()
+
+
+def _one_gate(parameters: Gate, gate: Gate | None, quant_config: MoEQuantConfig | None) -> MoEQuantConfig:
+    """The one of the three that was given; ValueError where two were."""
+    given = {"activation, clamp_limit, alpha, beta": None if parameters == Gate() else parameters}
+    given |= {"gate": gate, "quant_config": None if quant_config is None else quant_config.gate}
+    several = [f"{name} ({value})" for name, value in given.items() if value is not None]
+    if len(several) > 1:
+        raise ValueError(
+            "expected the gate once, as activation, clamp_limit, alpha and beta, as gate or as quant_config, "
+            f"got {' and '.join(several)}"
+        )
+    return quant_config if quant_config is not None else MoEQuantConfig(parameters if gate is None else gate)
