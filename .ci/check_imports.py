@@ -18,7 +18,7 @@ LAYERS = [
     {"quant_config"},
     {"backends"},
     {"nn", "fusion", "export", "distributed", "tensorrt"},
-    {"integrations", "demo", "bench"},
+    {"integrations", "demo", "bench", "verify"},
     {"cli", "__main__"},
 ]
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from torch_nvfp4 import bench, ops, reference
 from torch_nvfp4.bench import cpu
 from torch_nvfp4.cli import app
+from torch_nvfp4.cli.bench_table import render
 from torch_nvfp4.format import NVFP4Weight
 from torch_nvfp4.fusion import GraphPass
 from torch_nvfp4.testing import random_routing, random_weight, relative_l2
@@ -289,7 +290,7 @@ def make_report(device, peers):
 )
 def test_tables_fit_120_columns(device, peers):
     console = Console(width=300, record=True, file=io.StringIO())
-    console.print(bench.render(make_report(device, peers)))
+    console.print(render(make_report(device, peers)))
     lines = console.export_text().splitlines()
     assert max(len(line.rstrip()) for line in lines) <= 120
     assert "2.00x" in lines[-1] or "2.0x" in lines[-1]

@@ -12,7 +12,8 @@ import torch
 from typer.testing import CliRunner
 
 import torch_nvfp4
-from torch_nvfp4 import cli
+from torch_nvfp4 import bench
+from torch_nvfp4.cli import app, demo
 from torch_nvfp4.demo import write_checkpoint
 from torch_nvfp4.gate import Gate
 from torch_nvfp4.nn import NVFP4Experts
@@ -32,7 +33,7 @@ def checkpoint(tmp_path_factory):
 
 
 def run(*arguments):
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def assert_one_line_error(result, command, *parts):
@@ -227,8 +228,8 @@ def test_demo(checkpoint, tmp_path, monkeypatch):
     """What `make demo` does, with a tiny checkpoint and without Inductor's compiler."""
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model, **options: compile(model, backend="aot_eager", **options))
-    monkeypatch.setattr(cli, "write_checkpoint", lambda path: shutil.copytree(checkpoint, path))
-    monkeypatch.setattr(cli, "DEMO_TOKENS", (5,))
+    monkeypatch.setattr(demo, "write_checkpoint", lambda path: shutil.copytree(checkpoint, path))
+    monkeypatch.setattr(demo, "DEMO_TOKENS", (5,))
     file = tmp_path / "demo.json"
     result = run("demo", "--device", "cpu", "--layers", "2", "--keep", tmp_path / "kept", "--json", file)
     assert result.exit_code == 0, result.output
@@ -241,14 +242,14 @@ def test_demo(checkpoint, tmp_path, monkeypatch):
         assert 0 < row["relative_l2"] <= 4e-3
         assert 0.1 < row["clamped_share"] < 0.9
         assert row["seconds"] > 0
-        hit = len(set(next(cli.bench.cases(cli.bench.Shape(4, 64, 32, 2), tokens)).topk_ids.flatten().tolist()))
+        hit = len(set(next(bench.cases(bench.Shape(4, 64, 32, 2), tokens)).topk_ids.flatten().tolist()))
         assert row["touched_bytes"] == hit * (3 * HIDDEN * INTERMEDIATE * 9 // 16 + 12), mode
     assert "demo passed: 2 layers, eager and compiled, within 0.004 of fp64" in result.stdout
 
 
 def test_demo_fails_when_a_layer_is_wrong(checkpoint, monkeypatch):
-    monkeypatch.setattr(cli, "DEMO_TOKENS", (2,))
-    monkeypatch.setattr(cli, "TOLERANCE", {torch.bfloat16: 1e-9})
+    monkeypatch.setattr(demo, "DEMO_TOKENS", (2,))
+    monkeypatch.setattr(demo, "TOLERANCE", {torch.bfloat16: 1e-9})
     monkeypatch.setattr(torch, "compile", lambda model, **_: model)
     result = run("demo", "--checkpoint", checkpoint, "--device", "cpu", "--layers", "1")
     assert result.exit_code == 1
