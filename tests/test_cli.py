@@ -18,7 +18,7 @@ from torch_nvfp4.demo import write_checkpoint
 from torch_nvfp4.gate import Gate
 from torch_nvfp4.nn import NVFP4Experts
 from torch_nvfp4.quant_config import MoEQuantConfig
-from torch_nvfp4.testing import random_routing
+from torch_nvfp4.verify import covering_routing
 
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 EXPERTS, HIDDEN, INTERMEDIATE, TOP_K, LAYERS, LIMIT = 4, 64, 32, 2, 3, 7.0
@@ -170,19 +170,20 @@ def test_verify_reports_the_true_error(checkpoint, tmp_path, name, dtype):
 
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(5, HIDDEN, generator=generator).to(dtype)
-    topk_weights, topk_ids = random_routing(5, EXPERTS, TOP_K, generator=generator)
+    topk_weights, topk_ids = covering_routing(5, EXPERTS, TOP_K, generator=generator)
     expected, clamped = plain_layer(stored(checkpoint), 1, x, topk_weights, topk_ids)
     experts = NVFP4Experts.from_checkpoint(checkpoint, 1)
     out = experts(x, topk_weights, topk_ids).double()
     assert check["relative_l2"] == pytest.approx(float((out - expected).norm() / expected.norm()), rel=1e-6)
     assert check["clamped_share"] == pytest.approx(clamped)
     assert clamped > 0.1
-    assert check["experts_hit"] == len(set(topk_ids.flatten().tolist()))
+    assert check["experts_hit"] == len(set(topk_ids.flatten().tolist())) == EXPERTS
+    assert check["experts_unchecked"] == []
     assert check["tolerance"] == {"bf16": 4e-3, "fp16": 5e-4, "fp32": 1e-5}[name]
     assert check["backend"] == "cpu"
     assert check["passed"] is report["passed"] is True
     assert f"{clamped:.1%}" in result.stdout
-    assert "verify passed: 1 layers" in result.stdout
+    assert "verify passed: 1 layer within" in result.stdout
 
 
 def test_verify_all_layers(checkpoint):
@@ -206,7 +207,7 @@ def test_verify_sees_a_dropped_clamp(checkpoint, monkeypatch):
     (check,) = json.loads(result.stdout)["layers"]
     assert check["relative_l2"] > 0.1
     assert check["passed"] is False
-    assert "1 of 1 layers above the tolerance: 2" in result.stderr
+    assert "1 of 1 layer failed: 2; layer 2: expected an error of at most 0.004, got a relative error of " in result.stderr
 
 
 def test_verify_sees_nan(checkpoint, monkeypatch):
@@ -253,8 +254,7 @@ def test_demo_fails_when_a_layer_is_wrong(checkpoint, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda model, **_: model)
     result = run("demo", "--checkpoint", checkpoint, "--device", "cpu", "--layers", "1")
     assert result.exit_code == 1
-    assert "the largest error of a layer is" in result.stderr
-    assert "expected at most 1e-09" in result.stderr
+    assert "the largest error of a layer: expected at most 1e-09, got " in result.stderr
 
 
 @pytest.mark.parametrize("command", ["inspect", "verify"])

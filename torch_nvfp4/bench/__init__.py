@@ -34,6 +34,7 @@ from torch_nvfp4.bench.layer import (
     Shape,
     cases,
     check_agreement,
+    dtype_name,
     parse_shape,
     parse_tokens,
 )
@@ -64,6 +65,7 @@ __all__ = [
     "default_peers",
     "dequantize_contender",
     "dequantize_then_matmul",
+    "dtype_name",
     "event_seconds",
     "humming_contenders",
     "measure_cpu",

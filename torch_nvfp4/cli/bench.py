@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from torch_nvfp4.backends import Libraries
 from torch_nvfp4.bench import (
@@ -19,6 +17,7 @@ from torch_nvfp4.bench import (
     SHAPES,
     BenchError,
     Report,
+    Shape,
     caption,
     default_peers,
     parse_shape,
@@ -28,19 +27,50 @@ from torch_nvfp4.bench import (
     run_cuda,
     title,
 )
-from torch_nvfp4.cli.bench_table import render
-from torch_nvfp4.cli.terminal import one_line_errors, wide_console
+from torch_nvfp4.cli.bench_table import bench_table
+from torch_nvfp4.cli.options import DtypeOption, JsonOption, parse_dtype
+from torch_nvfp4.cli.output import json_writer, placed
+from torch_nvfp4.cli.terminal import Terminal
 from torch_nvfp4.gate import Gate
 
 _CPU_TOKENS = (1, 4, 16, 64, 256)
 _CUDA_TOKENS = tuple(2**i for i in range(14))
+_LARGEST_SIZE = 2**20  # of M, E, K, I: a mistyped number is refused, not allocated
+
+ShapeOption = Annotated[
+    str,
+    typer.Option(
+        metavar="E,K,I,TOPK", show_default=False,
+        help=f"Sizes, or one of {', '.join(SHAPES)}. Default: cpu on the CPU, dsv4-flash on CUDA.",
+    ),
+]  # fmt: skip
+
+
+class _Request(NamedTuple):
+    """The options, understood."""
+
+    device: str
+    shape: Shape
+    tokens: Sequence[int]
+    dtype: torch.dtype
+    clamp_limit: float
+    peers: list[str]
 
 
 def command(
-    device: Annotated[str, typer.Option(help="cpu or cuda; by default cuda where its kernels can run.")] = "",
-    tokens: Annotated[str, typer.Option(metavar="M,M,...", help="Numbers of tokens.")] = "",
-    shape: Annotated[str, typer.Option(metavar="E,K,I,TOPK", help=f"Sizes, or one of {', '.join(SHAPES)}.")] = "",
-    dtype: Annotated[str, typer.Option(help="Activations: bf16 or fp16, on the CPU also fp32.")] = "bf16",
+    device: Annotated[
+        str,
+        typer.Option(help="cpu or cuda. Default: cuda where its kernels can run, else cpu.", show_default=False),
+    ] = "",
+    tokens: Annotated[
+        str,
+        typer.Option(
+            metavar="M,M,...", show_default=False,
+            help="Numbers of tokens. Default: 1,4,16,64,256 on the CPU, powers of two up to 8192 on CUDA.",
+        ),
+    ] = "",
+    shape: ShapeOption = "",
+    dtype: DtypeOption = "bf16",
     clamp_limit: Annotated[float, typer.Option(help="The SwiGLU clamp limit.")] = 10.0,
     peer: Annotated[
         list[str] | None,
@@ -52,9 +82,9 @@ def command(
     ] = None,
     seconds: Annotated[float, typer.Option(min=0.0, help="Time to spend on each number of tokens.")] = 6.0,
     breakdown: Annotated[bool, typer.Option(help="CUDA: also print the time of each kernel.")] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything measured to this file.")] = None,
+    json_file: JsonOption = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw the times into this PNG file.")] = None,
-) -> None:
+) -> None:  # fmt: skip
     """Time the MoE layer against its floor and against other implementations, interleaved in one run.
 
     \b
@@ -64,27 +94,29 @@ def command(
       torch-nvfp4 bench --peer compiled
       torch-nvfp4 bench --device cuda --peer vllm --json h200.json --plot h200.png
     """
-    console = wide_console()
-    with one_line_errors("bench"):
-        report = _run(
-            device, tokens, shape, dtype, clamp_limit, peer, seconds, breakdown, plot_file, Console(stderr=True)
-        )
-        console.print(title(report), style="bold", highlight=False, soft_wrap=True)
-        console.print(render(report))
-        console.print(caption(report), style="dim", highlight=False)
-        for row in report.rows if breakdown else ():
-            kernels = ", ".join(f"{name} {value * 1e6:.1f}" for name, value in row.kernels.items())
-            console.print(f"M = {row.tokens}, µs a call: {kernels}", highlight=False)
-        if json_file is not None:
-            json_file.write_text(json.dumps(report.to_json(), indent=2) + "\n")
-        if plot_file is not None:
-            plot(report, plot_file)
+    terminal = Terminal(json_file)
+    if plot_file is not None and importlib.util.find_spec("matplotlib") is None:
+        raise BenchError("--plot: expected matplotlib, which is not installed; pip install 'torch-nvfp4[bench]'")
+    request = _understand(device, tokens, shape, dtype, clamp_limit, peer)
+    with json_writer(json_file) as write_json, placed("--plot", plot_file) as plot_place:
+        if peer is None and request.device == "cpu" and "transformers" not in request.peers:
+            terminal.note("transformers is not installed, so it is not measured; pip install 'torch-nvfp4[bench]'")
+        report = _measure(terminal, request, seconds, breakdown)
+        write_json(report.to_json())
+        if plot_place is not None:
+            plot(report, plot_place.scratch)
+            plot_place.commit()
+    terminal.line(title(report), "bold")
+    terminal.table(*bench_table(report))
+    terminal.paragraph(caption(report), "dim")
+    for row in report.rows if breakdown else ():
+        kernels = ", ".join(f"{name} {value * 1e6:.1f}" for name, value in row.kernels.items())
+        terminal.paragraph(f"M = {row.tokens}, µs per call: {kernels}")
 
 
-def _run(
-    device: str, tokens: str, shape: str, dtype: str, clamp_limit: float, peer: list[str] | None, seconds: float,
-    breakdown: bool, plot_file: Path | None, console: Console,
-) -> Report:  # fmt: skip
+def _understand(
+    device: str, tokens: str, shape: str, dtype: str, clamp_limit: float, peer: list[str] | None
+) -> _Request:
     cuda_error = "a machine (or a torch) without one" if not torch.cuda.is_available() else None
     if cuda_error is None and not Libraries.detect().cuda_ops:
         cuda_error = "one, but this package is built without its CUDA kernels"
@@ -93,35 +125,43 @@ def _run(
         raise ValueError(f"--device: expected cpu or cuda, got {device!r}")
     if device == "cuda" and cuda_error is not None:
         raise BenchError(f"--device cuda: expected a CUDA device, got {cuda_error}")
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16} | ({"fp32": torch.float32} if device == "cpu" else {})
-    if dtype not in dtypes:
-        raise ValueError(f"--dtype: expected one of {', '.join(dtypes)} on {device}, got {dtype!r}")
+    activations = parse_dtype(dtype, torch.device(device))
     Gate(clamp_limit=clamp_limit)  # raises
     table = CUDA_PEERS if device == "cuda" else CPU_PEERS
     peers = default_peers(device) if peer is None else [name for name in peer if name != "none"]
     for name in peers:
         if name not in table:
             raise ValueError(f"--peer: expected one of {', '.join((*table, 'none'))} on {device}, got {name!r}")
+    sizes, counts = understand_sizes(device, shape, tokens)
+    return _Request(device, sizes, counts, activations, clamp_limit, peers)
+
+
+def understand_sizes(device: str, shape: str, tokens: str) -> tuple[Shape, tuple[int, ...]]:
+    """(--shape, --tokens) with the defaults of a device. Raises ValueError (expected and got)."""
     sizes = parse_shape(shape or ("dsv4-flash" if device == "cuda" else "cpu"))
     counts = parse_tokens(tokens) if tokens else _CUDA_TOKENS if device == "cuda" else _CPU_TOKENS
-    if plot_file is not None and importlib.util.find_spec("matplotlib") is None:
-        raise BenchError("--plot: expected matplotlib, which is not installed; pip install 'torch-nvfp4[bench]'")
-    if peer is None and device == "cpu" and "transformers" not in peers:
-        console.print("transformers is not installed, so it is not measured; pip install 'torch-nvfp4[bench]'")
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console, transient=True,
-        disable=not console.is_terminal,
-    ) as progress:  # fmt: skip
+    if max(*sizes, *counts) > _LARGEST_SIZE:
+        raise ValueError(f"expected sizes and numbers of tokens of at most {_LARGEST_SIZE:,}, got {shape} {tokens}")
+    return sizes, counts
+
+
+def _measure(terminal: Terminal, request: _Request, seconds: float, breakdown: bool) -> Report:
+    with terminal.progress() as progress:
         # A step for the weights, each peer's weights, on the CPU their agreement, and each number of tokens.
-        task = progress.add_task("", total=1 + len(peers) + (device == "cpu") + len(counts))
+        progress.stage(1 + len(request.peers) + (request.device == "cpu") + len(request.tokens))
         begun = False
 
         def tell(step: str) -> None:
             nonlocal begun
-            progress.update(task, description=step, advance=1 if begun else 0)
+            if begun:
+                progress.advance()
+            progress.begin(step)
             begun = True
 
-        arguments: dict[str, Any] = {"dtype": dtypes[dtype], "clamp_limit": clamp_limit, "peers": peers}
-        if device == "cuda":
-            return run_cuda(sizes, counts, seconds=seconds, breakdown=breakdown, progress=tell, **arguments)
-        return run_cpu(sizes, counts, seconds=seconds, progress=tell, **arguments)
+        arguments: dict[str, Any] = {
+            "dtype": request.dtype, "clamp_limit": request.clamp_limit, "peers": request.peers, "seconds": seconds,
+            "progress": tell,
+        }  # fmt: skip
+        if request.device == "cuda":
+            return run_cuda(request.shape, request.tokens, breakdown=breakdown, **arguments)
+        return run_cpu(request.shape, request.tokens, **arguments)

@@ -7,20 +7,19 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from torch import Tensor, nn
 
 from torch_nvfp4 import bench, reference
 from torch_nvfp4.checkpoint import Checkpoint, ExpertWeights
-from torch_nvfp4.cli.terminal import progress_bar
+from torch_nvfp4.cli.terminal import Terminal
 from torch_nvfp4.format import NVFP4Weight, dequantize
 from torch_nvfp4.gate import Gate
 from torch_nvfp4.nn import NVFP4Experts
-from torch_nvfp4.verify import relative_error
+from torch_nvfp4.verify import checked_top_k, relative_error, router_weight_on_input
 
 _Model = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -72,6 +71,24 @@ class DemoRow:
         return asdict(self) | {"relative_l2": finite}
 
 
+class _Loaded(NamedTuple):
+    """A layer as a model runs it, and the canonical weights of its baseline and its reference."""
+
+    layer: int
+    experts: NVFP4Experts
+    weights: ExpertWeights
+    gate: Gate
+
+
+class _Run(NamedTuple):
+    """One row of the table, and what each layer took and gave in it, [layers, M, K] both."""
+
+    row: DemoRow
+    case: bench.Case
+    inputs: Tensor
+    outputs: Tensor
+
+
 def run_demo(
     checkpoint: Checkpoint,
     layers: Sequence[int],
@@ -80,48 +97,55 @@ def run_demo(
     device: torch.device,
     backend: str | None = None,
     tokens: Sequence[int],
-    console: Console,
+    terminal: Terminal,
 ) -> list[DemoRow]:
     """Loads the layers, runs them eager, compiled and (CUDA) replayed from a graph, times and checks every one."""
-    shape = bench.Shape(checkpoint.num_experts, checkpoint.hidden_size, checkpoint.intermediate_size, checkpoint.top_k)
-    gates = [checkpoint.gate(layer) for layer in layers]
-    with progress_bar(console) as progress, torch.inference_mode():
-        task = progress.add_task("loading", total=len(layers))
-        experts, weights = [], []
+    with terminal.progress() as progress, torch.inference_mode():
+        progress.stage(len(layers))
+        loaded = []
         for layer in layers:
-            progress.update(task, description=f"loading layer {layer}")
-            experts.append(NVFP4Experts.from_checkpoint(checkpoint, layer, device=device, backend=backend))
-            loaded = checkpoint.experts(layer)
-            weights.append(ExpertWeights(*(NVFP4Weight(*(part.to(device) for part in weight)) for weight in loaded)))
-            progress.advance(task)
+            progress.begin(f"loading layer {layer}")
+            loaded.append(_load(checkpoint, layer, device, backend))
+            progress.advance()
+        first = loaded[0].experts
+        top_k = checked_top_k(checkpoint, first.num_experts)
+        shape = bench.Shape(first.num_experts, first.hidden_size, first.intermediate_size, top_k)
         cases = [next(bench.cases(shape, count, device=device)) for count in tokens]
         cases = [case._replace(hidden_states=case.hidden_states.to(dtype)) for case in cases]
-        model = ExpertLayers(experts)
-        modes: dict[str, _Model] = {
-            "eager": model,
-            "compiled": torch.compile(model, fullgraph=True, dynamic=True),
-        }
-        baseline = ExpertLayers([DequantizeExperts(*pair) for pair in zip(weights, gates, strict=True)])
-        task = progress.add_task("compiling and timing", total=len(tokens))
-        results: list[tuple[DemoRow, Tensor, Tensor]] = []
+        model = ExpertLayers([part.experts for part in loaded])
+        modes: dict[str, _Model] = {"eager": model, "compiled": torch.compile(model, fullgraph=True, dynamic=True)}
+        baseline = ExpertLayers([DequantizeExperts(part.weights, part.gate) for part in loaded])
+        progress.stage(len(tokens))
+        runs: list[_Run] = []
         for case in cases:
-            progress.update(task, description=f"compiling and timing M = {case.hidden_states.shape[0]}")
-            results += _time_modes(modes, baseline, case, shape, len(layers), device)
-            progress.advance(task)
-        task = progress.add_task("checking", total=len(layers))
-        for index, gate in enumerate(gates):
-            progress.update(task, description=f"checking layer {layers[index]} against fp64")
-            dense = _dense_if_small(weights[index])
-            by_tokens = {case.hidden_states.shape[0]: case for case in cases}
-            for row, inputs, outputs in results:
-                case = by_tokens[row.tokens]._replace(hidden_states=inputs[index])
-                expected = reference.moe_with_clamped_share(
-                    case.hidden_states, *dense, case.topk_weights, case.topk_ids, **gate.kwargs()
-                )
-                row.clamped_share += expected.clamped_share / len(layers)
-                row.relative_l2 = max(row.relative_l2, relative_error(outputs[index], expected.output))
-            progress.advance(task)
-    return [row for row, _, _ in results]
+            progress.begin(f"compiling and timing M = {case.hidden_states.shape[0]}")
+            runs += _time_modes(modes, baseline, case, shape, len(layers), device)
+            progress.advance()
+        progress.stage(len(layers))
+        for index, part in enumerate(loaded):
+            progress.begin(f"checking layer {part.layer} against fp64")
+            _check(part, index, runs, len(layers), router_weight_on_input(checkpoint))
+            progress.advance()
+    return [run.row for run in runs]
+
+
+def _load(checkpoint: Checkpoint, layer: int, device: torch.device, backend: str | None) -> _Loaded:
+    experts = NVFP4Experts.from_checkpoint(checkpoint, layer, device=device, backend=backend)
+    canonical = checkpoint.experts(layer)
+    weights = ExpertWeights(*(NVFP4Weight(*(part.to(device) for part in weight)) for weight in canonical))
+    return _Loaded(layer, experts, weights, checkpoint.gate(layer))
+
+
+def _check(part: _Loaded, index: int, runs: Sequence[_Run], layers: int, on_input: bool) -> None:
+    """Adds the layer's error and its share of clamped values to every row."""
+    dense = _dense_if_small(part.weights)
+    for run in runs:
+        expected = reference.moe_with_clamped_share(
+            run.inputs[index], *dense, run.case.topk_weights, run.case.topk_ids, **part.gate.kwargs(),
+            apply_router_weight_on_input=on_input,
+        )  # fmt: skip
+        run.row.clamped_share += expected.clamped_share / layers
+        run.row.relative_l2 = max(run.row.relative_l2, relative_error(run.outputs[index], expected.output))
 
 
 def _dense_if_small(weights: ExpertWeights) -> tuple[reference.Weight, reference.Weight]:
@@ -139,8 +163,8 @@ def _time_modes(
     shape: bench.Shape,
     layers: int,
     device: torch.device,
-) -> list[tuple[DemoRow, Tensor, Tensor]]:
-    """A row, the inputs and the outputs of the layers for every mode, timed in turns."""
+) -> list[_Run]:
+    """Every mode, timed in turns."""
     runs: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
         name: lambda model=model: model(*case)  # type: ignore[misc]
         for name, model in modes.items()
@@ -168,7 +192,7 @@ def _time_modes(
             times[name].append(clock(run))
     touched = shape.touched_bytes(case.topk_ids)
     return [
-        (
+        _Run(
             DemoRow(
                 case.hidden_states.shape[0],
                 name,
@@ -176,6 +200,7 @@ def _time_modes(
                 min(baseline_times) / layers,
                 touched,
             ),
+            case,
             *results[name],
         )
         for name, values in times.items()

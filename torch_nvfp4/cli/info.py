@@ -2,66 +2,98 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.metadata
 import os
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 
 from torch_nvfp4._version import __version__
 from torch_nvfp4.backends import BACKENDS, MoEBackendConfig, explain_moe_backends
-from torch_nvfp4.bench import CPU_LEVEL_VARIABLE, cpu_name
-from torch_nvfp4.cli.options import JsonOption
-from torch_nvfp4.cli.terminal import console_for, make_table, mib, one_line_errors, write_json
+from torch_nvfp4.bench import cpu_name, dtype_name
+from torch_nvfp4.cli.bench import ShapeOption, understand_sizes
+from torch_nvfp4.cli.options import DeviceOption, DtypeOption, JsonOption, parse_device, parse_dtype
+from torch_nvfp4.cli.output import json_writer
+from torch_nvfp4.cli.select import cpu_choices, cpu_level
+from torch_nvfp4.cli.terminal import Terminal
+from torch_nvfp4.cli.wording import size
 from torch_nvfp4.gate import Gate
 from torch_nvfp4.ops import library_paths
 
 _EXAMPLE_LIMIT = 10.0  # DeepSeek-V4's
 
 
-def command(json_file: JsonOption = None) -> None:
+def command(
+    select: Annotated[
+        str,
+        typer.Option(
+            metavar="M,M,...", show_default=False,
+            help="Instead: which way the kernels take for a layer at these numbers of tokens, and why.",
+        ),
+    ] = "",
+    shape: ShapeOption = "",
+    dtype: DtypeOption = "bf16",
+    device: DeviceOption = "",
+    json_file: JsonOption = None,
+) -> None:  # fmt: skip
     """Show this machine, the libraries, and which backends can run here, each with its reason if not.
+
+    --shape, --dtype and --device belong to --select.
 
     \b
     Examples:
       torch-nvfp4 info
       TORCH_NVFP4_CPU_LEVEL=avx2 torch-nvfp4 info
+      torch-nvfp4 info --select 1,16,128 --shape dsv4-flash
+      torch-nvfp4 info --select 64 --shape 128,2048,768,8 --dtype fp32
     """
-    console = console_for(json_file)
-    with one_line_errors("info"):
-        facts = collect_info()
-        write_json(json_file, facts)
+    terminal = Terminal(json_file)
+    with json_writer(json_file) as write_json:
+        if not select:
+            for option, value in (("--shape", shape), ("--device", device)):
+                if value:
+                    raise ValueError(f"{option}: expected --select beside it, got {option} alone")
+            facts = collect_info()
+            write_json(facts)
+            _print_info(terminal, facts)
+        else:
+            choice = collect_selection(select, shape, dtype, device)
+            write_json(choice)
+            _print_selection(terminal, choice)
+
+
+def _print_info(terminal: Terminal, facts: dict[str, Any]) -> None:
     for section in ("hardware", "libraries"):
-        table = make_table(section, "", left=(section, ""))
-        for key, value in facts[section].items():
-            table.add_row(key, str(value))
-        console.print(table)
-        console.print()
-    table = make_table(
-        "backend", "device", "no clamp", f"clamp {_EXAMPLE_LIMIT:g}", left=("backend", "device", "no clamp")
+        terminal.table((section, ""), [(key, str(value)) for key, value in facts[section].items()], left=(section, ""))
+        terminal.line()
+    columns = ("backend", "device", "no clamp", f"clamp {_EXAMPLE_LIMIT:g}")
+    terminal.table(
+        columns,
+        [
+            (
+                entry["backend"],
+                entry["device"],
+                *("usable" if entry[key] is None else entry[key] for key in ("unclamped", "clamped")),
+            )
+            for entry in facts["backends"]
+        ],
+        left=columns,
     )
-    table.columns[-1].justify = "left"
-    for entry in facts["backends"]:
-        reasons = [entry["unclamped"], entry["clamped"]]
-        table.add_row(
-            entry["backend"], entry["device"], *("usable" if reason is None else reason for reason in reasons)
-        )
-    console.print(table)
 
 
 def collect_info() -> dict[str, Any]:
     """What ``info`` prints: hardware, libraries, and every backend's reason (None: usable) on every device."""
     hardware: dict[str, Any] = {
         "CPU": f"{cpu_name()}, {os.cpu_count()} logical cores, torch uses {torch.get_num_threads()} threads",
-        "CPU instruction level": _cpu_level(),
+        "CPU instruction level": ", ".join(cpu_level()),
     }
     devices = [torch.device("cpu")]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         hardware[f"GPU {index}"] = (
             f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
-            f"{mib(properties.total_memory)}"
+            f"{size(properties.total_memory)}"
         )
         devices.append(torch.device("cuda", index))
     if len(devices) == 1:
@@ -73,6 +105,10 @@ def collect_info() -> dict[str, Any]:
     }
     for package in ("safetensors", "transformers", "flashinfer-python", "vllm", "matplotlib"):
         libraries[package] = _version(package) or "not installed"
+    return {"hardware": hardware, "libraries": libraries, "backends": _backends(devices)}
+
+
+def _backends(devices: list[torch.device]) -> list[dict[str, Any]]:
     backends = []
     for device in devices:
         reasons = [
@@ -83,7 +119,7 @@ def collect_info() -> dict[str, Any]:
             {"backend": b.name, "device": str(device), "unclamped": reasons[0][b.name], "clamped": reasons[1][b.name]}
             for b in BACKENDS
         ]
-    return {"hardware": hardware, "libraries": libraries, "backends": backends}
+    return backends
 
 
 def _version(package: str) -> str | None:
@@ -93,15 +129,41 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _cpu_level() -> str:
-    """The level that the CPU kernels run at, and why."""
-    try:
-        detect = ctypes.CDLL(library_paths()[0]).nvfp4_cpu_detected_level
-        detect.restype = ctypes.c_char_p
-        detected = detect().decode()
-    except (OSError, AttributeError):
-        detected = "unknown"
-    wanted = os.environ.get(CPU_LEVEL_VARIABLE)
-    if wanted:
-        return f"{wanted}, asked for by {CPU_LEVEL_VARIABLE}; this processor and build can {detected}"
-    return f"{detected}, the highest of this processor and build ({CPU_LEVEL_VARIABLE} is not set)"
+def collect_selection(tokens: str, shape: str, dtype: str, device: str) -> dict[str, Any]:
+    """What ``info --select`` prints. Raises ValueError (expected and got)."""
+    where = parse_device(device)
+    activations = parse_dtype(dtype, where)
+    sizes, counts = understand_sizes(where.type, shape, tokens)
+    if where.type != "cpu":
+        raise NotImplementedError("--select: expected --device cpu, got a GPU, whose choice this version cannot print")
+    level, why = cpu_level()
+    choices = cpu_choices(sizes, counts, activations, level)
+    return {
+        "device": str(where), "shape": sizes._asdict(), "dtype": dtype_name(activations), "level": level,
+        "level_reason": why, "choices": [choice.to_json() for choice in choices],
+    }  # fmt: skip
+
+
+def _print_selection(terminal: Terminal, facts: dict[str, Any]) -> None:
+    shape = facts["shape"]
+    terminal.line(
+        f"MoE layer E={shape['experts']} K={shape['hidden']} I={shape['intermediate']} top-k {shape['top_k']}, "
+        f"{facts['dtype']} activations, on {facts['device']}",
+        "bold",
+    )
+    terminal.line(f"level: {facts['level']}, {facts['level_reason']}")
+    columns = ("M", "tokens per expert", "arithmetic", "path", "why")
+    rows = []
+    for choice in facts["choices"]:
+        low, high = choice["per_expert"]
+        rows.append(
+            (
+                str(choice["tokens"]),
+                f"{low}" if low == high else f"{low}..{high}",
+                choice["arithmetic"],
+                choice["path"],
+                choice["why"],
+            )
+        )
+    terminal.table(columns, rows, left=("path", "why", "arithmetic"))
+    terminal.line("tokens per expert: of the experts that are hit, if the routing is even", "dim")

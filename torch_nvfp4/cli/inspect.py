@@ -7,12 +7,16 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from torch_nvfp4.backends import ENVIRONMENT_VARIABLE, MoEBackendConfig, explain_moe_backends, select_moe_backend
 from torch_nvfp4.checkpoint import Checkpoint
 from torch_nvfp4.cli.options import BackendOption, CheckpointArgument, DeviceOption, JsonOption, parse_device
-from torch_nvfp4.cli.terminal import console_for, make_table, mib, one_line_errors, print_line, spans, write_json
+from torch_nvfp4.cli.output import json_writer
+from torch_nvfp4.cli.process import failed
+from torch_nvfp4.cli.terminal import Terminal
+from torch_nvfp4.cli.wording import count, size, spans
+
+_MOST_REFUSED = 20  # lines; the JSON has all
 
 
 def command(
@@ -20,16 +24,28 @@ def command(
 ) -> None:
     """Show what a checkpoint holds and which backend would run its experts here. Reads headers only.
 
+    Exit code 1 when loading the experts would refuse one of the tensors.
+
     \b
     Examples:
       torch-nvfp4 inspect DeepSeek-V4-Flash-NVFP4
       torch-nvfp4 inspect DeepSeek-V4-Flash-NVFP4 --device cuda --json -
     """
-    console = console_for(json_file)
-    with one_line_errors("inspect"):
-        facts = collect_checkpoint(Checkpoint.open(checkpoint), parse_device(device), backend or None)
-        write_json(json_file, facts)
-    print_checkpoint(console, facts)
+    terminal = Terminal(json_file)
+    with json_writer(json_file) as write_json:
+        opened = open_checkpoint(terminal, checkpoint)
+        facts = collect_checkpoint(opened, parse_device(device), backend or None)
+        write_json(facts)
+    print_checkpoint(terminal, facts)
+    if facts["refused"]:
+        failed("inspect", f"expected experts that can be loaded, got {_count_refused(facts)} that loading refuses")
+
+
+def open_checkpoint(terminal: Terminal, path: Any) -> Checkpoint:
+    with terminal.progress() as progress:
+        progress.stage(None)
+        progress.begin("reading the headers")
+        return Checkpoint.open(path)
 
 
 def collect_checkpoint(checkpoint: Checkpoint, device: torch.device, backend: str | None = None) -> dict[str, Any]:
@@ -40,9 +56,10 @@ def collect_checkpoint(checkpoint: Checkpoint, device: torch.device, backend: st
     for layer in checkpoint.layers:
         gates.setdefault(str(checkpoint.gate(layer)), []).append(layer)
     summary["gates"] = [{"gate": gate, "layers": layers} for gate, layers in gates.items()]
+    summary["refused"] = refused_tensors(checkpoint)
     summary["device"] = str(device)
     summary["backend"], summary["passed_over"] = None, {}
-    if checkpoint.layers:
+    if checkpoint.layers and not summary["refused"]:
         config = _backend_config(checkpoint, checkpoint.layers[0], device)
         chosen = select_moe_backend(config, backend)
         summary["backend"] = chosen.name
@@ -55,40 +72,66 @@ def collect_checkpoint(checkpoint: Checkpoint, device: torch.device, backend: st
     return summary
 
 
+def refused_tensors(checkpoint: Checkpoint) -> list[dict[str, str]]:
+    """Every tensor that loading the experts would refuse, with the reason."""
+    return []
+
+
 def _backend_config(checkpoint: Checkpoint, layer: int, device: torch.device) -> MoEBackendConfig:
     return MoEBackendConfig.for_device(
         device, checkpoint.hidden_size, checkpoint.intermediate_size, gate=checkpoint.gate(layer)
     )
 
 
-def print_checkpoint(console: Console, facts: dict[str, Any]) -> None:
-    table = make_table("checkpoint", "", left=("checkpoint", ""))
+def print_checkpoint(terminal: Terminal, facts: dict[str, Any]) -> None:
     declared = ", ".join(str(facts[key]) for key in ("quant_method", "quant_algo") if facts[key]) or "nothing"
-    table.add_row("path", f"{facts['path']} ({facts['shards']} shards, {mib(facts['nbytes'])})")
-    table.add_row("model", f"{facts['model_type'] or 'undeclared'}, config declares {declared}")
-    table.add_row("layout", facts["layout"] or "no NVFP4 tensors")
+    rows = [
+        ("path", f"{facts['path']} ({count(facts['shards'], 'shard')}, {size(facts['nbytes'])})"),
+        ("model", f"{facts['model_type'] or 'undeclared'}, config declares {declared}"),
+        ("layout", facts["layout"] or "no NVFP4 tensors"),
+    ]
     if facts["layers"]:
-        table.add_row(
-            "MoE layers",
-            f"{len(facts['layers'])} ({spans(facts['layers'])}): {facts['num_experts']} experts, "
-            f"top-k {facts['top_k'] or 'undeclared'}, hidden {facts['hidden_size']}, "
-            f"intermediate {facts['intermediate_size']}",
+        rows.append(
+            (
+                "MoE layers",
+                f"{count(len(facts['layers']))} ({spans(facts['layers'])}): {count(facts['num_experts'], 'expert')}, "
+                f"top-k {facts['top_k'] if facts['top_k'] is not None else 'undeclared'}, "
+                f"hidden {facts['hidden_size']}, intermediate {facts['intermediate_size']}",
+            )
         )
-        for entry in facts["gates"]:
-            table.add_row("gate", f"{entry['gate']} (layers {spans(entry['layers'])})")
-    console.print(table)
-    console.print()
-    table = make_table("stored as", "modules", "tensors", "size", "first", left=("stored as", "first"))
-    for category in facts["categories"]:
-        sizes = (str(category["modules"]), str(category["tensors"]), mib(category["nbytes"]))
-        table.add_row(category["name"], *sizes, category["example"])
-    console.print(table)
-    console.print()
-    for text in _backend_lines(facts):
-        print_line(console, text)
+        rows += [("gate", f"{entry['gate']} (layers {spans(entry['layers'])})") for entry in facts["gates"]]
+    terminal.table(("checkpoint", ""), rows, left=("checkpoint", ""))
+    terminal.line()
+    terminal.table(
+        ("stored as", "modules", "tensors", "size", "first"),
+        [
+            (entry["name"], count(entry["modules"]), count(entry["tensors"]), size(entry["nbytes"]), entry["example"])
+            for entry in facts["categories"]
+        ],
+        left=("stored as", "first"),
+    )
+    terminal.line()
+    for text in [*_refused_lines(facts), *_backend_lines(facts)]:
+        terminal.line(text)
+
+
+def _count_refused(facts: dict[str, Any]) -> str:
+    return count(len(facts["refused"]), "tensor")
+
+
+def _refused_lines(facts: dict[str, Any]) -> list[str]:
+    refused = facts["refused"]
+    if not refused:
+        return []
+    lines = [f"{_count_refused(facts)} that loading refuses:"]
+    lines += [f"  {entry['tensor']}: {entry['reason']}" for entry in refused[:_MOST_REFUSED]]
+    rest = len(refused) - _MOST_REFUSED
+    return lines + [f"  and {count(rest)} more"] * (rest > 0)
 
 
 def _backend_lines(facts: dict[str, Any]) -> list[str]:
+    if facts["refused"]:
+        return ["no backend: the experts cannot be loaded"]
     if facts["backend"] is None:
         return ["no NVFP4 experts: no backend is needed"]
     why = "as asked for" if facts["asked_for"] else "the first in order that can"

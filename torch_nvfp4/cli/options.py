@@ -15,10 +15,26 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CheckpointArgument = Annotated[
     Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint directory.", show_default=False)
 ]
-DeviceOption = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; by default cuda where its kernels can run.")]
-BackendOption = Annotated[str, typer.Option(help="A backend by name instead of the automatic choice.")]
+DeviceOption = Annotated[
+    str,
+    typer.Option(
+        metavar="DEVICE", help="cpu, cuda or cuda:N. Default: cuda where its kernels can run, else cpu.",
+        show_default=False,
+    ),
+]  # fmt: skip
+BackendOption = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME", help="A backend instead of the first that can run the layer; torch-nvfp4 info lists them.",
+        show_default=False,
+    ),
+]  # fmt: skip
+DtypeOption = Annotated[
+    str, typer.Option(metavar="DTYPE", help="Of the activations: bf16, fp16, on the CPU also fp32.")
+]
 JsonOption = Annotated[
-    Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; - for stdout.")
+    Path | None,
+    typer.Option("--json", metavar="FILE", help="Write the result as JSON; - for stdout.", show_default=False),
 ]
 
 

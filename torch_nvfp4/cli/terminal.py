@@ -1,101 +1,181 @@
-"""What all commands share on the terminal: consoles, tables, progress, one-line errors, JSON."""
+"""The one place that prints. Whatever comes from a file or from the user becomes harmless here, by ``printable``.
+
+Nothing is read as rich's markup, and no character reaches the terminal that it could act on.
+"""
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import traceback
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
-import typer
+from rich.cells import cell_len
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from torch_nvfp4.bench import CPU_LEVEL_VARIABLE, BenchError
+from torch_nvfp4.cli.memory import memory_error
+
+_LONGEST_CELL, _LONGEST_LINE = 300, 4000
+_NARROWEST_TEXT = 24  # a column of text is wrapped down to this width; below it a table becomes a list
+_PADDING = 2
 
 
-def write_json(file: Path | None, content: dict[str, Any]) -> None:
-    if file is None:
-        return
-    text = json.dumps(content, indent=2) + "\n"
-    if str(file) == "-":
-        sys.stdout.write(text)
-    else:
-        file.write_text(text)
+def printable(text: str, limit: int = _LONGEST_LINE) -> str:
+    r"""``text`` on one line, with escapes (\x1b, \u202e, \ud800) for every character that is not plainly visible.
+
+    These are control characters and line breaks, the escape codes that begin with one, formatting characters such as
+    those that turn the direction of writing, surrogates without a partner, and spaces other than the ordinary one. From
+    a text of more than ``limit`` characters the middle is left out.
+    """
+    if len(text) > limit:
+        half = limit // 2
+        text = f"{text[:half]} ... {text[-half:]} ({len(text):,} characters)"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
-def console_for(json_file: Path | None = None) -> Console:
-    """Where tables go: stdout, or stderr when stdout holds the JSON."""
-    if json_file is not None and str(json_file) == "-":
-        return Console(stderr=True)
-    return wide_console()
+def make_streams_total() -> None:
+    """Lets stdout and stderr take every character: one that their encoding lacks is written as an escape."""
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)  # a replaced stream may have none
+        if reconfigure is not None:
+            reconfigure(errors="backslashreplace")
 
 
-def progress_bar(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
+class _Console(Console):
+    """Takes every text literally, is 120 columns wide where it is no terminal, and reports a closed pipe."""
+
+    def __init__(self, *, stderr: bool) -> None:
+        super().__init__(stderr=stderr, markup=False, emoji=False, highlight=False)
+        if not self.is_terminal:
+            self.width = 120
+
+    def on_broken_pipe(self) -> None:
+        raise
 
 
-def print_line(console: Console, text: str, style: str | None = None) -> None:
-    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+class Terminal:
+    """Where a command prints: results on stdout (on stderr when stdout holds the JSON), progress on stderr."""
+
+    def __init__(self, json_file: Path | None = None) -> None:
+        self._out = _Console(stderr=json_file is not None and str(json_file) == "-")
+
+    def line(self, text: str = "", style: str | None = None) -> None:
+        self._out.print(printable(text), style=style, soft_wrap=True)
+
+    def paragraph(self, text: str, style: str | None = None) -> None:
+        """As many lines as the width asks for."""
+        self._out.print(printable(text), style=style)
+
+    def note(self, text: str) -> None:
+        """Beside the result, on stderr."""
+        _Console(stderr=True).print(printable(text), soft_wrap=True)
+
+    def table(
+        self,
+        columns: Sequence[str],
+        rows: Iterable[Sequence[str]],
+        *,
+        left: Collection[str] = (),
+        marked: Collection[int] = (),
+    ) -> None:
+        """A table, or a list of ``column: cell`` where the terminal is too narrow for one.
+
+        Args:
+            columns: the titles, which may have several lines.
+            left: columns of text; they are aligned left, and wrapped where the width asks for it.
+            marked: numbers of rows that are printed in red.
+        """
+        cells = [[printable(cell, _LONGEST_CELL) for cell in row] for row in rows]
+        if _narrowest(columns, cells, left) > self._out.width:
+            self._list(columns, cells)
+            return
+        table = Table(box=None, pad_edge=False, padding=(0, _PADDING, 0, 0))
+        for column in columns:
+            text = column in left
+            table.add_column(column, justify="left" if text else "right", no_wrap=not text, overflow="fold")
+        for number, row in enumerate(cells):
+            table.add_row(*row, style="red" if number in marked else None)
+        self._out.print(table)
+
+    def _list(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        for row in rows:
+            for column, cell in zip(columns, row, strict=True):
+                title = column.replace("-\n", "").replace("\n", " ")
+                self._out.print(f"{title}: {cell}" if title else cell, soft_wrap=True)
+            self._out.print()
+
+    @contextmanager
+    def progress(self) -> Iterator[Steps]:
+        """A progress bar on stderr, where that is a terminal; memory that runs out names the step."""
+        console = _Console(stderr=True)
+        bar = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal or console.is_dumb_terminal,
+        )
+        steps = Steps(bar)
+        try:
+            with bar:
+                yield steps
+        except Exception as error:
+            refused = memory_error(error)
+            if refused is None or not steps.step:
+                raise
+            raise MemoryError(f"{steps.step}: {refused}") from error
 
 
-def make_table(*columns: str, left: Sequence[str] = ()) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for column in columns:
-        table.add_column(column, justify="left" if column in left else "right")
-    return table
+class Steps:
+    """The bars of a command, one per stage, and the step that is being done."""
+
+    def __init__(self, bar: Progress) -> None:
+        self._bar = bar
+        self._task: TaskID | None = None
+        self.step = ""
+
+    def stage(self, total: int | None) -> None:
+        """Begins a stage of ``total`` steps; None where nobody knows how many."""
+        self._task = self._bar.add_task("", total=total)
+
+    def begin(self, step: str) -> None:
+        self.step = step
+        if self._task is not None:
+            self._bar.update(self._task, description=printable(step, _LONGEST_CELL))
+
+    def advance(self) -> None:
+        if self._task is not None:
+            self._bar.advance(self._task)
 
 
-def mib(nbytes: float) -> str:
-    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.1f} MiB"
+def _narrowest(columns: Sequence[str], rows: Sequence[Sequence[str]], left: Collection[str]) -> int:
+    """Columns of the terminal that a table needs at least."""
+    widths = []
+    for index, column in enumerate(columns):
+        texts = [*column.split("\n"), *(row[index] for row in rows)]
+        width = max(map(cell_len, texts))
+        widths.append(min(width, _NARROWEST_TEXT) if column in left else width)
+    return sum(widths) + _PADDING * (len(widths) - 1)
 
 
-def spans(layers: Sequence[int]) -> str:
-    """0..3, 7 for (0, 1, 2, 3, 7)."""
-    spans: list[list[int]] = []
-    for layer in layers:
-        if spans and layer == spans[-1][1] + 1:
-            spans[-1][1] = layer
-        else:
-            spans.append([layer, layer])
-    return ", ".join(str(a) if a == b else f"{a}..{b}" for a, b in spans)
+def say(command: str, message: str) -> None:
+    """``torch-nvfp4 command: message``, one line on stderr; where stderr cannot be written there is nobody to tell."""
+    name = f"torch-nvfp4 {command}".rstrip()
+    message = "; ".join(filter(None, (line.strip() for line in message.split("\n")))).replace(":; ", ": ")
+    with suppress(OSError):
+        _Console(stderr=True).print(f"{name}: {printable(message)}", style="red", soft_wrap=True)
 
 
-@contextmanager
-def one_line_errors(name: str) -> Iterator[None]:
-    """Turns an error that the user of ``torch-nvfp4 name`` can act on into one line on stderr and exit code 2."""
-    try:
-        yield
-    # CheckpointError is a ValueError.
-    except (ValueError, NotImplementedError, BenchError, OSError) as error:
-        fail(name, str(error))
-        raise typer.Exit(2) from error
-    except RuntimeError as error:
-        # Any other one from a kernel is a bug, and keeps its traceback.
-        if CPU_LEVEL_VARIABLE not in str(error):
-            raise
-        fail(name, str(error).splitlines()[0])
-        raise typer.Exit(2) from error
-
-
-def fail(name: str, message: str) -> None:
-    Console(stderr=True).print(
-        f"torch-nvfp4 {name}: {message}", style="red", markup=False, highlight=False, soft_wrap=True
-    )
-
-
-def wide_console() -> Console:
-    """Standard output, 120 columns wide where it is not a terminal."""
-    console = Console()
-    return console if console.is_terminal else Console(width=120)
+def print_traceback(error: BaseException) -> None:
+    """For whoever looks for a bug, on stderr."""
+    lines = "".join(traceback.format_exception(error)).splitlines()
+    with suppress(OSError):
+        for line in lines:
+            _Console(stderr=True).print(printable(line), soft_wrap=True)
