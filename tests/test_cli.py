@@ -207,7 +207,9 @@ def test_verify_sees_a_dropped_clamp(checkpoint, monkeypatch):
     (check,) = json.loads(result.stdout)["layers"]
     assert check["relative_l2"] > 0.1
     assert check["passed"] is False
-    assert "1 of 1 layer failed: 2; layer 2: expected an error of at most 0.004, got a relative error of " in result.stderr
+    assert (
+        "1 of 1 layer failed: 2; layer 2: expected an error of at most 0.004, got a relative error of " in result.stderr
+    )
 
 
 def test_verify_sees_nan(checkpoint, monkeypatch):

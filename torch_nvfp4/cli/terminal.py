@@ -20,6 +20,7 @@ from torch_nvfp4.cli.memory import memory_error
 
 _LONGEST_CELL, _LONGEST_LINE = 300, 4000
 _NARROWEST_TEXT = 24  # a column of text is wrapped down to this width; below it a table becomes a list
+_NARROWEST = 20  # rich prints nothing at all into a width of 0
 _PADDING = 2
 
 
@@ -51,8 +52,7 @@ class _Console(Console):
 
     def __init__(self, *, stderr: bool) -> None:
         super().__init__(stderr=stderr, markup=False, emoji=False, highlight=False)
-        if not self.is_terminal:
-            self.width = 120
+        self.width = max(self.width, _NARROWEST) if self.is_terminal else 120
 
     def on_broken_pipe(self) -> None:
         raise
@@ -103,9 +103,12 @@ class Terminal:
         self._out.print(table)
 
     def _list(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        titles = [column.replace("-\n", "").replace("\n", " ") for column in columns]
         for row in rows:
-            for column, cell in zip(columns, row, strict=True):
-                title = column.replace("-\n", "").replace("\n", " ")
+            if len(columns) == 2 and not titles[1]:  # what a key says of the first title
+                self._out.print(f"{titles[0]} {row[0]}: {row[1]}", soft_wrap=True)
+                continue
+            for title, cell in zip(titles, row, strict=True):
                 self._out.print(f"{title}: {cell}" if title else cell, soft_wrap=True)
             self._out.print()
 
