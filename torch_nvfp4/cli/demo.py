@@ -97,9 +97,11 @@ def _checkpoint(terminal: Terminal, given: Path | None, keep: Path | None) -> It
     if given is not None:
         yield given
         return
-    if keep is not None and keep.is_dir() and (entries := sum(1 for _ in keep.iterdir())):
+    if keep is not None and os.path.isdir(keep) and (entries := sum(1 for _ in keep.iterdir())):
         expected, advice = "a new or empty directory", f"--checkpoint {keep} runs the checkpoint that is there"
         raise OutputError(refusal(f"--keep {keep}", expected, f"one with {count(entries)} entries", advice))
+    if keep is not None and os.path.lexists(keep) and not os.path.isdir(keep):
+        raise OutputError(refusal(f"--keep {keep}", "a new or empty directory", "a file"))
     with _scratch(keep) as scratch:
         with terminal.progress() as progress:
             progress.stage(None)
