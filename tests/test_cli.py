@@ -5,6 +5,7 @@ import math
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 import torch_nvfp4
 from torch_nvfp4 import bench
 from torch_nvfp4.cli import app, demo
+from torch_nvfp4.cli.select import FEW_TOKENS, TILE_TOKENS, cpu_choices
 from torch_nvfp4.demo import write_checkpoint
 from torch_nvfp4.gate import Gate
 from torch_nvfp4.nn import NVFP4Experts
@@ -311,3 +313,27 @@ def test_as_a_module(checkpoint):
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "expected a checkpoint directory, got a file" in done.stderr
+
+
+def test_select_on_the_cpu(monkeypatch):
+    monkeypatch.setenv("TORCH_NVFP4_CPU_LEVEL", "portable")
+    arguments = ("info", "--device", "cpu", "--shape", "16,64,32,2", "--select", "1,64,65", "--json", "-")
+    facts = json.loads(run(*arguments).stdout)
+    assert facts["level"] == "portable"
+    assert [choice["per_expert"] for choice in facts["choices"]] == [[1, 1], [8, 8], [8, 9]]
+    assert {choice["arithmetic"] for choice in facts["choices"]} == {"fp32"}
+    shape = bench.Shape(16, 64, 32, 2)
+    few, mixed, many = cpu_choices(shape, [64, 65, 72], torch.bfloat16, "avx512")
+    assert few.path == "codes decoded straight into registers"
+    assert many.path.startswith("blocks of 64 columns decoded into L1")
+    assert mixed.path == f"{few.path}; {many.path}"
+    assert cpu_choices(shape, [1], torch.float32, "avx2")[0].path.startswith("blocks")
+    assert_one_line_error(run("info", "--shape", "cpu"), "info", "--shape: expected --select beside it")
+
+
+def test_select_knows_the_numbers_of_the_kernels():
+    folder = Path(__file__).parent.parent / "csrc" / "cpu"
+    for level, tokens in FEW_TOKENS.items():
+        assert f"constexpr int kFewTokens = {tokens};" in (folder / f"{level}.cpp").read_text()
+    assert f"constexpr int kMaxTileTokens = {TILE_TOKENS};" in (folder / "level_kernels.h").read_text()
+    assert "kFewTokens" not in (folder / "portable.cpp").read_text()

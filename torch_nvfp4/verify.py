@@ -98,8 +98,7 @@ def verify_layer(
         CheckpointError: weights that cannot be loaded, or a top-k in the config that routes no token.
         ValueError, NotImplementedError: no backend, as ``select_moe_backend``.
     """
-    started = time.perf_counter()
-    say = tell or (lambda step: None)
+    started, say = time.perf_counter(), tell or (lambda step: None)
     say(f"loading layer {layer}")
     experts = NVFP4Experts.from_checkpoint(checkpoint, layer, device=device, backend=backend)
     num_experts, hidden_size = experts.num_experts, experts.hidden_size
