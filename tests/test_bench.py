@@ -2,20 +2,20 @@
 
 import importlib.metadata
 import importlib.util
-import io
 import itertools
 import json
 import math
 
 import pytest
 import torch
-from rich.console import Console
 from torch._inductor.utils import fresh_cache
 from typer.testing import CliRunner
 
 from torch_nvfp4 import bench, ops, reference
 from torch_nvfp4.bench import cpu
 from torch_nvfp4.cli import app
+from torch_nvfp4.cli.bench_table import bench_table
+from torch_nvfp4.cli.terminal import Terminal
 from torch_nvfp4.compiler import GraphPass
 from torch_nvfp4.format import NVFP4Weight
 from torch_nvfp4.testing import random_routing, random_weight, relative_l2
@@ -287,10 +287,9 @@ def make_report(device, peers):
         ("cuda", ["vllm", "humming indexed", "humming grouped"]),
     ],
 )
-def test_tables_fit_120_columns(device, peers):
-    console = Console(width=300, record=True, file=io.StringIO())
-    console.print(bench.render(make_report(device, peers)))
-    lines = console.export_text().splitlines()
+def test_tables_fit_120_columns(device, peers, capsys):
+    Terminal().table(*bench_table(make_report(device, peers)))
+    lines = capsys.readouterr().out.splitlines()
     assert max(len(line.rstrip()) for line in lines) <= 120
     assert "2.00x" in lines[-1] or "2.0x" in lines[-1]
 

@@ -5,6 +5,7 @@ import math
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -12,12 +13,14 @@ import torch
 from typer.testing import CliRunner
 
 import torch_nvfp4
-from torch_nvfp4 import cli
+from torch_nvfp4 import bench
+from torch_nvfp4.cli import app, demo
+from torch_nvfp4.cli.select import FEW_TOKENS, TILE_TOKENS, cpu_choices
 from torch_nvfp4.demo import write_checkpoint
 from torch_nvfp4.gate import Gate
 from torch_nvfp4.nn import NVFP4Experts
 from torch_nvfp4.quant_config import MoEQuantConfig
-from torch_nvfp4.testing import random_routing
+from torch_nvfp4.verify import covering_routing
 
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 EXPERTS, HIDDEN, INTERMEDIATE, TOP_K, LAYERS, LIMIT = 4, 64, 32, 2, 3, 7.0
@@ -32,7 +35,7 @@ def checkpoint(tmp_path_factory):
 
 
 def run(*arguments):
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def assert_one_line_error(result, command, *parts):
@@ -169,19 +172,20 @@ def test_verify_reports_the_true_error(checkpoint, tmp_path, name, dtype):
 
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(5, HIDDEN, generator=generator).to(dtype)
-    topk_weights, topk_ids = random_routing(5, EXPERTS, TOP_K, generator=generator)
+    topk_weights, topk_ids = covering_routing(5, EXPERTS, TOP_K, generator=generator)
     expected, clamped = plain_layer(stored(checkpoint), 1, x, topk_weights, topk_ids)
     experts = NVFP4Experts.from_checkpoint(checkpoint, 1)
     out = experts(x, topk_weights, topk_ids).double()
     assert check["relative_l2"] == pytest.approx(float((out - expected).norm() / expected.norm()), rel=1e-6)
     assert check["clamped_share"] == pytest.approx(clamped)
     assert clamped > 0.1
-    assert check["experts_hit"] == len(set(topk_ids.flatten().tolist()))
+    assert check["experts_hit"] == len(set(topk_ids.flatten().tolist())) == EXPERTS
+    assert check["experts_unchecked"] == []
     assert check["tolerance"] == {"bf16": 4e-3, "fp16": 5e-4, "fp32": 1e-5}[name]
     assert check["backend"] == "cpu"
     assert check["passed"] is report["passed"] is True
     assert f"{clamped:.1%}" in result.stdout
-    assert "verify passed: 1 layers" in result.stdout
+    assert "verify passed: 1 layer within" in result.stdout
 
 
 def test_verify_all_layers(checkpoint):
@@ -205,7 +209,9 @@ def test_verify_sees_a_dropped_clamp(checkpoint, monkeypatch):
     (check,) = json.loads(result.stdout)["layers"]
     assert check["relative_l2"] > 0.1
     assert check["passed"] is False
-    assert "1 of 1 layers above the tolerance: 2" in result.stderr
+    assert (
+        "1 of 1 layer failed: 2; layer 2: expected an error of at most 0.004, got a relative error of " in result.stderr
+    )
 
 
 def test_verify_sees_nan(checkpoint, monkeypatch):
@@ -227,8 +233,8 @@ def test_demo(checkpoint, tmp_path, monkeypatch):
     """What `make demo` does, with a tiny checkpoint and without Inductor's compiler."""
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model, **options: compile(model, backend="aot_eager", **options))
-    monkeypatch.setattr(cli, "write_checkpoint", lambda path: shutil.copytree(checkpoint, path))
-    monkeypatch.setattr(cli, "DEMO_TOKENS", (5,))
+    monkeypatch.setattr(demo, "write_checkpoint", lambda path: shutil.copytree(checkpoint, path))
+    monkeypatch.setattr(demo, "DEMO_TOKENS", (5,))
     file = tmp_path / "demo.json"
     result = run("demo", "--device", "cpu", "--layers", "2", "--keep", tmp_path / "kept", "--json", file)
     assert result.exit_code == 0, result.output
@@ -241,19 +247,18 @@ def test_demo(checkpoint, tmp_path, monkeypatch):
         assert 0 < row["relative_l2"] <= 4e-3
         assert 0.1 < row["clamped_share"] < 0.9
         assert row["seconds"] > 0
-        hit = len(set(next(cli.bench.cases(cli.bench.Shape(4, 64, 32, 2), tokens)).topk_ids.flatten().tolist()))
+        hit = len(set(next(bench.cases(bench.Shape(4, 64, 32, 2), tokens)).topk_ids.flatten().tolist()))
         assert row["touched_bytes"] == hit * (3 * HIDDEN * INTERMEDIATE * 9 // 16 + 12), mode
     assert "demo passed: 2 layers, eager and compiled, within 0.004 of fp64" in result.stdout
 
 
 def test_demo_fails_when_a_layer_is_wrong(checkpoint, monkeypatch):
-    monkeypatch.setattr(cli, "DEMO_TOKENS", (2,))
-    monkeypatch.setattr(cli, "TOLERANCE", {torch.bfloat16: 1e-9})
+    monkeypatch.setattr(demo, "DEMO_TOKENS", (2,))
+    monkeypatch.setattr(demo, "TOLERANCE", {torch.bfloat16: 1e-9})
     monkeypatch.setattr(torch, "compile", lambda model, **_: model)
     result = run("demo", "--checkpoint", checkpoint, "--device", "cpu", "--layers", "1")
     assert result.exit_code == 1
-    assert "the largest error of a layer is" in result.stderr
-    assert "expected at most 1e-09" in result.stderr
+    assert "the largest error of a layer: expected at most 1e-09, got " in result.stderr
 
 
 @pytest.mark.parametrize("command", ["inspect", "verify"])
@@ -308,3 +313,27 @@ def test_as_a_module(checkpoint):
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "expected a checkpoint directory, got a file" in done.stderr
+
+
+def test_select_on_the_cpu(monkeypatch):
+    monkeypatch.setenv("TORCH_NVFP4_CPU_LEVEL", "portable")
+    arguments = ("info", "--device", "cpu", "--shape", "16,64,32,2", "--select", "1,64,65", "--json", "-")
+    facts = json.loads(run(*arguments).stdout)
+    assert facts["level"] == "portable"
+    assert [choice["per_expert"] for choice in facts["choices"]] == [[1, 1], [8, 8], [8, 9]]
+    assert {choice["arithmetic"] for choice in facts["choices"]} == {"fp32"}
+    shape = bench.Shape(16, 64, 32, 2)
+    few, mixed, many = cpu_choices(shape, [64, 65, 72], torch.bfloat16, "avx512")
+    assert few.path == "codes decoded straight into registers"
+    assert many.path.startswith("blocks of 64 columns decoded into L1")
+    assert mixed.path == f"{few.path}; {many.path}"
+    assert cpu_choices(shape, [1], torch.float32, "avx2")[0].path.startswith("blocks")
+    assert_one_line_error(run("info", "--shape", "cpu"), "info", "--shape: expected --select beside it")
+
+
+def test_select_knows_the_numbers_of_the_kernels():
+    folder = Path(__file__).parent.parent / "csrc" / "cpu"
+    for level, tokens in FEW_TOKENS.items():
+        assert f"constexpr int kFewTokens = {tokens};" in (folder / f"{level}.cpp").read_text()
+    assert f"constexpr int kMaxTileTokens = {TILE_TOKENS};" in (folder / "level_kernels.h").read_text()
+    assert "kFewTokens" not in (folder / "portable.cpp").read_text()

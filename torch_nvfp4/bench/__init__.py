@@ -10,6 +10,8 @@ several calls with different routings, and the bandwidth and matmul rate are con
 """
 
 from torch_nvfp4.bench.contenders import (
+    CPU_PEERS,
+    CUDA_PEERS,
     compiled_contenders,
     dequantize_contender,
     dequantize_then_matmul,
@@ -20,12 +22,32 @@ from torch_nvfp4.bench.contenders import (
 )
 from torch_nvfp4.bench.cpu import Probes, measure_cpu, peak_extra_bytes, wall_seconds
 from torch_nvfp4.bench.cuda import event_seconds, measure_cuda
-from torch_nvfp4.bench.layer import SHAPES, BenchError, Case, Contender, Layer, Shape, cases, check_agreement
-from torch_nvfp4.bench.report import Report, Row, cpu_name, plot, render, wide_console
-from torch_nvfp4.bench.run import CPU_LEVEL_VARIABLE, command, fail, one_line_errors
+from torch_nvfp4.bench.layer import (
+    COMPILED,
+    DEQUANTIZE,
+    OURS,
+    SHAPES,
+    BenchError,
+    Case,
+    Contender,
+    Layer,
+    Shape,
+    cases,
+    check_agreement,
+    dtype_name,
+    parse_shape,
+    parse_tokens,
+)
+from torch_nvfp4.bench.report import Report, Row, caption, cpu_name, plot, title
+from torch_nvfp4.bench.run import CPU_LEVEL_VARIABLE, default_peers, run_cpu, run_cuda
 
 __all__ = [
+    "COMPILED",
     "CPU_LEVEL_VARIABLE",
+    "CPU_PEERS",
+    "CUDA_PEERS",
+    "DEQUANTIZE",
+    "OURS",
     "SHAPES",
     "BenchError",
     "Case",
@@ -35,25 +57,28 @@ __all__ = [
     "Report",
     "Row",
     "Shape",
+    "caption",
     "cases",
     "check_agreement",
-    "command",
     "compiled_contenders",
     "cpu_name",
+    "default_peers",
     "dequantize_contender",
     "dequantize_then_matmul",
+    "dtype_name",
     "event_seconds",
-    "fail",
     "humming_contenders",
     "measure_cpu",
     "measure_cuda",
-    "one_line_errors",
     "our_contender",
+    "parse_shape",
+    "parse_tokens",
     "peak_extra_bytes",
     "plot",
-    "render",
+    "run_cpu",
+    "run_cuda",
+    "title",
     "transformers_contenders",
     "vllm_contender",
     "wall_seconds",
-    "wide_console",
 ]

@@ -1,0 +1,5 @@
+"""The command ``torch-nvfp4``: info, inspect, verify, bench, demo."""
+
+from torch_nvfp4.cli.app import app
+
+__all__ = ["app"]

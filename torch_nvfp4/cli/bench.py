@@ -1,0 +1,167 @@
+"""``torch-nvfp4 bench``."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import torch
+import typer
+
+from torch_nvfp4.backends import Libraries
+from torch_nvfp4.bench import (
+    CPU_PEERS,
+    CUDA_PEERS,
+    SHAPES,
+    BenchError,
+    Report,
+    Shape,
+    caption,
+    default_peers,
+    parse_shape,
+    parse_tokens,
+    plot,
+    run_cpu,
+    run_cuda,
+    title,
+)
+from torch_nvfp4.cli.bench_table import bench_table
+from torch_nvfp4.cli.options import DtypeOption, JsonOption, parse_dtype
+from torch_nvfp4.cli.output import json_writer, placed
+from torch_nvfp4.cli.terminal import Terminal
+from torch_nvfp4.gate import Gate
+
+_CPU_TOKENS = (1, 4, 16, 64, 256)
+_CUDA_TOKENS = tuple(2**i for i in range(14))
+_LARGEST_SIZE = 2**20  # of M, E, K, I: a mistyped number is refused, not allocated
+
+ShapeOption = Annotated[
+    str,
+    typer.Option(
+        metavar="E,K,I,TOPK", show_default=False,
+        help=f"Sizes, or one of {', '.join(SHAPES)}. Default: cpu on the CPU, dsv4-flash on CUDA.",
+    ),
+]  # fmt: skip
+
+
+class _Request(NamedTuple):
+    """The options, understood."""
+
+    device: str
+    shape: Shape
+    tokens: Sequence[int]
+    dtype: torch.dtype
+    clamp_limit: float
+    peers: list[str]
+
+
+def command(
+    device: Annotated[
+        str,
+        typer.Option(help="cpu or cuda. Default: cuda where its kernels can run, else cpu.", show_default=False),
+    ] = "",
+    tokens: Annotated[
+        str,
+        typer.Option(
+            metavar="M,M,...", show_default=False,
+            help="Numbers of tokens. Default: 1,4,16,64,256 on the CPU, powers of two up to 8192 on CUDA.",
+        ),
+    ] = "",
+    shape: ShapeOption = "",
+    dtype: DtypeOption = "bf16",
+    clamp_limit: Annotated[float, typer.Option(help="The SwiGLU clamp limit.")] = 10.0,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What to compare with, repeatable: dequantize, transformers (CPU), vllm, humming (CUDA), compiled "
+            "(the steps with their gate fused, left to Inductor, eager), none. Default on the CPU: dequantize, and "
+            "transformers where it is installed."
+        ),
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Time to spend on each number of tokens.")] = 6.0,
+    breakdown: Annotated[bool, typer.Option(help="CUDA: also print the time of each kernel.")] = False,
+    json_file: JsonOption = None,
+    plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw the times into this PNG file.")] = None,
+) -> None:  # fmt: skip
+    """Time the MoE layer against its floor and against other implementations, interleaved in one run.
+
+    \b
+    Examples:
+      torch-nvfp4 bench
+      torch-nvfp4 bench --tokens 1,4 --peer none --seconds 3
+      torch-nvfp4 bench --peer compiled
+      torch-nvfp4 bench --device cuda --peer vllm --json h200.json --plot h200.png
+    """
+    terminal = Terminal(json_file)
+    if plot_file is not None and importlib.util.find_spec("matplotlib") is None:
+        raise BenchError("--plot: expected matplotlib, which is not installed; pip install 'torch-nvfp4[bench]'")
+    request = _understand(device, tokens, shape, dtype, clamp_limit, peer)
+    with json_writer(json_file) as write_json, placed("--plot", plot_file) as plot_place:
+        if peer is None and request.device == "cpu" and "transformers" not in request.peers:
+            terminal.note("transformers is not installed, so it is not measured; pip install 'torch-nvfp4[bench]'")
+        report = _measure(terminal, request, seconds, breakdown)
+        write_json(report.to_json())
+        if plot_place is not None:
+            plot(report, plot_place.scratch)
+            plot_place.commit()
+    terminal.line(title(report), "bold")
+    terminal.table(*bench_table(report))
+    terminal.paragraph(caption(report), "dim")
+    for row in report.rows if breakdown else ():
+        kernels = ", ".join(f"{name} {value * 1e6:.1f}" for name, value in row.kernels.items())
+        terminal.paragraph(f"M = {row.tokens}, µs per call: {kernels}")
+
+
+def _understand(
+    device: str, tokens: str, shape: str, dtype: str, clamp_limit: float, peer: list[str] | None
+) -> _Request:
+    cuda_error = "a machine (or a torch) without one" if not torch.cuda.is_available() else None
+    if cuda_error is None and not Libraries.detect().cuda_ops:
+        cuda_error = "one, but this package is built without its CUDA kernels"
+    device = device or ("cuda" if cuda_error is None else "cpu")
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"--device: expected cpu or cuda, got {device!r}")
+    if device == "cuda" and cuda_error is not None:
+        raise BenchError(f"--device cuda: expected a CUDA device, got {cuda_error}")
+    activations = parse_dtype(dtype, torch.device(device))
+    Gate(clamp_limit=clamp_limit)  # raises
+    table = CUDA_PEERS if device == "cuda" else CPU_PEERS
+    peers = default_peers(device) if peer is None else [name for name in peer if name != "none"]
+    for name in peers:
+        if name not in table:
+            raise ValueError(f"--peer: expected one of {', '.join((*table, 'none'))} on {device}, got {name!r}")
+    sizes, counts = understand_sizes(device, shape, tokens)
+    return _Request(device, sizes, counts, activations, clamp_limit, peers)
+
+
+def understand_sizes(device: str, shape: str, tokens: str) -> tuple[Shape, tuple[int, ...]]:
+    """(--shape, --tokens) with the defaults of a device. Raises ValueError (expected and got)."""
+    sizes = parse_shape(shape or ("dsv4-flash" if device == "cuda" else "cpu"))
+    counts = parse_tokens(tokens) if tokens else _CUDA_TOKENS if device == "cuda" else _CPU_TOKENS
+    if max(*sizes, *counts) > _LARGEST_SIZE:
+        raise ValueError(f"expected sizes and numbers of tokens of at most {_LARGEST_SIZE:,}, got {shape} {tokens}")
+    return sizes, counts
+
+
+def _measure(terminal: Terminal, request: _Request, seconds: float, breakdown: bool) -> Report:
+    with terminal.progress() as progress:
+        # A step for the weights, each peer's weights, on the CPU their agreement, and each number of tokens.
+        progress.stage(1 + len(request.peers) + (request.device == "cpu") + len(request.tokens))
+        begun = False
+
+        def tell(step: str) -> None:
+            nonlocal begun
+            if begun:
+                progress.advance()
+            progress.begin(step)
+            begun = True
+
+        arguments: dict[str, Any] = {
+            "dtype": request.dtype, "clamp_limit": request.clamp_limit, "peers": request.peers, "seconds": seconds,
+            "progress": tell,
+        }  # fmt: skip
+        if request.device == "cuda":
+            return run_cuda(request.shape, request.tokens, breakdown=breakdown, **arguments)
+        return run_cpu(request.shape, request.tokens, **arguments)

@@ -1,0 +1,207 @@
+"""Runs the layers of a checkpoint eager, compiled and from a CUDA graph; checks and times every one."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torch_nvfp4 import bench, reference
+from torch_nvfp4.checkpoint import Checkpoint, ExpertWeights
+from torch_nvfp4.cli.terminal import Terminal
+from torch_nvfp4.format import NVFP4Weight, dequantize
+from torch_nvfp4.gate import Gate
+from torch_nvfp4.nn import NVFP4Experts
+from torch_nvfp4.verify import checked_top_k, relative_error, router_weight_on_input
+
+_Model = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class ExpertLayers(nn.Module):
+    """The MoE layers of a model one after the other, each behind a residual connection and a norm.
+
+    Returns what each layer's experts took and gave, [layers, M, K] both, so that each can be checked on its own input.
+    """
+
+    def __init__(self, experts: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(experts)
+
+    def forward(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> tuple[Tensor, Tensor]:
+        inputs, outputs = [], []
+        for experts in self.experts:
+            inputs.append(F.rms_norm(x, x.shape[-1:]))
+            outputs.append(experts(inputs[-1], topk_weights, topk_ids))
+            x = x + outputs[-1]
+        return torch.stack(inputs), torch.stack(outputs)
+
+
+class DequantizeExperts(nn.Module):
+    """The baseline of ``demo``: ``bench.dequantize_then_matmul`` as a layer."""
+
+    def __init__(self, weights: ExpertWeights, gate: Gate) -> None:
+        super().__init__()
+        self.weights, self.gate = weights, gate
+
+    def forward(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+        return bench.dequantize_then_matmul(bench.Case(x, topk_weights, topk_ids), *self.weights, **self.gate.kwargs())
+
+
+@dataclass
+class DemoRow:
+    """One way to run the layers at one number of tokens. Times are seconds a layer, medians."""
+
+    tokens: int
+    mode: str
+    seconds: float
+    dequantize_seconds: float
+    touched_bytes: int  # of NVFP4 weights, a layer
+    clamped_share: float = 0.0  # mean over the layers
+    relative_l2: float = 0.0  # the largest of the layers
+
+    def to_json(self) -> dict[str, Any]:
+        finite = self.relative_l2 if math.isfinite(self.relative_l2) else None
+        return asdict(self) | {"relative_l2": finite}
+
+
+class _Loaded(NamedTuple):
+    """A layer as a model runs it, and the canonical weights of its baseline and its reference."""
+
+    layer: int
+    experts: NVFP4Experts
+    weights: ExpertWeights
+    gate: Gate
+
+
+class _Run(NamedTuple):
+    """One row of the table, and what each layer took and gave in it, [layers, M, K] both."""
+
+    row: DemoRow
+    case: bench.Case
+    inputs: Tensor
+    outputs: Tensor
+
+
+def run_demo(
+    checkpoint: Checkpoint,
+    layers: Sequence[int],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    backend: str | None = None,
+    tokens: Sequence[int],
+    terminal: Terminal,
+) -> list[DemoRow]:
+    """Loads the layers, runs them eager, compiled and (CUDA) replayed from a graph, times and checks every one."""
+    with terminal.progress() as progress, torch.inference_mode():
+        progress.stage(len(layers))
+        loaded = []
+        for layer in layers:
+            progress.begin(f"loading layer {layer}")
+            loaded.append(_load(checkpoint, layer, device, backend))
+            progress.advance()
+        first = loaded[0].experts
+        top_k = checked_top_k(checkpoint, first.num_experts)
+        shape = bench.Shape(first.num_experts, first.hidden_size, first.intermediate_size, top_k)
+        cases = [next(bench.cases(shape, count, device=device)) for count in tokens]
+        cases = [case._replace(hidden_states=case.hidden_states.to(dtype)) for case in cases]
+        model = ExpertLayers([part.experts for part in loaded])
+        modes: dict[str, _Model] = {"eager": model, "compiled": torch.compile(model, fullgraph=True, dynamic=True)}
+        baseline = ExpertLayers([DequantizeExperts(part.weights, part.gate) for part in loaded])
+        progress.stage(len(tokens))
+        runs: list[_Run] = []
+        for case in cases:
+            progress.begin(f"compiling and timing M = {case.hidden_states.shape[0]}")
+            runs += _time_modes(modes, baseline, case, shape, len(layers), device)
+            progress.advance()
+        progress.stage(len(layers))
+        for index, part in enumerate(loaded):
+            progress.begin(f"checking layer {part.layer} against fp64")
+            _check(part, index, runs, len(layers), router_weight_on_input(checkpoint))
+            progress.advance()
+    return [run.row for run in runs]
+
+
+def _load(checkpoint: Checkpoint, layer: int, device: torch.device, backend: str | None) -> _Loaded:
+    experts = NVFP4Experts.from_checkpoint(checkpoint, layer, device=device, backend=backend)
+    canonical = checkpoint.experts(layer)
+    weights = ExpertWeights(*(NVFP4Weight(*(part.to(device) for part in weight)) for weight in canonical))
+    return _Loaded(layer, experts, weights, checkpoint.gate(layer))
+
+
+def _check(part: _Loaded, index: int, runs: Sequence[_Run], layers: int, on_input: bool) -> None:
+    """Adds the layer's error and its share of clamped values to every row."""
+    dense = _dense_if_small(part.weights)
+    for run in runs:
+        expected = reference.moe_with_clamped_share(
+            run.inputs[index], *dense, run.case.topk_weights, run.case.topk_ids, **part.gate.kwargs(),
+            apply_router_weight_on_input=on_input,
+        )  # fmt: skip
+        run.row.clamped_share += expected.clamped_share / layers
+        run.row.relative_l2 = max(run.row.relative_l2, relative_error(run.outputs[index], expected.output))
+
+
+def _dense_if_small(weights: ExpertWeights) -> tuple[reference.Weight, reference.Weight]:
+    """In fp64 once for all checks of the layer, where that takes less than 2 GiB."""
+    values = sum(2 * weight.data.numel() for weight in weights)
+    if 8 * values > 2**31:
+        return weights
+    return dequantize(weights.w13, torch.float64), dequantize(weights.w2, torch.float64)
+
+
+def _time_modes(
+    modes: dict[str, _Model],
+    baseline: _Model,
+    case: bench.Case,
+    shape: bench.Shape,
+    layers: int,
+    device: torch.device,
+) -> list[_Run]:
+    """Every mode, timed in turns."""
+    runs: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
+        name: lambda model=model: model(*case)  # type: ignore[misc]
+        for name, model in modes.items()
+    }
+    results = {name: run() for name, run in runs.items()}
+    if device.type == "cuda":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = runs["eager"]()
+
+        def replay() -> tuple[Tensor, Tensor]:
+            graph.replay()
+            return captured
+
+        runs["CUDA graph"] = replay
+        # A copy: the tensors that a graph writes belong to its memory pool.
+        inputs, outputs = replay()
+        results["CUDA graph"] = (inputs.clone(), outputs.clone())
+    clock = bench.event_seconds if device.type == "cuda" else bench.wall_seconds
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    baseline_times = [clock(lambda: baseline(*case)) for _ in range(2)]
+    started = time.perf_counter()
+    while len(times["eager"]) < 5 or (len(times["eager"]) < 50 and time.perf_counter() - started < 0.5):
+        for name, run in runs.items():
+            times[name].append(clock(run))
+    touched = shape.touched_bytes(case.topk_ids)
+    return [
+        _Run(
+            DemoRow(
+                case.hidden_states.shape[0],
+                name,
+                statistics.median(values) / layers,
+                min(baseline_times) / layers,
+                touched,
+            ),
+            case,
+            *results[name],
+        )
+        for name, values in times.items()
+    ]

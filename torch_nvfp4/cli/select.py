@@ -1,0 +1,89 @@
+"""Which way a kernel takes for a shape, and why: ``torch-nvfp4 info --select``."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from torch_nvfp4.bench import CPU_LEVEL_VARIABLE, Shape, dtype_name
+from torch_nvfp4.ops import library_paths
+
+# kFewTokens in csrc/cpu/avx512.cpp and avx2.cpp; the portable level has one way.
+FEW_TOKENS = {"avx512": 8, "avx2": 4}
+LEVELS = ("avx512", "avx2", "portable")
+# Levels whose way for few tokens takes fp32 activations too.
+_FEW_IN_FP32 = {"avx512"}
+# kMaxTileTokens in csrc/cpu/level_kernels.h.
+TILE_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class CpuChoice:
+    """How the CPU runs one MoE layer.
+
+    Attributes:
+        tokens: M.
+        per_expert: the fewest and the most tokens of an expert that is hit, if the routing is even.
+        arithmetic: in which the products are summed.
+        path: how the codes of a weight reach the multiplications.
+        why: the comparison that decided.
+    """
+
+    tokens: int
+    per_expert: tuple[int, int]
+    arithmetic: str
+    path: str
+    why: str
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def cpu_level() -> tuple[str, str]:
+    """(the level that the CPU kernels run at, why)."""
+    try:
+        detect = ctypes.CDLL(library_paths()[0]).nvfp4_cpu_detected_level
+        detect.restype = ctypes.c_char_p
+        detected = detect().decode()
+    except (OSError, AttributeError):
+        detected = "unknown"
+    wanted = os.environ.get(CPU_LEVEL_VARIABLE)
+    if wanted:
+        return wanted, f"asked for by {CPU_LEVEL_VARIABLE}; this processor and build can {detected}"
+    return detected, f"the highest of this processor and build ({CPU_LEVEL_VARIABLE} is not set)"
+
+
+def cpu_choices(shape: Shape, tokens: Sequence[int], dtype: torch.dtype, level: str) -> list[CpuChoice]:
+    """What ``csrc/cpu`` decides for each number of tokens, expert by expert, under an even routing.
+
+    Raises ValueError for a level that does not exist.
+    """
+    if level not in LEVELS:
+        raise ValueError(f"{CPU_LEVEL_VARIABLE}: expected one of {', '.join(LEVELS)}, got {level!r}")
+    return [_cpu_choice(shape, count, dtype, level) for count in tokens]
+
+
+def _cpu_choice(shape: Shape, tokens: int, dtype: torch.dtype, level: str) -> CpuChoice:
+    slots = tokens * shape.top_k
+    fewest, most = max(1, slots // shape.experts), -(-slots // shape.experts)
+    exact = dtype == torch.float32 or level not in FEW_TOKENS
+    arithmetic = "fp32" if exact else "int16"
+    limit = FEW_TOKENS.get(level, 0) if not exact or level in _FEW_IN_FP32 else 0
+    chunk = min(most, TILE_TOKENS)
+    block = f"blocks of 64 columns decoded into L1, for up to {chunk} tokens at a time"
+    if limit == 0:
+        what = f"the level {level}" if level not in FEW_TOKENS else f"{dtype_name(dtype)} at the level {level}"
+        return CpuChoice(tokens, (fewest, most), arithmetic, block, f"{what} has no other way")
+    registers = "codes decoded straight into registers"
+    if most <= limit:
+        return CpuChoice(tokens, (fewest, most), arithmetic, registers, f"at most {limit} tokens per expert")
+    if fewest > limit:
+        why = f"more than {limit} tokens per expert"
+        return CpuChoice(tokens, (fewest, most), arithmetic, block, why)
+    why = f"experts of at most {limit} tokens the first way, others the second"
+    return CpuChoice(tokens, (fewest, most), arithmetic, f"{registers}; {block}", why)
