@@ -331,6 +331,24 @@ def test_select_on_the_cpu(monkeypatch):
     assert_one_line_error(run("info", "--shape", "cpu"), "info", "--shape: expected --select beside it")
 
 
+@pytest.mark.parametrize(
+    ("device", "kernels"),
+    [
+        ("h100", ["few_slots_mlp (bulk copies, mma.sync)", "stream_gemm (bulk copies, mma.sync)", "wgmma_experts"]),
+        ("A100", ["few_slots_mlp (cp.async, mma.sync)", "stream_gemm (cp.async, mma.sync)", "stream_gemm (cp.async"]),
+    ],
+)
+def test_select_on_a_gpu_that_is_not_here(device, kernels):
+    arguments = ("info", "--device", device, "--shape", "256,4096,2048,6", "--select", "1,64,4096")
+    choices = json.loads(run(*arguments, "--json", "-").stdout)["choices"]
+    assert [choice["M"] for choice in choices] == ["1", "64", "4096"]
+    assert all(choice["kernel"].startswith(kernel) for choice, kernel in zip(choices, kernels, strict=True))
+    assert all(choice["why"] for choice in choices)
+    table = run(*arguments).stdout
+    assert all(choice["kernel"] in table for choice in choices)
+    assert_one_line_error(run("info", "--device", "h9000", "--select", "1"), "info", "--device: expected")
+
+
 def test_select_knows_the_numbers_of_the_kernels():
     folder = Path(__file__).parent.parent / "csrc" / "cpu"
     for level, tokens in FEW_TOKENS.items():

@@ -13,9 +13,9 @@ from torch_nvfp4._version import __version__
 from torch_nvfp4.backends import BACKENDS, MoEBackendConfig, explain_moe_backends
 from torch_nvfp4.bench import cpu_name, dtype_name
 from torch_nvfp4.cli.bench import ShapeOption, understand_sizes
-from torch_nvfp4.cli.options import DeviceOption, DtypeOption, JsonOption, parse_device, parse_dtype
+from torch_nvfp4.cli.options import DtypeOption, JsonOption, parse_device, parse_dtype
 from torch_nvfp4.cli.output import json_writer
-from torch_nvfp4.cli.select import cpu_choices, cpu_level
+from torch_nvfp4.cli.select import GPUS, cpu_choices, cpu_level, cuda_choice
 from torch_nvfp4.cli.terminal import Terminal
 from torch_nvfp4.cli.wording import size
 from torch_nvfp4.gate import Gate
@@ -34,7 +34,13 @@ def command(
     ] = "",
     shape: ShapeOption = "",
     dtype: DtypeOption = "bf16",
-    device: DeviceOption = "",
+    device: Annotated[
+        str,
+        typer.Option(
+            metavar="DEVICE", show_default=False,
+            help=f"cpu, cuda, cuda:N, or a GPU that need not be here: {', '.join(GPUS)}.",
+        ),
+    ] = "",
     json_file: JsonOption = None,
 ) -> None:  # fmt: skip
     """Show this machine, the libraries, and which backends can run here, each with its reason if not.
@@ -47,6 +53,7 @@ def command(
       TORCH_NVFP4_CPU_LEVEL=avx2 torch-nvfp4 info
       torch-nvfp4 info --select 1,16,128 --shape dsv4-flash
       torch-nvfp4 info --select 64 --shape 128,2048,768,8 --dtype fp32
+      torch-nvfp4 info --select 1,16,4096 --device h100
     """
     terminal = Terminal(json_file)
     with json_writer(json_file) as write_json:
@@ -131,17 +138,16 @@ def _version(package: str) -> str | None:
 
 def collect_selection(tokens: str, shape: str, dtype: str, device: str) -> dict[str, Any]:
     """What ``info --select`` prints. Raises ValueError (expected and got)."""
-    where = parse_device(device)
+    gpu = GPUS.get(device.lower())
+    where = torch.device("cuda") if gpu is not None else parse_device(device)
     activations = parse_dtype(dtype, where)
     sizes, counts = understand_sizes(where.type, shape, tokens)
-    if where.type != "cpu":
-        raise NotImplementedError("--select: expected --device cpu, got a GPU, whose choice this version cannot print")
+    asked = {"device": device or str(where), "shape": sizes._asdict(), "dtype": dtype_name(activations)}
+    if where.type == "cuda":
+        return asked | {"choices": [cuda_choice(sizes, count, activations, where, gpu) for count in counts]}
     level, why = cpu_level()
     choices = cpu_choices(sizes, counts, activations, level)
-    return {
-        "device": str(where), "shape": sizes._asdict(), "dtype": dtype_name(activations), "level": level,
-        "level_reason": why, "choices": [choice.to_json() for choice in choices],
-    }  # fmt: skip
+    return asked | {"level": level, "level_reason": why, "choices": [choice.to_json() for choice in choices]}
 
 
 def _print_selection(terminal: Terminal, facts: dict[str, Any]) -> None:
@@ -151,6 +157,12 @@ def _print_selection(terminal: Terminal, facts: dict[str, Any]) -> None:
         f"{facts['dtype']} activations, on {facts['device']}",
         "bold",
     )
+    if "level" not in facts:
+        for choice in facts["choices"]:
+            terminal.line()
+            tokens = choice.pop("M")
+            terminal.table(("M", tokens), list(choice.items()), left=("M", tokens))
+        return
     terminal.line(f"level: {facts['level']}, {facts['level_reason']}")
     columns = ("M", "tokens per expert", "arithmetic", "path", "why")
     rows = []

@@ -12,6 +12,7 @@ import torch
 
 from torch_nvfp4.bench import CPU_LEVEL_VARIABLE, Shape, dtype_name
 from torch_nvfp4.ops import library_paths
+from torch_nvfp4.ops.select import CudaDevice, explain_select
 
 # kFewTokens in csrc/cpu/avx512.cpp and avx2.cpp; the portable level has one way.
 FEW_TOKENS = {"avx512": 8, "avx2": 4}
@@ -20,6 +21,30 @@ LEVELS = ("avx512", "avx2", "portable")
 _FEW_IN_FP32 = {"avx512"}
 # kMaxTileTokens in csrc/cpu/level_kernels.h.
 TILE_TOKENS = 128
+
+
+# What the choice of a CUDA kernel depends on, of GPUs that need not be here: capability, multiprocessors, shared
+# memory per block with opt-in, as CUDA's programming guide and the vendor's data sheets have them.
+GPUS = {
+    "h100": CudaDevice(9, 132, 232448),
+    "h200": CudaDevice(9, 132, 232448),
+    "a100": CudaDevice(8, 108, 166912),
+    "l40s": CudaDevice(8, 142, 101376),
+    "rtx4090": CudaDevice(8, 128, 101376),
+}
+
+
+def cuda_choice(
+    shape: Shape, tokens: int, dtype: torch.dtype, where: torch.device, gpu: CudaDevice | None
+) -> dict[str, str]:
+    """What csrc/cuda decides for one number of tokens, on ``gpu`` or else on the device ``where``, as named lines."""
+    if gpu is None:
+        with torch.cuda.device(where):
+            gpu = CudaDevice.current()
+    return {"M": str(tokens)} | explain_select(
+        tokens, top_k=shape.top_k, experts=shape.experts, hidden=shape.hidden, features=shape.intermediate,
+        dtype=dtype, device=gpu,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
