@@ -10,7 +10,7 @@ from pathlib import Path
 
 # Each module may import those of its own layer and of earlier ones.
 LAYERS = [
-    {"format"},
+    {"_version", "format"},
     {"activation"},
     {"reference"},
     {"checkpoint", "testing"},

@@ -7,6 +7,7 @@ happen before the first trace.
 from typing import Any
 
 from torch_nvfp4 import reference
+from torch_nvfp4._version import __version__
 from torch_nvfp4.activation import Activation
 from torch_nvfp4.backends import select_moe_backend
 from torch_nvfp4.format import NVFP4Weight, dequantize, quantize
@@ -32,6 +33,7 @@ __all__ = [
     "NVFP4Experts",
     "NVFP4Linear",
     "NVFP4Weight",
+    "__version__",
     "combine",
     "decompositions",
     "dequantize",

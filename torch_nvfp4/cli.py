@@ -29,6 +29,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from torch_nvfp4 import bench, reference
+from torch_nvfp4._version import __version__
 from torch_nvfp4.backends import (
     BACKENDS,
     ENVIRONMENT_VARIABLE,
@@ -57,6 +58,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("bench")(bench.command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"torch-nvfp4 {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(_: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True)] = False) -> None:
+    pass
+
 
 _Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint directory.", show_default=False)]
 _Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; by default cuda where its kernels can run.")]
@@ -186,7 +199,7 @@ def collect_info() -> dict[str, Any]:
     if len(devices) == 1:
         hardware["GPU"] = "none" if torch.version.cuda else "none (this torch is built without CUDA)"
     libraries: dict[str, Any] = {
-        "torch_nvfp4": _version("torch-nvfp4") or "not installed (source folder)",
+        "torch_nvfp4": __version__,
         "torch": f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}",
         "ops": ", ".join(library_paths()),
     }
