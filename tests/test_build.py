@@ -570,7 +570,7 @@ def test_sdist_holds_all_that_building_and_testing_take(packed: Path) -> None:
     files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
     made = {".so", ".pyc", ".o"}
     expected = {str(path.relative_to(ROOT)) for path in files if path.suffix not in made}
-    expected |= {*PACKAGING, "Makefile", "constraints.txt", "conftest.py", ".clang-format"}
+    expected |= {*PACKAGING, "Makefile", "constraints.txt", "conftest.py", ".clang-format", "CHANGELOG.md"}
     held = set(members(packed))
     assert expected - held == set()
     assert {name for name in held if Path(name).suffix in made} == set()
@@ -664,3 +664,22 @@ def only_a_compiler(folder: Path) -> Path:
     for name in ("sh", "as", "ld", "tr"):
         write(folder / name, f'#!/bin/sh\nexec {shutil.which(name)} "$@"\n', 0o755)
     return folder
+
+
+# What stands beside the sources
+
+
+def test_hooks_run_what_make_lint_runs() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    recipe = re.search(r"^lint:.*\n((?:\t.+\n)+)", makefile, re.MULTILINE)
+    assert recipe is not None
+    lint = {line.strip().replace("$(BIN)/", "").replace(" $(CXX_SOURCES)", "") for line in recipe[1].splitlines()}
+    hooks = re.findall(r"^ +entry: (.+)$", (ROOT / ".pre-commit-config.yaml").read_text(), re.MULTILINE)
+    assert set(hooks) == lint
+    assert len(hooks) == len(lint)
+
+
+def test_the_changelog_has_this_version() -> None:
+    headings = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert headings[0] == "Unreleased"
+    assert torch_nvfp4.__version__ in headings
