@@ -24,7 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 # What changes the work of a compiler from outside its command line.
-ENVIRONMENT = ("CPATH", "CPLUS_INCLUDE_PATH", "LIBRARY_PATH", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN")
+ENVIRONMENT = ("CPATH", "CPLUS_INCLUDE_PATH", "LIBRARY_PATH")
+NVCC_ENVIRONMENT = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN")
 COMPILERS = ("g++", "c++", "clang++")
 # Throwing takes the C++ runtime from where a library of this compiler would take it.
 PROBE = """#include <stdexcept>
@@ -55,8 +56,11 @@ def identity(*command: str) -> str:
     if path is None:
         raise BuildError(f"expected a compiler, got {command[0]!r}, which is not on PATH")
     version = subprocess.run([*command, "--version"], capture_output=True, text=True, errors="replace").stdout
-    variables = [f"{name}={os.environ[name]}" for name in ENVIRONMENT if name in os.environ]
-    return "\n".join([path, str(digest(Path(path).resolve())), version, *variables])
+    return "\n".join([path, str(digest(Path(path).resolve())), version, *environment(ENVIRONMENT)])
+
+
+def environment(names: Iterable[str]) -> list[str]:
+    return [f"{name}={os.environ[name]}" for name in names if name in os.environ]
 
 
 def split_command(text: str) -> tuple[str, ...]:
@@ -303,13 +307,15 @@ def cxx_candidates(wanted: str | None) -> list[Candidate]:
 
 def nvcc_candidates(nvcc: str) -> list[Candidate]:
     """nvcc with the host compiler that it takes by itself, then with those on PATH: it links with its host compiler."""
+
+    def candidate(name: str, host: str, *choice: str) -> Candidate:
+        found = split_command(host)
+        compilers = [identity(nvcc), identity(*found) if shutil.which(found[0]) else host]
+        command, link = (nvcc, *choice), ("-shared", "-cudart", "none", "-Xcompiler", "-fPIC")
+        return Candidate(name, command, link, "\n".join([*compilers, *environment(NVCC_ENVIRONMENT)]))
+
+    own = os.environ.get("NVCC_CCBIN", "g++")
+    own = f"{own}/g++" if Path(own).is_dir() else own
     hosts = [name for name in COMPILERS if shutil.which(name)]
-    own = os.environ.get("NVCC_CCBIN") or next(iter(hosts), None)
-    named: dict[str, tuple[tuple[str, ...], str | None]] = {f"{nvcc} with its own host compiler": ((nvcc,), own)}
-    for host in hosts:
-        named[f"{nvcc} -ccbin {host}"] = (nvcc, "-ccbin", host), host
-    link = ("-shared", "-cudart", "none", "-Xcompiler", "-fPIC")
-    return [
-        Candidate(name, command, link, identity(nvcc) + (identity(*split_command(host)) if host else ""))
-        for name, (command, host) in named.items()
-    ]
+    named = [candidate(f"{nvcc} -ccbin {host}", host, "-ccbin", host) for host in hosts]
+    return [candidate(f"{nvcc} with its own host compiler", own), *named]

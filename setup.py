@@ -275,7 +275,8 @@ class PlatformWheel(bdist_wheel):
 
 
 def say(message: str) -> None:
-    print(f"torch_nvfp4: {message}", flush=True)
+    sys.stdout.write(f"torch_nvfp4: {message}\n")  # in one piece: files compile side by side
+    sys.stdout.flush()
 
 
 def main() -> None:

@@ -227,7 +227,7 @@ class Tree:
 
 def clean_environment(**variables: str) -> dict[str, str]:
     """This process's, without what a build reads, and with ``variables``."""
-    read = ("CXX", "NVCC", "CUDA_HOME", "MAX_JOBS", *build_tools.ENVIRONMENT)
+    read = ("CXX", "NVCC", "CUDA_HOME", "MAX_JOBS", *build_tools.ENVIRONMENT, *build_tools.NVCC_ENVIRONMENT)
     kept = {name: text for name, text in os.environ.items() if name not in read and "TORCH_NVFP4" not in name}
     return kept | variables
 
@@ -321,6 +321,8 @@ def test_another_compiler_recompiles_its_library(tree: Tree) -> None:
     assert tree.build() == cxx(*CPU, "link")
     tree.edit("bin/nvcc", "V13.0.88", "V13.0.99")
     assert tree.build() == nvcc(*CUDA, "link")
+    assert tree.build(NVCC_APPEND_FLAGS="-lineinfo") == nvcc(*CUDA, "link")
+    assert tree.build(NVCC_APPEND_FLAGS="-lineinfo", CPATH="/nowhere") == cxx(*CPU, "link") | nvcc(*CUDA, "link")
 
 
 def test_lost_object_and_lost_library(tree: Tree) -> None:
