@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
-import shutil
-import subprocess
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from unittest.mock import patch
 
 import pytest
 import torch
 
 import torch_nvfp4  # noqa: F401  (registers the ops)
+
+
+def load_build_tools() -> ModuleType:
+    """What the build knows about compilers. Not on the path: that would hide which torch_nvfp4 is installed."""
+    spec = importlib.util.spec_from_file_location("build_tools", Path(__file__).with_name("build_tools.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look it up
+    spec.loader.exec_module(module)
+    return module
+
+
+build_tools = load_build_tools()
 
 # Processor flags that a level needs, as /proc/cpuinfo names them: a second opinion on the library's own detection.
 LEVEL_FLAGS = {
@@ -59,40 +73,27 @@ def _default_level(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCH_NVFP4_CPU_LEVEL", raising=False)
 
 
-# What a package of AOTInductor does first, as it reads the name of its device.
-PROBE = """#include <regex>
-extern "C" int probe() { return std::regex_match("cuda:0", std::regex("([a-z]+)(:([0-9]+))?")); }
-"""
-CALL_PROBE = "import ctypes, sys, torch; sys.exit(ctypes.CDLL(sys.argv[1]).probe() != 1)"
-
-
-def builds_for_torch(compiler: str, folder: Path) -> bool:
-    """Whether a library by this compiler works in a process of torch."""
-    source, library = folder / "probe.cpp", folder / "probe.so"
-    source.write_text(PROBE)
-    build = [compiler, "-std=c++17", "-shared", "-fPIC", str(source), "-o", str(library)]
-    run = [sys.executable, "-c", CALL_PROBE, str(library)]
-    return shutil.which(compiler) is not None and all(
-        subprocess.run(command, capture_output=True).returncode == 0 for command in (build, run)
-    )
-
-
 @pytest.fixture(scope="session")
 def package_compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The compiler that AOTInductor uses: $CXX, or the first on the path that works where $CXX does not.
+    """The compiler that AOTInductor uses: $CXX, or the first on the path that the build too would take in its place.
 
     A $CXX that links libstdc++ statically gives each package a libstdc++ of its own beside torch's. The two take locale
     facets for each other's, as ids are unique in a process and facets are not, and a package of any model crashes while
     it is loaded.
     """
     wanted = os.environ.get("CXX")
+    runtime = build_tools.torch_runtime(Path(torch.__file__).parent)
     folder = tmp_path_factory.mktemp("compiler")
-    if wanted is None or builds_for_torch(wanted, folder):
-        yield wanted or "g++"
+    try:
+        candidates = build_tools.cxx_candidates(wanted)
+        compiler = shlex.join(build_tools.trusted(candidates, runtime, folder, print).command)
+    except build_tools.BuildError:
+        compiler = wanted or "g++"  # tests that need one say what is wrong with it
+    if compiler == (wanted or "g++"):
+        yield compiler
         return
     import torch._inductor.config as inductor_config  # a second or two that most runs need not wait for
 
-    compiler = next((name for name in ("g++", "c++", "clang++") if builds_for_torch(name, folder)), wanted)
     with patch.dict(os.environ, CXX=compiler), inductor_config.patch({"cpp.cxx": (None, compiler)}):
         yield compiler
 
