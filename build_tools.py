@@ -191,11 +191,17 @@ def run_steps(steps: Iterable[Step], jobs: int, log: Callable[[str], None], forc
 
 
 @contextlib.contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """One build at a time in a folder."""
+def exclusive(folder: Path, log: Callable[[str], None]) -> Iterator[None]:
+    """One build at a time in a folder; what a killed one was writing is removed."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log(f"waiting for another build in {folder}")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        for leftover in folder.rglob("partial-*"):
+            leftover.unlink()
         yield
 
 

@@ -38,9 +38,8 @@ import build_tools  # noqa: E402
 from build_tools import BuildError, Candidate, Step  # noqa: E402
 
 CSRC = ROOT / "csrc"
-OBJECTS = (
-    ROOT / "build" / "objects"
-)  # not setuptools' build_temp: pip's editable builds put that into a new folder each
+# Not setuptools' build_temp: pip's editable builds put that into a new folder each.
+OBJECTS = ROOT / "build" / "objects"
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # torch 2.11
 CXX_FLAGS = ("-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall", "-Wextra")
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1")
@@ -176,9 +175,8 @@ def cuda_toolchain(root: Path, chosen: Candidate) -> Toolchain:
     host = ",".join(flag for flag in CXX_FLAGS if flag not in ("-O3", "-std=c++20", "-Wall", "-Wextra"))
     racecheck = ("-DNVFP4_RACECHECK",) if os.environ.get("TORCH_NVFP4_RACECHECK") == "1" else ()
     flags = ("-O3", "-std=c++20", "-DUSE_CUDA", "-Xcompiler", host, *gencode_flags(), *racecheck)
-    torch_libraries = (
-        "--no-as-needed,-ltorch,-ltorch_cpu,--as-needed,--exclude-libs=ALL"  # one list: nvcc reorders more
-    )
+    # One list, as nvcc reorders separate ones.
+    torch_libraries = "--no-as-needed,-ltorch,-ltorch_cpu,--as-needed,--exclude-libs=ALL"
     link = ("-shared", "-cudart", "static", f"-L{root / 'lib'}", "-Xlinker", torch_libraries)
     variant = cuda_archs().replace(";", "_") + ("-racecheck" if racecheck else "")
     return Toolchain(OBJECTS / f"_C_cuda-{variant}", (*chosen.command, *flags), link, chosen.command, chosen.compiler)
@@ -212,7 +210,7 @@ class BuildLibraries(build_ext):
             (Path(self.build_lib) / filename).unlink(missing_ok=True)  # of an earlier build
             if self.inplace and (ROOT / filename).exists():
                 say(f"{filename} is of an earlier build and stays as it is")
-        with build_tools.exclusive(OBJECTS):
+        with build_tools.exclusive(OBJECTS, say):
             super().run()
 
     def get_ext_filename(self, fullname: str) -> str:
@@ -234,9 +232,8 @@ class BuildLibraries(build_ext):
             objects = tuple(step.output for step in compiled)
             command = (*chain.linker, *map(str, objects), *chain.link)
             library = chain.folder / f"{ext.name.rpartition('.')[2]}.so"
-
-            compilations += compiled
             check = functools.partial(check_library, name=ext.name, runtime=runtime)
+            compilations += compiled
             links.append(Step(f"linking {ext.name}", command, chain.compiler, library, objects, check=check))
         # CUDA's files first: each takes minutes.
         build_tools.run_steps(reversed(compilations), max_jobs(), say, force=bool(self.force))
@@ -251,7 +248,7 @@ class BuildLibraries(build_ext):
         level = None if cuda else level_of(source)
         flags = (*chain.compile, *(LEVEL_FLAGS[level] if level else ()))
         command = (*flags, "-isystem", str(self.root / "include"), STABLE_ABI, "-c", str(ROOT / source))
-        output = chain.folder / Path(source).relative_to("csrc").with_suffix(".o")
+        output = chain.folder / f"{Path(source).relative_to('csrc')}.o"
         return Step(f"compiling {source}", command, chain.compiler, output, (ROOT / source,), finds_headers=True)
 
     def copy_extensions_to_source(self) -> None:
@@ -266,11 +263,13 @@ class PlatformWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
     def run(self) -> None:
-        tag = cuda_tag() if build_cuda(torch_root()) else "cpu"
-        self.build_number = self.build_number or f"0{tag}"
-        if not self.skip_build:
-            # What an earlier tree left there would come into the wheel.
-            shutil.rmtree(self.get_finalized_command("build").build_lib, ignore_errors=True)
+        build_lib = Path(self.get_finalized_command("build").build_lib)
+        if self.skip_build:
+            with_cuda = (build_lib / "torch_nvfp4" / "_C_cuda.so").exists()
+        else:
+            with_cuda = build_cuda(torch_root())
+            shutil.rmtree(build_lib, ignore_errors=True)  # what an earlier tree left there would come into the wheel
+        self.build_number = self.build_number or f"0{cuda_tag() if with_cuda else 'cpu'}"
         super().run()
 
 

@@ -10,6 +10,7 @@ import importlib.util
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -327,7 +328,7 @@ def test_another_compiler_recompiles_its_library(tree: Tree) -> None:
 
 def test_lost_object_and_lost_library(tree: Tree) -> None:
     objects = tree.folder / "build/objects/_C"
-    (objects / "cpu/rows.o").unlink()
+    (objects / "cpu/rows.cpp.o").unlink()
     (tree.folder / "torch_nvfp4/_C.so").unlink()
     assert tree.build() == cxx("csrc/cpu/rows.cpp")  # the same object again: no link
     assert (tree.folder / "torch_nvfp4/_C.so").read_bytes() == (objects / "_C.so").read_bytes()
@@ -348,26 +349,63 @@ def test_interrupted_compile_leaves_no_object(tree: Tree) -> None:
 
 
 def test_killed_build_is_taken_up(tree: Tree) -> None:
-    """setup.py itself killed between an object and its record, and in the middle of a compile."""
-    folder = tree.folder / "build/objects/_C/cpu"
-    (folder / "rows.o").write_bytes(b"of another source")
-    (folder / "rows.o.json").unlink()
-    (folder / "partial-1-levels.o").write_bytes(b"half")
+    """setup.py itself killed in the middle of a compile; and, by hand, between an object and its record."""
+    tree.edit("csrc/cpu/rows.cpp", "3", "4")
+    tree.edit("bin/cxx", "exec", 'case "$what" in *rows.cpp) echo half > "$output"; kill -9 $PPID; exit 1;; esac\nexec')
+    assert tree.setup().returncode == -signal.SIGKILL
+    objects = tree.folder / "build/objects"
+    assert list(objects.rglob("partial-*"))
+    logging_cxx(tree.cxx)
+    assert "cxx csrc/cpu/rows.cpp" in tree.build()
+    assert not list(objects.rglob("partial-*"))
+    (objects / "_C/cpu/rows.cpp.o").write_bytes(b"of another source")
+    (objects / "_C/cpu/rows.cpp.o.json").write_text("{")
     assert tree.build() == cxx("csrc/cpu/rows.cpp")
-    (folder / "rows.o.json").write_text("{")
-    assert tree.build() == cxx("csrc/cpu/rows.cpp")
+
+
+def test_two_builds_take_turns(tree: Tree) -> None:
+    tree.edit("csrc/cpu/rows.cpp", "3", "4")
+    tree.log.unlink(missing_ok=True)
+    with build_tools.exclusive(tree.folder / "build/objects", print):
+        command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+        environment = clean_environment(**tree.variables())
+        second = subprocess.Popen(command, cwd=tree.folder, env=environment, stdout=subprocess.PIPE, text=True)
+        assert second.stdout is not None
+        assert second.stdout.readline().startswith("torch_nvfp4: waiting for another build in ")
+        compiled_meanwhile = tree.compiled()
+    output, _ = second.communicate(timeout=60)
+    assert second.returncode == 0, output
+    assert (compiled_meanwhile, "compiling csrc/cpu/rows.cpp" in output) == (set(), True)
 
 
 def test_edit_during_a_compile_is_not_lost(tree: Tree) -> None:
-    """The object may be of the text before, so the next build makes it again."""
-    source = tree.folder / "csrc/cpu/rows.cpp"
-    tree.edit("csrc/cpu/rows.cpp", "3", "4")
-    logging_cxx(tree.cxx, f'case "$what" in *rows.cpp) sleep 0.05; sed -i "s/4/5/" {source};; esac')
+    """The object is of the text before, so the next build makes it again."""
+    once, source = tree.folder / "edit-once", tree.folder / "csrc/cpu/rows.cpp"
+    edit = f'{GXX} "$@" || exit 1; [ -e {once} ] && rm {once} && sleep 0.05 && sed -i "s/4/5/" {source}; exit 0'
+    logging_cxx(tree.cxx, f'case "$what" in *rows.cpp) {edit};; esac')
     tree.build()
+    once.touch()
+    tree.edit("csrc/cpu/rows.cpp", "3", "4")
+    assert tree.build() == cxx("csrc/cpu/rows.cpp", "link")
     assert "5" in source.read_text()
-    logging_cxx(tree.folder / "bin/plain")
-    assert "cxx csrc/cpu/rows.cpp" in tree.build(CXX=str(tree.folder / "bin/plain"))
-    assert tree.build(CXX=str(tree.folder / "bin/plain")) == set()
+    assert tree.build() == cxx("csrc/cpu/rows.cpp", "link")
+    assert tree.build() == set()
+
+
+def test_no_record_of_another_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build that dies between output and record leaves no record of the output before."""
+    source = write(tmp_path / "a.cpp", "int a;")
+    step, other = (
+        build_tools.Step("compiling", (GXX, flag, "-c", str(source)), "g++", tmp_path / "a.o", (source,), True)
+        for flag in ("-O0", "-O1")
+    )
+    step.run()
+    assert (step.is_current(), other.is_current()) == (True, False)
+    with monkeypatch.context() as patched:
+        patched.setattr(build_tools, "write_atomically", None)
+        with pytest.raises(TypeError):
+            other.run()
+    assert (step.is_current(), other.is_current()) == (False, False)
 
 
 def test_files_of_both_libraries_compile_side_by_side(tree: Tree) -> None:
