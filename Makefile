@@ -5,6 +5,8 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 
 BIN := $(VENV)/bin
+# What torch.compile compiles with: the build's choice, where $CXX is one that links libstdc++ statically.
+RUN_CXX = CXX="$$($(BIN)/python build_tools.py)"
 CXX_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inl')
 
 .PHONY: help library install demo test lint format bench gpu-test gpu-sanitize cuda-build wheel sanitize clean
@@ -29,7 +31,7 @@ $(VENV)/.torch_nvfp4: $(VENV)/.torch pyproject.toml | library
 install: library $(VENV)/.torch_nvfp4  ## make VENV with torch_nvfp4 in it, or bring the one there up to date
 
 demo: install  ## write a checkpoint in DeepSeek-V4-Flash's layout, load it, check it and time it
-	$(BIN)/torch-nvfp4 demo
+	$(RUN_CXX) $(BIN)/torch-nvfp4 demo
 
 test: install  ## all tests that need no GPU
 	$(BIN)/python -m pytest
@@ -48,7 +50,7 @@ format: install  ## what lint asks for, applied
 
 bench: install  ## the README's table for this machine
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e '.[bench]' --no-build-isolation
-	$(BIN)/torch-nvfp4 bench
+	$(RUN_CXX) $(BIN)/torch-nvfp4 bench
 
 gpu-test: install  ## the whole suite on a GPU
 	$(BIN)/python -m pytest --gpu

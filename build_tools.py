@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import functools
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -18,6 +19,7 @@ import shlex
 import shutil
 import struct
 import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -311,6 +313,12 @@ def cxx_candidates(wanted: str | None) -> list[Candidate]:
     return [Candidate(name, command, link, identity(*command)) for name, command in named.items()]
 
 
+def chosen_cxx(root: Path, folder: Path, log: Callable[[str], None]) -> str:
+    """The compiler that the build takes with the torch in ``root``, for those who compile as they run (Inductor)."""
+    candidates = cxx_candidates(os.environ.get("CXX"))
+    return shlex.join(trusted(candidates, torch_runtime(root), folder, log).command)
+
+
 def nvcc_candidates(nvcc: str) -> list[Candidate]:
     """nvcc with the host compiler that it takes by itself, then with those on PATH: it links with its host compiler."""
 
@@ -325,3 +333,14 @@ def nvcc_candidates(nvcc: str) -> list[Candidate]:
     hosts = [name for name in COMPILERS if shutil.which(name)]
     named = [candidate(f"{nvcc} -ccbin {host}", host, "-ccbin", host) for host in hosts]
     return [candidate(f"{nvcc} with its own host compiler", own), *named]
+
+
+if __name__ == "__main__":  # prints the compiler to run with as CXX
+    torch = importlib.util.find_spec("torch")
+    try:
+        if torch is None or torch.origin is None:
+            raise BuildError("expected an installed torch, found none")
+        probes = Path(__file__).resolve().parent / "build" / "objects" / "probes"
+        print(chosen_cxx(Path(torch.origin).parent, probes, functools.partial(print, file=sys.stderr)))
+    except BuildError as error:
+        raise SystemExit(f"torch_nvfp4: {error}") from None

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
-import shlex
 import sys
-from collections.abc import Iterator
+import tempfile
 from pathlib import Path
 from types import ModuleType
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -61,6 +60,20 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"--gpu: expected a CUDA device and torch_nvfp4's CUDA library, got {what}")
 
 
+def pytest_sessionstart() -> None:
+    """Makes Inductor use the compiler that the build would take in the place of a $CXX that links libstdc++ statically.
+
+    Such a $CXX gives each package a libstdc++ of its own beside torch's. The two take locale facets for each other's,
+    as ids are unique in a process and facets are not, and a package of any model crashes while it is loaded. Nor can
+    g++ with -static-libstdc++ precompile the headers of Inductor's kernels.
+    """
+    if "CXX" not in os.environ:
+        return
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(build_tools.BuildError):
+        # Before Inductor is imported, which reads it then.
+        os.environ["CXX"] = build_tools.chosen_cxx(Path(torch.__file__).parent, Path(folder), print)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not HAS_GPU:
         for item in items:
@@ -74,28 +87,9 @@ def _default_level(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def package_compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The compiler that AOTInductor uses: $CXX, or the first on the path that the build too would take in its place.
-
-    A $CXX that links libstdc++ statically gives each package a libstdc++ of its own beside torch's. The two take locale
-    facets for each other's, as ids are unique in a process and facets are not, and a package of any model crashes while
-    it is loaded.
-    """
-    wanted = os.environ.get("CXX")
-    runtime = build_tools.torch_runtime(Path(torch.__file__).parent)
-    folder = tmp_path_factory.mktemp("compiler")
-    try:
-        candidates = build_tools.cxx_candidates(wanted)
-        compiler = shlex.join(build_tools.trusted(candidates, runtime, folder, print).command)
-    except build_tools.BuildError:
-        compiler = wanted or "g++"  # tests that need one say what is wrong with it
-    if compiler == (wanted or "g++"):
-        yield compiler
-        return
-    import torch._inductor.config as inductor_config  # a second or two that most runs need not wait for
-
-    with patch.dict(os.environ, CXX=compiler), inductor_config.patch({"cpp.cxx": (None, compiler)}):
-        yield compiler
+def package_compiler() -> str:
+    """The compiler that AOTInductor uses."""
+    return os.environ.get("CXX", "g++")
 
 
 @pytest.fixture(params=DEVICES)

@@ -310,6 +310,9 @@ def test_architectures_and_variants_have_objects_of_their_own(tree: Tree) -> Non
     assert tree.build(TORCH_NVFP4_CUDA_ARCHS="90a") == set()
     assert tree.build(TORCH_NVFP4_RACECHECK="1") == nvcc(*CUDA, "link")
     assert tree.build("build_ext", "--build-lib", "build/elsewhere") == set()
+    assert tree.build("build_ext", "--build-lib", "build/elsewhere", TORCH_NVFP4_BUILD_CUDA="0") == set()
+    assert not (tree.folder / "build/elsewhere/torch_nvfp4/_C_cuda.so").exists()
+    assert tree.build("build_ext", "--build-lib", "build/elsewhere") == set()
     assert (tree.folder / "build/elsewhere/torch_nvfp4/_C_cuda.so").exists()
 
 
@@ -386,6 +389,7 @@ def test_edit_during_a_compile_is_not_lost(tree: Tree) -> None:
     tree.build()
     once.touch()
     tree.edit("csrc/cpu/rows.cpp", "3", "4")
+    (tree.folder / "build/objects/_C/cpu/rows.cpp.o.json").unlink()  # else the text before has been read already
     assert tree.build() == cxx("csrc/cpu/rows.cpp", "link")
     assert "5" in source.read_text()
     assert tree.build() == cxx("csrc/cpu/rows.cpp", "link")
@@ -489,6 +493,16 @@ def test_static_runtime_falls_back_to_a_compiler_on_the_path(tree: Tree) -> None
     assert "Building with g++ instead." in done.stdout
     assert "libstdc++.so.6" in tree.needed()
     assert not cxx(*CPU) & tree.compiled()
+
+
+def test_static_runtime_is_not_left_to_inductor(tree: Tree) -> None:
+    """build_tools.py prints what `make demo` runs with."""
+    for compiler, expected in ((static_cxx(tree.folder / "bin/static"), "g++"), (tree.cxx, str(tree.cxx))):
+        done = tree.run([sys.executable, "build_tools.py"], **(tree.variables() | {"CXX": str(compiler)}))
+        assert (done.returncode, done.stdout) == (0, f"{expected}\n"), done.stderr
+    recipe = re.search(r"^demo:.*\n\t(.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert recipe is not None
+    assert recipe[1].startswith("$(RUN_CXX) ")
 
 
 def test_static_runtime_everywhere_stops_with_words(tree: Tree) -> None:
