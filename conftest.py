@@ -70,8 +70,10 @@ def pytest_sessionstart() -> None:
     if "CXX" not in os.environ:
         return
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(build_tools.BuildError):
-        # Before Inductor is imported, which reads it then.
         os.environ["CXX"] = build_tools.chosen_cxx(Path(torch.__file__).parent, Path(folder), print)
+    inductor_config = sys.modules.get("torch._inductor.config")  # reads $CXX once, as it is imported
+    if inductor_config is not None:
+        inductor_config.cpp.cxx = (None, os.environ["CXX"])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
