@@ -5,25 +5,33 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 
 BIN := $(VENV)/bin
-SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
+# What torch.compile compiles with: the build's choice, where $CXX is one that links libstdc++ statically.
+RUN_CXX = CXX="$$($(BIN)/python build_tools.py)"
 CXX_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inl')
 
-.PHONY: help install demo test lint format bench gpu-test gpu-sanitize cuda-build sanitize clean
+.PHONY: help library install demo test lint format bench gpu-test gpu-sanitize cuda-build wheel sanitize clean
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV) || { echo "Making $(VENV) failed: on Debian and Ubuntu, apt-get install python3-venv"; exit 1; }
 
-$(VENV)/.torch_nvfp4: $(BIN)/python $(SOURCES) $(CONSTRAINTS)
+$(VENV)/.torch: $(BIN)/python $(CONSTRAINTS)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) setuptools torch
+	@touch $@
+
+# setup.py knows what changed (sources, flags, compiler, torch's headers) and compiles nothing else.
+library: $(VENV)/.torch
+	@$(BIN)/python setup.py -q build_ext --inplace
+
+$(VENV)/.torch_nvfp4: $(VENV)/.torch pyproject.toml | library
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) --no-build-isolation -e '.[test,lint]'
 	@touch $@
 
-install: $(VENV)/.torch_nvfp4  ## make VENV with torch_nvfp4 in it
+install: library $(VENV)/.torch_nvfp4  ## make VENV with torch_nvfp4 in it, or bring the one there up to date
 
 demo: install  ## write a checkpoint in DeepSeek-V4-Flash's layout, load it, check it and time it
-	$(BIN)/torch-nvfp4 demo
+	$(RUN_CXX) $(BIN)/torch-nvfp4 demo
 
 test: install  ## all tests that need no GPU
 	$(BIN)/python -m pytest
@@ -42,13 +50,18 @@ format: install  ## what lint asks for, applied
 
 bench: install  ## the README's table for this machine
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e '.[bench]' --no-build-isolation
-	$(BIN)/torch-nvfp4 bench
+	$(RUN_CXX) $(BIN)/torch-nvfp4 bench
 
 gpu-test: install  ## the whole suite on a GPU
 	$(BIN)/python -m pytest --gpu
 
 cuda-build: install  ## compile the CUDA library for one architecture, without a GPU, so that it does not rot
 	TORCH_NVFP4_BUILD_CUDA=1 TORCH_NVFP4_CUDA_ARCHS=90a $(BIN)/python setup.py -q build_ext --build-lib build/cuda
+
+# Says CUDA or CPU in the name: TORCH_NVFP4_BUILD_CUDA=1 make wheel stops where the CUDA library cannot be built.
+wheel: install  ## dist/torch_nvfp4-*-0cpu-*.whl, or 0cu130 with the CUDA library, for any Python >= 3.10 of this platform
+	$(BIN)/python -m pip wheel -q --disable-pip-version-check --no-build-isolation --no-deps -w dist .
+	@ls -t dist/*.whl | head -1
 
 sanitize: install  ## the op tests on a CPU library built with the address and undefined-behaviour sanitizers
 	TORCH_NVFP4_SANITIZE=1 TORCH_NVFP4_BUILD_CUDA=0 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
@@ -62,4 +75,4 @@ gpu-sanitize: install  ## every op under compute-sanitizer's four tools, on a GP
 	PYTHONPATH=build/racecheck/lib compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/python tests/sanitize_cuda.py
 
 clean:  ## remove what the targets made
-	rm -rf $(VENV) build *.egg-info torch_nvfp4/*.so
+	rm -rf $(VENV) build dist *.egg-info torch_nvfp4/*.so

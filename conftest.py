@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import os
-import shutil
-import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
 from pathlib import Path
-from unittest.mock import patch
+from types import ModuleType
 
 import pytest
 import torch
 
 import torch_nvfp4  # noqa: F401  (registers the ops)
+
+
+def load_build_tools() -> ModuleType:
+    """What the build knows about compilers. Not on the path: that would hide which torch_nvfp4 is installed."""
+    spec = importlib.util.spec_from_file_location("build_tools", Path(__file__).with_name("build_tools.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look it up
+    spec.loader.exec_module(module)
+    return module
+
+
+build_tools = load_build_tools()
 
 # Processor flags that a level needs, as /proc/cpuinfo names them: a second opinion on the library's own detection.
 LEVEL_FLAGS = {
@@ -47,6 +60,22 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"--gpu: expected a CUDA device and torch_nvfp4's CUDA library, got {what}")
 
 
+def pytest_sessionstart() -> None:
+    """Makes Inductor use the compiler that the build would take in the place of a $CXX that links libstdc++ statically.
+
+    Such a $CXX gives each package a libstdc++ of its own beside torch's. The two take locale facets for each other's,
+    as ids are unique in a process and facets are not, and a package of any model crashes while it is loaded. Nor can
+    g++ with -static-libstdc++ precompile the headers of Inductor's kernels.
+    """
+    if "CXX" not in os.environ:
+        return
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(build_tools.BuildError):
+        os.environ["CXX"] = build_tools.chosen_cxx(Path(torch.__file__).parent, Path(folder), print)
+    inductor_config = sys.modules.get("torch._inductor.config")  # reads $CXX once, as it is imported
+    if inductor_config is not None:
+        inductor_config.cpp.cxx = (None, os.environ["CXX"])
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not HAS_GPU:
         for item in items:
@@ -59,42 +88,10 @@ def _default_level(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCH_NVFP4_CPU_LEVEL", raising=False)
 
 
-# What a package of AOTInductor does first, as it reads the name of its device.
-PROBE = """#include <regex>
-extern "C" int probe() { return std::regex_match("cuda:0", std::regex("([a-z]+)(:([0-9]+))?")); }
-"""
-CALL_PROBE = "import ctypes, sys, torch; sys.exit(ctypes.CDLL(sys.argv[1]).probe() != 1)"
-
-
-def builds_for_torch(compiler: str, folder: Path) -> bool:
-    """Whether a library by this compiler works in a process of torch."""
-    source, library = folder / "probe.cpp", folder / "probe.so"
-    source.write_text(PROBE)
-    build = [compiler, "-std=c++17", "-shared", "-fPIC", str(source), "-o", str(library)]
-    run = [sys.executable, "-c", CALL_PROBE, str(library)]
-    return shutil.which(compiler) is not None and all(
-        subprocess.run(command, capture_output=True).returncode == 0 for command in (build, run)
-    )
-
-
 @pytest.fixture(scope="session")
-def package_compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The compiler that AOTInductor uses: $CXX, or the first on the path that works where $CXX does not.
-
-    A $CXX that links libstdc++ statically gives each package a libstdc++ of its own beside torch's. The two take locale
-    facets for each other's, as ids are unique in a process and facets are not, and a package of any model crashes while
-    it is loaded.
-    """
-    wanted = os.environ.get("CXX")
-    folder = tmp_path_factory.mktemp("compiler")
-    if wanted is None or builds_for_torch(wanted, folder):
-        yield wanted or "g++"
-        return
-    import torch._inductor.config as inductor_config  # a second or two that most runs need not wait for
-
-    compiler = next((name for name in ("g++", "c++", "clang++") if builds_for_torch(name, folder)), wanted)
-    with patch.dict(os.environ, CXX=compiler), inductor_config.patch({"cpp.cxx": (None, compiler)}):
-        yield compiler
+def package_compiler() -> str:
+    """The compiler that AOTInductor uses."""
+    return os.environ.get("CXX", "g++")
 
 
 @pytest.fixture(params=DEVICES)
