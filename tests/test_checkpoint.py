@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from torch_nvfp4 import checkpoint as checkpoint_module
+from torch_nvfp4.checkpoint import weights as weights_module
 from torch_nvfp4.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from torch_nvfp4.demo import write_checkpoint
 from torch_nvfp4.format import dequantize
@@ -477,7 +477,7 @@ def read_bytes(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
             counts[name] = counts.get(name, 0) + tensor.nbytes
             return tensor
 
-    monkeypatch.setattr(checkpoint_module, "safe_open", Counting)
+    monkeypatch.setattr(weights_module, "safe_open", Counting)
     return counts
 
 
@@ -561,7 +561,8 @@ def test_activation(damaged: Path, changes: dict[str, Any], expected: tuple[str,
         ({"text_config": {"swiglu_limit": 5.0}}, ("swiglu_limit: expected one value, got 7.0, and 5.0 in text",)),
         ({"gemm1_clamp_limit": 7.0}, ("gemm1_clamp_limit: expected", "got 7.0", "never dropped")),
         ({"text_config": {"mlp_clamp": [0, 3]}}, ("text_config.mlp_clamp: expected", "got [0, 3]")),
-        ({"thinker_config": {"swiglu_limit": 3}}, ("thinker_config.swiglu_limit: expected", "got 3")),
+        ({"vision_config": {"swiglu_limit": 3}}, ("vision_config.swiglu_limit: expected", "got 3")),
+        ({"thinker_config": {"swiglu_limit": 3}}, ("swiglu_limit: expected one value, got 7.0, and 3.0 in thinker",)),
         ({"hidden_act": "gelu"}, ("expected hidden_act 'silu' beside a swiglu limit, got 'gelu' with limit 7.0",)),
         ({"hidden_act": "tanh"}, ("hidden_act: expected one of", "got 'tanh'")),
         ({"swiglu_limit": "absent", "model_type": "gpt_oss"}, ("expected swiglu_limit", "gpt_oss clamps", "got no")),
@@ -708,13 +709,11 @@ def test_missing_shard(damaged: Path) -> None:
         Checkpoint.open(damaged)
 
 
-@pytest.mark.parametrize("index", [True, False])
-def test_duplicate_tensor(damaged: Path, index: bool) -> None:
+def test_tensor_in_two_shards_without_an_index(damaged: Path) -> None:
     second = load_file(damaged / SHARD_2)
     second["layers.0.ffn.experts.1.w2.weight"] = torch.zeros(HIDDEN, INTERMEDIATE // 2, dtype=torch.uint8)
     save_file(second, damaged / SHARD_2)
-    if not index:
-        (damaged / INDEX).unlink()
+    (damaged / INDEX).unlink()
     with raises(
         damaged / SHARD_2, "'layers.0.ffn.experts.1.w2.weight'", "each tensor in one shard", f"it in {SHARD_1} too"
     ):
@@ -743,7 +742,8 @@ def entry(begin: int, end: int, dtype: object = "U8", shape: object = None) -> d
         ({"a": entry(0, 1, ["U8"])}, b"1", None, ("'a'", "expected dtype one of", "got ['U8']")),
         ({"a": entry(0, 1, shape=[-1])}, b"1", None, ("'a'", "expected a shape of non-negative integers, got [-1]")),
         ({"a": entry(0, 1, shape=[True])}, b"1", None, ("'a'", "a shape of non-negative integers, got [True]")),
-        ({"a": entry(0, 1, shape=[2**62] * 400)}, b"1", None, ("'a'", "as many bytes as U8", "data_offsets [0, 1]")),
+        ({"a": entry(0, 1, shape=[2**62] * 8)}, b"1", None, ("'a'", "as many bytes as U8", "data_offsets [0, 1]")),
+        ({"a": entry(0, 1, shape=[1] * 100_000)}, b"1", None, ("'a'", "at most 8 dimensions, got 100000")),
         ({"a": entry(0, 6, "F32", [2])}, b"123456", None, ("'a'", "as many bytes as F32 [2]", "data_offsets [0, 6]")),
         ({"a": entry(0, -1)}, b"", None, ("'a'", "expected a shape")),
         ({"a": entry(0, 1) | {"data_offsets": [0]}}, b"1", None, ("'a'", "expected two data_offsets, got [0]")),
@@ -875,8 +875,11 @@ def test_one_expert_that_is_not_quantized(tmp_path: Path) -> None:
         tensors["layers.0.ffn.experts.1.w1.weight"] = torch.zeros(INTERMEDIATE, HIDDEN, dtype=torch.bfloat16)
 
     write_changed(tmp_path, unquantize)
-    with raises(SHARD_1, "'layers.0.ffn.experts.1.w1.weight_scale'", "got no such tensor", "has ['weight']"):
-        Checkpoint.open(tmp_path)
+    checkpoint = Checkpoint.open(tmp_path)
+    words = (SHARD_1, "'layers.0.ffn.experts.1.w1.weight'", "expected NVFP4 like other", "got BF16 (unquantized)")
+    with raises(*words):
+        checkpoint.experts(0)
+    checkpoint.experts(1)
 
 
 @pytest.mark.parametrize(
@@ -977,11 +980,11 @@ def test_bad_global_scale(spelling: str, value: float, expected: str, tmp_path: 
 
 def test_leaf_that_nothing_would_apply(tmp_path: Path) -> None:
     name = "layers.0.ffn.experts.1.w3.pre_quant_scale"
-    write_changed(tmp_path, lambda tensors: tensors.update({name: torch.ones(HIDDEN)}))
+    write_changed(tmp_path, lambda tensors: tensors.update({name: torch.full((HIDDEN,), 1.5)}))
     checkpoint = Checkpoint.open(tmp_path)
-    with raises(f"'{name}'", "expected only codes, scales and input scales", "'pre_quant_scale'"):
+    with raises(f"'{name}'", "expected ones", "got 1.5"):
         checkpoint.experts(0)
-    with raises(f"'{name}'", "'pre_quant_scale'"):
+    with raises(f"'{name}'", "expected ones", "got 1.5"):
         checkpoint.linear("layers.0.ffn.experts.1.w3")
     checkpoint.experts(1)
 
@@ -1004,13 +1007,6 @@ def test_mxfp4_experts(data: torch.dtype, scale: torch.dtype, leaves: tuple[str,
 
     write_changed(tmp_path, to_mxfp4)
     with raises(SHARD_1, ".weight", "expected NVFP4 experts", "the MXFP4 original, not its NVFP4 conversion"):
-        Checkpoint.open(tmp_path)
-
-
-def test_fused_experts(tmp_path: Path) -> None:
-    name = "model.layers.0.mlp.experts.gate_up_proj_weight_scale"
-    write_changed(tmp_path, lambda tensors: tensors.update({name: torch.ones(4, 4)}))
-    with raises(f"'{name}'", "expected one tensor per expert", "got fused, quantized experts"):
         Checkpoint.open(tmp_path)
 
 
