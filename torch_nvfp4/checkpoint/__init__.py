@@ -16,6 +16,7 @@ from torch_nvfp4.checkpoint.reader import (
     Summary,
     open_checkpoint,
 )
+from torch_nvfp4.checkpoint.synthetic import write_checkpoint
 from torch_nvfp4.errors import CheckpointError
 from torch_nvfp4.gate import Gate
 
@@ -33,4 +34,5 @@ __all__ = [
     "Summary",
     "TensorInfo",
     "open_checkpoint",
+    "write_checkpoint",
 ]
