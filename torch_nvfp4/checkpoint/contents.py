@@ -194,6 +194,9 @@ class Contents:
             self.layout = "compressed-tensors" if spelling.reciprocal else "modelopt"
 
     def _layer(self, node: _Node, layout: Layout) -> LayerExperts:
+        if len({expert is None for expert in node.slots}) > 1:
+            got = f"tensors of single experts under {shown(node.root)} beside stacks of all experts"
+            raise CheckpointError(refusal(self.path, f"one layout for the experts of layer {node.layer}", got))
         for module in node.modules():
             codes = codes_of(module.leaves)
             if module.scheme != "nvfp4" and codes is not None and codes.dtype != "U8":
@@ -201,9 +204,6 @@ class Contents:
                 got = f"{codes.dtype} ({CATEGORY_OF_SCHEME[module.scheme]})"
                 advice = "one layer's experts in several formats are not supported; quantize all of them to NVFP4"
                 raise tensor_error(codes.file, codes.name, expected, got, advice, kind=Unsupported)
-        if len({expert is None for expert in node.slots}) > 1:
-            got = f"tensors of single experts under {shown(node.root)} beside stacks of all experts"
-            raise CheckpointError(refusal(self.path, f"one layout for the experts of layer {node.layer}", got))
         spelled = {
             role: module.name.rpartition(".")[2] for slot in node.slots.values() for role, module in slot.items()
         }

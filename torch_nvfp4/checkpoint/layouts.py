@@ -215,10 +215,10 @@ def spelling_of(leaves: Leaves) -> Spelling:
 
 
 def kind_of(leaves: Leaves, per_expert: bool) -> Kind:
-    codes = codes_of(leaves)
     if per_expert:
         return "matrix"
-    return "rows" if codes is not None and len(codes.shape) == 2 else "stack"
+    ranks = [len(leaves[leaf].shape) for spelling in SPELLINGS for leaf in spelling[:2] if leaf in leaves]
+    return "rows" if ranks[:1] == [2] else "stack"
 
 
 def layout_of(name: ExpertName, leaves: Leaves) -> Layout:
