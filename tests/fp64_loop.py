@@ -38,9 +38,11 @@ def dense(codes: Tensor, scale: Tensor, global_scale: Tensor | float) -> Tensor:
     return values * scale.double().repeat_interleave(16, 1) * float(global_scale)
 
 
-def experts_of(path: Path, layout: str, layer: int, num: int, intermediate: int) -> list[Matrices]:
-    """The experts of a layer that `write_checkpoint` wrote in a layout."""
-    t = raw_tensors(path)
+def experts_of(
+    source: Path | dict[str, Tensor], layout: str, layer: int, num: int, intermediate: int
+) -> list[Matrices]:
+    """The experts of a layer that `write_checkpoint` wrote in a layout, from its directory or its tensors."""
+    t = raw_tensors(source) if isinstance(source, Path) else source
 
     def module(name: str, style: str, pick: Callable[[Tensor], Tensor] = lambda x: x, one: int | None = None) -> Tensor:
         data, scale, last, inverse = {

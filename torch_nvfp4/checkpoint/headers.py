@@ -88,7 +88,7 @@ def collect_tensors(path: Path) -> Tensors:
         )
     tensors: dict[str, TensorInfo] = {}
     for shard in shards:
-        for name, info in _read_header(shard).items():
+        for name, info in read_header(shard).items():
             if name in tensors:
                 raise tensor_error(shard, name, "each tensor in one shard", f"it in {tensors[name].file.name} too")
             tensors[name] = info
@@ -96,7 +96,7 @@ def collect_tensors(path: Path) -> Tensors:
 
 
 def _indexed_tensors(path: Path, weight_map: Mapping[str, str]) -> Tensors:
-    headers = {shard: _read_header(path / shard) for shard in sorted(set(weight_map.values()))}
+    headers = {shard: read_header(path / shard) for shard in sorted(set(weight_map.values()))}
     tensors: dict[str, TensorInfo] = {}
     for name, shard in weight_map.items():
         info = headers[shard].get(name)
@@ -135,7 +135,7 @@ def _is_shard_name(name: object) -> bool:
     if not isinstance(name, str) or not name.endswith(".safetensors") or len(name) > 255 or "\0" in name:
         return False
     # PureWindowsPath knows /, \\ and drives; a lone surrogate cannot be a file's name.
-    return name == PureWindowsPath(name).name and not any("\ud800" <= char <= "\udfff" for char in name)
+    return name == PureWindowsPath(name).name and _is_text(name)
 
 
 def listing(path: Path) -> str:
@@ -163,7 +163,7 @@ def open_regular(file: Path) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
-def _read_header(file: Path) -> dict[str, TensorInfo]:
+def read_header(file: Path) -> dict[str, TensorInfo]:
     """Reads and checks the header of a safetensors file: 8 bytes of length, JSON, and offsets against the file size."""
     with open_regular(file) as stream:
         size = os.fstat(stream.fileno()).st_size
@@ -180,10 +180,23 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
             got = f"{size - 8} bytes after its length: the file is truncated, download it again"
             raise CheckpointError(refusal(file, f"a header of {length} bytes", got))
         header = _parse_json(file, stream.read(length), "header")
-    header.pop("__metadata__", None)
+    _check_metadata(file, header.pop("__metadata__", None))
     tensors = {name: _tensor_info(file, name, entry) for name, entry in header.items()}
     _check_offsets(file, header, size, 8 + length)
     return tensors
+
+
+def _check_metadata(file: Path, metadata: Any) -> None:
+    """What the safetensors library demands of it."""
+    texts = [*metadata, *metadata.values()] if isinstance(metadata, dict) else [] if metadata is None else [metadata]
+    wrong = next((text for text in texts if not isinstance(text, str) or not _is_text(text)), None)
+    if wrong is not None or (metadata is not None and not isinstance(metadata, dict)):
+        raise CheckpointError(refusal(f"{file}: __metadata__", "an object of texts", shown(wrong)))
+
+
+def _is_text(text: str) -> bool:
+    """Whether UTF-8 can hold it: a lone surrogate is no character."""
+    return not any("\ud800" <= char <= "\udfff" for char in text) if not text.isascii() else True
 
 
 def _check_offsets(file: Path, header: Mapping[str, Any], size: int, data_start: int) -> None:
@@ -205,6 +218,8 @@ def _check_offsets(file: Path, header: Mapping[str, Any], size: int, data_start:
 def _tensor_info(file: Path, name: str, entry: Any) -> TensorInfo:
     if len(name) > _MAX_NAME:
         raise tensor_error(file, name, f"a name of at most {_MAX_NAME} characters", f"{len(name)}")
+    if not _is_text(name):
+        raise tensor_error(file, name, "a name that UTF-8 can hold", "a lone surrogate in it")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise tensor_error(file, name, "an object with dtype, shape, data_offsets", shown(entry))
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -232,7 +247,7 @@ def load_json(file: Path, limit: int = _MAX_CONFIG_BYTES) -> dict[str, Any]:
         size = os.fstat(stream.fileno()).st_size
         if size > limit:
             raise CheckpointError(refusal(file, f"a file of at most {limit} bytes", f"{size} bytes"))
-        return _parse_json(file, stream.read(limit), "JSON")
+        return _parse_json(file, stream.read(size), "JSON")  # read(limit) would allocate the limit
 
 
 def _parse_json(file: Path, content: bytes, what: str) -> dict[str, Any]:

@@ -10,9 +10,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from torch_nvfp4.checkpoint.headers import TensorInfo, tensor_error
+from torch_nvfp4.checkpoint.headers import TensorInfo, read_header, tensor_error
 from torch_nvfp4.checkpoint.layouts import UNIT_LEAVES, Matrix, Stored, Unsupported
-from torch_nvfp4.errors import shown
+from torch_nvfp4.errors import CheckpointError, shown
 from torch_nvfp4.format import GROUP_SIZE, NVFP4Weight, reciprocal_global_scale
 
 __all__ = ["Shards", "check_other_leaves", "copy_matrix", "empty_bytes", "read_matrix"]
@@ -38,11 +38,20 @@ class Shards:
                 self._handles[info.file] = self._stack.enter_context(safe_open(info.file, framework="pt", device="cpu"))
             tensor: Tensor = self._handles[info.file].get_tensor(info.name)
         except (OSError, SafetensorError) as error:
-            raise tensor_error(info.file, info.name, "the file as it was when it was opened", str(error)) from error
+            raise self._error(info, error) from error
         if (tuple(tensor.shape), tensor.nbytes) != (info.shape, info.nbytes):
             expected = f"{info.dtype} {list(info.shape)} as when it was opened"
             raise tensor_error(info.file, info.name, expected, f"{tensor.dtype} {list(tensor.shape)}")
         return tensor
+
+    def _error(self, info: TensorInfo, error: Exception) -> CheckpointError:
+        """The file has changed, or the safetensors library cannot read what its format allows."""
+        try:
+            same = read_header(info.file).get(info.name) == info
+        except CheckpointError:
+            same = False
+        expected = "a file that the safetensors library can read" if same else "the file as it was when it was opened"
+        return tensor_error(info.file, info.name, expected, str(error))
 
 
 def check_other_leaves(shards: Shards, module: Stored, allowed: tuple[str, ...] = ()) -> None:
