@@ -284,10 +284,8 @@ class Contents:
             return
         got = [f"no expert {_spans(missing)}"] * bool(missing) + [f"also expert {id_spans(extra)}"] * bool(extra)
         where = f"{self.path}: tensors {node.root}{'*' if None in node.slots else 'M.*'}"
-        expected = (
-            f"experts 0..{num - 1} in layer {node.layer} (from {source})" if num else f"no experts (from {source})"
-        )
-        raise CheckpointError(refusal(where, expected, " and ".join(got)))
+        expected = f"experts 0..{num - 1}" if num else "no experts"
+        raise CheckpointError(refusal(where, f"{expected} in layer {node.layer} (from {source})", " and ".join(got)))
 
     def _checked(self, layer: int, experts: list[Expert]) -> LayerExperts:
         """The experts with the sizes that all of them have, those of the config where it declares any."""
