@@ -28,10 +28,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import torch
-from fp64_loop import experts_of, raw_tensors
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from helpers.fp64_loop import experts_of, raw_tensors
 from torch_nvfp4.checkpoint import Checkpoint, CheckpointError, variants, write_checkpoint
 from torch_nvfp4.checkpoint.synthetic import LayoutName
 from torch_nvfp4.format import dequantize

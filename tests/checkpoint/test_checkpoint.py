@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 import safetensors
 import torch
-from checkpoint_files import (
+from safetensors.torch import load_file
+from torch import Tensor
+
+from helpers.checkpoint_files import (
     EXPERTS,
     HIDDEN,
     INTERMEDIATE,
@@ -27,9 +30,6 @@ from checkpoint_files import (
     write,
     write_changed,
 )
-from safetensors.torch import load_file
-from torch import Tensor
-
 from torch_nvfp4.checkpoint import Checkpoint, write_checkpoint
 from torch_nvfp4.checkpoint import weights as weights_module
 from torch_nvfp4.format import dequantize

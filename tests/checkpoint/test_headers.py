@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_files import (
+from safetensors.torch import load_file, save_file
+
+from helpers.checkpoint_files import (
     CONFIG,
     HIDDEN,
     INDEX,
@@ -23,8 +25,6 @@ from checkpoint_files import (
     raises,
     write_raw,
 )
-from safetensors.torch import load_file, save_file
-
 from torch_nvfp4.checkpoint import Checkpoint, open_checkpoint
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoint_files import CONFIG, INDEX, SHARD_1, change_index, entry, raises, write_raw
 
+from helpers.checkpoint_files import CONFIG, INDEX, SHARD_1, change_index, entry, raises, write_raw
 from torch_nvfp4 import NVFP4Experts
 from torch_nvfp4.checkpoint import Checkpoint, CheckpointError
 from torch_nvfp4.checkpoint.contents import id_spans

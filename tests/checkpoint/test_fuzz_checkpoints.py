@@ -4,9 +4,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-import fuzz_checkpoints
 import pytest
 
+import fuzz_checkpoints
 from torch_nvfp4.checkpoint import Checkpoint, CheckpointError, headers
 
 

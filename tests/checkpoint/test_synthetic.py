@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_files import INDEX, SHARD_1, SHARD_2, SPELLINGS, assert_equal
 from safetensors.torch import load_file
 
+from helpers.checkpoint_files import INDEX, SHARD_1, SHARD_2, SPELLINGS, assert_equal
 from torch_nvfp4.checkpoint import Checkpoint, write_checkpoint
 from torch_nvfp4.format import dequantize
 from torch_nvfp4.gate import Gate

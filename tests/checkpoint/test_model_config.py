@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_files import CONFIG, EXPERTS, HIDDEN, INTERMEDIATE, make_tensors, raises, write
 
+from helpers.checkpoint_files import CONFIG, EXPERTS, HIDDEN, INTERMEDIATE, make_tensors, raises, write
 from torch_nvfp4.checkpoint import Checkpoint
 from torch_nvfp4.gate import Gate
 

@@ -9,11 +9,11 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from checkpoint_files import raises
-from fp64_loop import Matrices, experts_of, moe, raw_tensors
 from safetensors.torch import save_file
 from torch import Tensor
 
+from helpers.checkpoint_files import raises
+from helpers.fp64_loop import Matrices, experts_of, moe, raw_tensors
 from torch_nvfp4 import NVFP4Experts
 from torch_nvfp4.checkpoint import Checkpoint, variants, write_checkpoint
 from torch_nvfp4.checkpoint.layouts import LAYOUTS

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_files import (
+from torch import Tensor
+
+from helpers.checkpoint_files import (
     CONFIG,
     EXPERTS,
     HIDDEN,
@@ -22,8 +24,6 @@ from checkpoint_files import (
     random_leaves,
     write_changed,
 )
-from torch import Tensor
-
 from torch_nvfp4.checkpoint import Checkpoint
 
 

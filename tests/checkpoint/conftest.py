@@ -6,7 +6,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from checkpoint_files import make_tensors, write
+
+from helpers.checkpoint_files import make_tensors, write
 
 
 @pytest.fixture(scope="module")
