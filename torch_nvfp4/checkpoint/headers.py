@@ -132,7 +132,7 @@ def _load_weight_map(index: Path) -> dict[str, str]:
 
 def _is_shard_name(name: object) -> bool:
     """A plain file name: an index must not reach out of its directory."""
-    if not isinstance(name, str) or not name.endswith(".safetensors") or len(name) > 255 or "\0" in name:
+    if not isinstance(name, str) or not name.endswith(".safetensors") or "\0" in name:
         return False
     # PureWindowsPath knows /, \\ and drives; a lone surrogate cannot be a file's name.
     return name == PureWindowsPath(name).name and _is_text(name)
