@@ -189,7 +189,10 @@ def hostile(rng: random.Random, depth: int = 0) -> Any:
 
 
 def mutate_bytes(rng: random.Random, files: Files) -> None:
-    name = rng.choice([name for name, content in files.items() if isinstance(content, bytes)])
+    names = [name for name, content in files.items() if isinstance(content, bytes)]
+    if not names:
+        return
+    name = rng.choice(names)
     content = bytearray(files[name])  # type: ignore[arg-type]
     # Most of a shard is values; half of the changes go to its header.
     reach = min(len(content), 3000) if rng.random() < 0.5 else len(content)
@@ -221,7 +224,10 @@ def join_shard(header: Any, data: bytes) -> bytes:
 
 def mutate_value(rng: random.Random, files: Files) -> None:
     """Somewhere in the JSON of a config, the index or a header: another value, no value, another or a second key."""
-    name = rng.choice([name for name, content in files.items() if isinstance(content, bytes)])
+    names = [name for name, content in files.items() if isinstance(content, bytes)]
+    if not names:
+        return
+    name = rng.choice(names)
     content = files[name]
     try:
         root, data = split_shard(content) if name.endswith(".safetensors") else (json.loads(content), None)  # type: ignore[arg-type]

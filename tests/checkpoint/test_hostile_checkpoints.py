@@ -108,7 +108,7 @@ def test_odd_shard_names(damaged: Path, shard: str) -> None:
         ("a\nb", "'a\\nb'"),
         ("\u202eabc", "'\\u202eabc'"),
         ("\ud800", "expected a name that UTF-8 can hold"),
-        ("x" * 1_000_000, "expected a name of at most 1024 characters, got 1000000"),
+        ("x" * 1_000_000, "xxx...xxx"),
     ],
 )
 def test_odd_tensor_names_in_errors(damaged: Path, name: str, words: str) -> None:
@@ -141,8 +141,8 @@ def test_deeply_nested_config(damaged: Path) -> None:
 
 
 def test_names_without_quadratic_time(damaged: Path) -> None:
-    name = "layers.1." * 110 + "x"
-    content = {f"{name}{number}": entry(0, 0) for number in range(2000)}
+    name = "layers.1." * 100_000 + "experts.1.w1"
+    content = {f"{name}{number}": entry(0, 0) for number in range(3)} | {name: entry(0, 0)}
     write_raw(damaged / "model.safetensors", content)
     (damaged / INDEX).unlink()
     started = time.perf_counter()

@@ -27,7 +27,6 @@ _MAX_HEADER_BYTES = 100_000_000
 # Far above any published config (5 MB) and index (70 MB, of 900 experts in 60 layers).
 _MAX_CONFIG_BYTES = 64 * 2**20
 _MAX_INDEX_BYTES = 256 * 2**20
-_MAX_NAME = 1024  # characters of a tensor's name
 _MAX_DIMENSIONS = 8
 _DTYPE_BITS = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
@@ -216,8 +215,6 @@ def _check_offsets(file: Path, header: Mapping[str, Any], size: int, data_start:
 
 
 def _tensor_info(file: Path, name: str, entry: Any) -> TensorInfo:
-    if len(name) > _MAX_NAME:
-        raise tensor_error(file, name, f"a name of at most {_MAX_NAME} characters", f"{len(name)}")
     if not _is_text(name):
         raise tensor_error(file, name, "a name that UTF-8 can hold", "a lone surrogate in it")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
