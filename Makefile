@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 RUN_CXX = CXX="$$($(BIN)/python build_tools.py)"
 CXX_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inl')
 
-.PHONY: help library install demo test lint format bench gpu-test gpu-sanitize cuda-build wheel sanitize clean
+.PHONY: help library install demo test lint format bench gpu-test gpu-sanitize cuda-build wheel sanitize fuzz fuzz-checkpoints clean
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -54,6 +54,9 @@ bench: install  ## the README's table for this machine
 
 gpu-test: install  ## the whole suite on a GPU
 	$(BIN)/python -m pytest --gpu
+
+fuzz-checkpoints: install  ## 100000 mutated checkpoints through the reader
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tests/fuzz_checkpoints.py --cases 100000
 
 cuda-build: install  ## compile the CUDA library for one architecture, without a GPU, so that it does not rot
 	TORCH_NVFP4_BUILD_CUDA=1 TORCH_NVFP4_CUDA_ARCHS=90a $(BIN)/python setup.py -q build_ext --build-lib build/cuda

@@ -77,7 +77,7 @@ def test_covering_routing(tokens, experts, top_k):
 
 @pytest.mark.parametrize("top_k", [0, EXPERTS + 1, 10**30, 10**400])
 def test_a_top_k_that_routes_nothing_or_too_much(path, tmp_path, top_k):
-    with pytest.raises(CheckpointError, match=r"expected .* per token"):
+    with pytest.raises(CheckpointError, match=r"expected .* per token|per_tok: expected an integer of at most"):
         verify_layer(with_top_k(path, tmp_path, top_k), 0, **CPU)
 
 

@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch_nvfp4.checkpoint import ConfigFacts
-from torch_nvfp4.errors import CheckpointError
+from torch_nvfp4.errors import CheckpointError, refusal
 from torch_nvfp4.gate import Activation, Gate, parse_activation
-
-_NESTED_CONFIGS = ("text_config", "language_config", "llm_config")
+from torch_nvfp4.model_config import TEXT_SECTIONS, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -25,6 +23,7 @@ class MoEQuantConfig:
     gate: Gate = Gate()  # noqa: RUF009 (frozen)
     a13_scale: float | None = None  # input_scale of the first GEMM; only a backend that quantizes activations reads it
     a2_scale: float | None = None  # of the second
+    apply_router_weight_on_input: bool = False  # the router's weight scales an expert's input (Llama 4), not its output
 
     @property
     def activation(self) -> Activation:
@@ -62,7 +61,8 @@ class MoEQuantConfig:
         | ``swiglu_limit`` (DeepSeek-V4)                   | silu         | 1, 0         | the key's          |
         | ``swiglu_limit`` of gpt-oss, MiniMax-M3          | silu         | 1.702, 1     | the key's          |
         | ``swiglu_limit``, ``swiglu_alpha`` and ``_beta`` | silu         | the keys'    | the key's          |
-        | ``swiglu_limits`` (Step-3.5), one a layer        | swiglustep   | 1, 0         | the layer's entry  |
+        | ``swiglu_limits`` (Step-3.5) or                  | swiglustep   | 1, 0         | the layer's entry  |
+        | ``expert_swiglu_limit_list`` (Ling), per layer   |              |              |                    |
         | none of them                                     | hidden_act's | 1, 0         | None               |
 
         Args:
@@ -76,20 +76,18 @@ class MoEQuantConfig:
                 that is not a limit, an unknown activation, a clamp on an activation that has none, or ``layer=None``
                 where layers differ.
         """
-        values = _as_mapping(config)
-        facts = ConfigFacts(Path(source), values)
+        model = ModelConfig(source, _as_mapping(config))
         if layer is not None:
-            gate = facts.gate(layer)
+            gate = model.gate(layer)
         else:
-            gates = [facts.gate(i) for i in range(facts.num_layers or 1)]
-            gate = gates[0]
-            other = next((i for i, candidate in enumerate(gates) if candidate != gate), None)
+            gates = {i: model.gate(i) for i in model.layers_with_own_gate()}
+            gate = next(iter(gates.values())) if gates else model.gate(0)
+            other = next((i for i, candidate in gates.items() if candidate != gate), None)
             if other is not None:
-                raise CheckpointError(
-                    f"{source}: expected the layer, as layers differ in their gate, got layer=None "
-                    f"(layer 0 has {gate}, layer {other} {gates[other]})"
-                )
-        return cls(gate)
+                expected = "the layer, as layers differ in their gate"
+                got = f"layer=None (layer 0 has {gate}, layer {other} {gates[other]})"
+                raise CheckpointError(refusal(source, expected, got))
+        return cls(gate, apply_router_weight_on_input=model.apply_router_weight_on_input)
 
 
 def _as_mapping(config: Any) -> dict[str, Any]:
@@ -100,7 +98,7 @@ def _as_mapping(config: Any) -> dict[str, Any]:
     # Class attributes too: a limit must not be missed for standing on the class.
     names = (name for name in dir(config) if not name.startswith("_"))
     values = {name: value for name in names if not callable(value := getattr(config, name))}
-    for name in _NESTED_CONFIGS:
+    for name in TEXT_SECTIONS:
         if values.get(name) is not None:
             values[name] = _as_mapping(values[name])
     return values

@@ -197,7 +197,7 @@ def _reference(
 
 def router_weight_on_input(checkpoint: Checkpoint) -> bool:
     """Whether the model scales an expert's input by its router weight, not the output."""
-    return False
+    return bool(checkpoint.layers) and checkpoint.apply_router_weight_on_input(checkpoint.layers[0])
 
 
 def _problem(expected: Tensor, experts_hit: int, error: float, tolerance: float) -> str | None:

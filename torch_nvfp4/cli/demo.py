@@ -16,6 +16,7 @@ import typer
 from safetensors import SafetensorError
 
 from torch_nvfp4.bench import cpu_name
+from torch_nvfp4.checkpoint import write_checkpoint
 from torch_nvfp4.cli.demo_run import DemoRow, run_demo
 from torch_nvfp4.cli.inspect import collect_checkpoint, open_checkpoint, print_checkpoint
 from torch_nvfp4.cli.options import BackendOption, DeviceOption, DtypeOption, JsonOption, parse_device, parse_dtype
@@ -23,7 +24,6 @@ from torch_nvfp4.cli.output import OutputError, json_writer
 from torch_nvfp4.cli.process import failed
 from torch_nvfp4.cli.terminal import Terminal
 from torch_nvfp4.cli.wording import count, error, share
-from torch_nvfp4.demo import write_checkpoint
 from torch_nvfp4.errors import CheckpointError, refusal
 from torch_nvfp4.testing import TOLERANCE
 

@@ -73,8 +73,8 @@ def collect_checkpoint(checkpoint: Checkpoint, device: torch.device, backend: st
 
 
 def refused_tensors(checkpoint: Checkpoint) -> list[dict[str, str]]:
-    """Every tensor that loading the experts would refuse, with the reason."""
-    return []
+    """Every layer (or linear) that loading would refuse, with the reason, which names the tensor."""
+    return [{"tensor": refusal.what, "reason": refusal.reason} for refusal in checkpoint.refusals()]
 
 
 def _backend_config(checkpoint: Checkpoint, layer: int, device: torch.device) -> MoEBackendConfig:
@@ -94,9 +94,10 @@ def print_checkpoint(terminal: Terminal, facts: dict[str, Any]) -> None:
         rows.append(
             (
                 "MoE layers",
-                f"{count(len(facts['layers']))} ({spans(facts['layers'])}): {count(facts['num_experts'], 'expert')}, "
+                f"{count(len(facts['layers']))} ({spans(facts['layers'])}): "
+                f"{_range(facts['expert_counts'], 'expert')}, "
                 f"top-k {facts['top_k'] if facts['top_k'] is not None else 'undeclared'}, "
-                f"hidden {facts['hidden_size']}, intermediate {facts['intermediate_size']}",
+                f"hidden {facts['hidden_size']}, intermediate {_range(facts['intermediate_sizes'])}",
             )
         )
         rows += [("gate", f"{entry['gate']} (layers {spans(entry['layers'])})") for entry in facts["gates"]]
@@ -115,8 +116,14 @@ def print_checkpoint(terminal: Terminal, facts: dict[str, Any]) -> None:
         terminal.line(text)
 
 
+def _range(by_layer: dict[int, int], noun: str = "") -> str:
+    """One number, or the smallest and the largest where layers differ."""
+    least, most = min(by_layer.values(), default=0), max(by_layer.values(), default=0)
+    return count(most, noun) if least == most else f"{count(least)} to {count(most, noun)}"
+
+
 def _count_refused(facts: dict[str, Any]) -> str:
-    return count(len(facts["refused"]), "tensor")
+    return count(len(facts["refused"]), "part")
 
 
 def _refused_lines(facts: dict[str, Any]) -> list[str]:

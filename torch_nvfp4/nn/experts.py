@@ -31,7 +31,7 @@ class NVFP4Experts(PackedModule):
         gate: the gate as one value, instead of these four.
         quant_config: the gate and the activation scales, instead of the four and of ``gate``.
         expert_map: int32 [global experts], local expert or -1; then topk_ids are global.
-        apply_router_weight_on_input: as in ``torch_nvfp4.moe``.
+        apply_router_weight_on_input: as in ``torch_nvfp4.moe``; also where ``quant_config`` says so.
         backend: a name of ``torch_nvfp4.backends``, or None for the first that can run the layer
             (TORCH_NVFP4_BACKEND overrides None). It holds for every device that the module is moved to.
         device: torch's default device if None.
@@ -63,7 +63,9 @@ class NVFP4Experts(PackedModule):
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
         self.quant_config = _one_gate(Gate(parse_activation(activation), clamp_limit, alpha, beta), gate, quant_config)
-        self.apply_router_weight_on_input = apply_router_weight_on_input
+        self.apply_router_weight_on_input = (
+            apply_router_weight_on_input or self.quant_config.apply_router_weight_on_input
+        )
         self.requested_backend = backend
         if _weights is None:
             _weights = {prefix: shape.zeros(device) for prefix, shape in self._weight_shapes().items()}
@@ -188,7 +190,7 @@ class NVFP4Experts(PackedModule):
         backend: str | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> NVFP4Experts:
-        """One layer of a checkpoint directory; gate and clamp limit come from its config.
+        """One layer of a checkpoint directory; gate, limit and where the router's weight acts come from its config.
 
         With tp_size > 1 this rank has I / tp_size of every expert and its results are partial sums: add those of all
         ranks (all-reduce). With ep_size > 1 it has E / ep_size whole experts, topk_ids stay global, and the results are
@@ -198,12 +200,13 @@ class NVFP4Experts(PackedModule):
         """
         if not isinstance(checkpoint, Checkpoint):
             checkpoint = Checkpoint.open(checkpoint)
-        quant_config = MoEQuantConfig(checkpoint.gate(layer))
+        on_input = checkpoint.apply_router_weight_on_input(layer)
+        quant_config = MoEQuantConfig(checkpoint.gate(layer), apply_router_weight_on_input=on_input)
         weights = checkpoint.experts(
             layer, tp_rank=tp_rank, tp_size=tp_size, ep_rank=ep_rank, ep_size=ep_size, progress=progress
         )
         w13, w2 = (NVFP4Weight(*(part.to(device) for part in weight)) for weight in weights)
-        expert_map = checkpoint.expert_map(ep_rank, ep_size) if ep_size > 1 else None
+        expert_map = checkpoint.expert_map(ep_rank, ep_size, layer=layer) if ep_size > 1 else None
         return cls.from_weights(w13, w2, quant_config=quant_config, expert_map=expert_map, backend=backend)
 
     @property

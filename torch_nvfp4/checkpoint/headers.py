@@ -1,0 +1,268 @@
+"""The files of a checkpoint directory: configs, the index, and the headers of the safetensors shards.
+
+Nothing here trusts a file. A path that is not a regular file is refused without waiting for it; what is read is bounded
+by a limit and by the file's own size; JSON has to be an object without repeated keys; every header is checked against
+the size of its file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+import struct
+from collections.abc import Mapping
+from pathlib import Path, PureWindowsPath
+from typing import Any, BinaryIO, NamedTuple
+
+from torch_nvfp4.errors import CheckpointError, refusal, shown
+
+__all__ = ["TensorInfo", "Tensors", "collect_tensors", "listing", "load_json", "tensor_error"]
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+# The limit of the safetensors library itself; a larger length means that the file is not a safetensors file.
+_MAX_HEADER_BYTES = 100_000_000
+# Far above any published config (5 MB) and index (70 MB, of 900 experts in 60 layers).
+_MAX_CONFIG_BYTES = 64 * 2**20
+_MAX_INDEX_BYTES = 256 * 2**20
+_MAX_DIMENSIONS = 8
+_DTYPE_BITS = {
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
+    "I32": 32, "U32": 32, "F32": 32,
+    "I64": 64, "U64": 64, "F64": 64, "C64": 64,
+}  # fmt: skip
+_KINDS = (
+    (stat.S_ISDIR, "a directory"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+class TensorInfo(NamedTuple):
+    """One tensor as the header of its shard declares it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    file: Path
+
+
+class Tensors(NamedTuple):
+    """The tensors of a checkpoint by name, and how many more its shards hold that the index does not name."""
+
+    by_name: dict[str, TensorInfo]
+    left_out: int
+
+
+def tensor_error(
+    file: Path, tensor: str, expected: str, got: str, advice: str = "", *, kind: type[CheckpointError] = CheckpointError
+) -> CheckpointError:
+    return kind(refusal(f"{file}: tensor {shown(tensor)}", expected, got, advice))
+
+
+def collect_tensors(path: Path) -> Tensors:
+    """Every tensor that the index names, in the shard that it names; without an index, every tensor of the directory.
+
+    The index is the authority: a tensor that a shard holds and the index does not name is not part of the checkpoint,
+    and of two shards that hold a name the one that the index names counts.
+    """
+    if os.path.lexists(path / INDEX_NAME):
+        return _indexed_tensors(path, _load_weight_map(path / INDEX_NAME))
+    single = path / SINGLE_NAME
+    shards = [single] if os.path.lexists(single) else sorted(path.glob("*.safetensors"))
+    if not shards:
+        raise CheckpointError(
+            refusal(
+                path,
+                f"{INDEX_NAME}, {SINGLE_NAME} or other *.safetensors",
+                f"{listing(path)} (pickled checkpoints are not read: convert them to safetensors)",
+            )
+        )
+    tensors: dict[str, TensorInfo] = {}
+    for shard in shards:
+        for name, info in read_header(shard).items():
+            if name in tensors:
+                raise tensor_error(shard, name, "each tensor in one shard", f"it in {tensors[name].file.name} too")
+            tensors[name] = info
+    return Tensors(tensors, 0)
+
+
+def _indexed_tensors(path: Path, weight_map: Mapping[str, str]) -> Tensors:
+    headers = {shard: read_header(path / shard) for shard in sorted(set(weight_map.values()))}
+    tensors: dict[str, TensorInfo] = {}
+    for name, shard in weight_map.items():
+        info = headers[shard].get(name)
+        if info is None:
+            other = next((other for other, header in headers.items() if name in header), None)
+            got = "no such tensor in any shard" if other is None else f"it in {other}"
+            raise tensor_error(path / shard, name, f"in this shard, which {INDEX_NAME} names", got)
+        tensors[name] = info
+    return Tensors(tensors, sum(map(len, headers.values())) - len(tensors))
+
+
+def _load_weight_map(index: Path) -> dict[str, str]:
+    weight_map = load_json(index, _MAX_INDEX_BYTES).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        got = "no such key" if weight_map is None else shown(weight_map)
+        raise CheckpointError(refusal(index, "an object weight_map (tensor -> shard)", got))
+    for tensor, shard in weight_map.items():
+        if not _is_shard_name(shard):
+            raise tensor_error(index, tensor, "the name of a *.safetensors file beside the index", shown(shard))
+    shards = sorted(set(weight_map.values()))
+    missing = [shard for shard in shards if not os.path.lexists(index.parent / shard)]
+    if missing:
+        tensors = [tensor for tensor, shard in weight_map.items() if shard == missing[0]]
+        raise CheckpointError(
+            refusal(
+                index.parent / missing[0],
+                f"the shard of {len(tensors)} tensors by {INDEX_NAME} (the first is {shown(tensors[0])})",
+                f"no such file; {len(missing)} of {len(shards)} shards are missing",
+            )
+        )
+    return weight_map
+
+
+def _is_shard_name(name: object) -> bool:
+    """A plain file name: an index must not reach out of its directory."""
+    if not isinstance(name, str) or not name.endswith(".safetensors") or "\0" in name:
+        return False
+    # PureWindowsPath knows /, \\ and drives; a lone surrogate cannot be a file's name.
+    return name == PureWindowsPath(name).name and _is_text(name)
+
+
+def listing(path: Path) -> str:
+    """The first names in a directory, for an error."""
+    names = sorted(entry.name for entry in path.iterdir())
+    return (", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")) or "an empty directory"
+
+
+def open_regular(file: Path) -> BinaryIO:
+    """Opens a regular file for reading. CheckpointError for anything else; never waits for a pipe's other end."""
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        descriptor = os.open(file, flags)
+    except FileNotFoundError:
+        got = "a symbolic link whose target is missing" if file.is_symlink() else "no such file"
+        raise CheckpointError(refusal(file, "a file", got)) from None
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        got = getattr(error, "strerror", None) or str(error)
+        raise CheckpointError(refusal(file, "a file that can be read", got)) from error
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        got = next((name for is_kind, name in _KINDS if is_kind(mode)), "something else")
+        raise CheckpointError(refusal(file, "a regular file", got))
+    return os.fdopen(descriptor, "rb")
+
+
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """Reads and checks the header of a safetensors file: 8 bytes of length, JSON, and offsets against the file size."""
+    with open_regular(file) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        prefix = stream.read(8)
+        if prefix.startswith(b"version "):
+            raise CheckpointError(refusal(file, "a safetensors file", "a Git LFS pointer: run git lfs pull"))
+        if len(prefix) < 8:
+            raise CheckpointError(refusal(file, "8 bytes of header length", f"a file of {size} bytes: truncated"))
+        (length,) = struct.unpack("<Q", prefix)
+        if length > _MAX_HEADER_BYTES:
+            expected = f"a header of at most {_MAX_HEADER_BYTES} bytes"
+            raise CheckpointError(refusal(file, expected, f"{length}: not a safetensors file"))
+        if 8 + length > size:
+            got = f"{size - 8} bytes after its length: the file is truncated, download it again"
+            raise CheckpointError(refusal(file, f"a header of {length} bytes", got))
+        header = _parse_json(file, stream.read(length), "header")
+    _check_metadata(file, header.pop("__metadata__", None))
+    tensors = {name: _tensor_info(file, name, entry) for name, entry in header.items()}
+    _check_offsets(file, header, size, 8 + length)
+    return tensors
+
+
+def _check_metadata(file: Path, metadata: Any) -> None:
+    """What the safetensors library demands of it."""
+    texts = [*metadata, *metadata.values()] if isinstance(metadata, dict) else [] if metadata is None else [metadata]
+    wrong = next((text for text in texts if not isinstance(text, str) or not _is_text(text)), None)
+    if wrong is not None or (metadata is not None and not isinstance(metadata, dict)):
+        raise CheckpointError(refusal(f"{file}: __metadata__", "an object of texts", shown(wrong)))
+
+
+def _is_text(text: str) -> bool:
+    """Whether UTF-8 can hold it: a lone surrogate is no character."""
+    return not any("\ud800" <= char <= "\udfff" for char in text) if not text.isascii() else True
+
+
+def _check_offsets(file: Path, header: Mapping[str, Any], size: int, data_start: int) -> None:
+    """The tensors must lie one after the other and fill the file, without gaps and without sharing a byte."""
+    position = 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, end = entry["data_offsets"]
+        if begin != position:
+            expected = f"data at offset {position}, where the tensor before it ends"
+            raise tensor_error(file, name, expected, f"offset {begin}")
+        if end > size - data_start:
+            expected, got = f"data up to byte {data_start + end} of the file", f"a file of {size} bytes"
+            raise tensor_error(file, name, expected, got, "the file is truncated, download it again")
+        position = end
+    if position != size - data_start:
+        raise CheckpointError(refusal(file, f"{position} bytes of tensor data", f"{size - data_start}"))
+
+
+def _tensor_info(file: Path, name: str, entry: Any) -> TensorInfo:
+    if not _is_text(name):
+        raise tensor_error(file, name, "a name that UTF-8 can hold", "a lone surrogate in it")
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise tensor_error(file, name, "an object with dtype, shape, data_offsets", shown(entry))
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _DTYPE_BITS:
+        raise tensor_error(file, name, f"dtype one of {', '.join(_DTYPE_BITS)}", shown(dtype))
+    if not _are_sizes(shape):
+        raise tensor_error(file, name, "a shape of non-negative integers", shown(shape))
+    if len(shape) > _MAX_DIMENSIONS:
+        raise tensor_error(file, name, f"a shape of at most {_MAX_DIMENSIONS} dimensions", f"{len(shape)}")
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        raise tensor_error(file, name, "two data_offsets", shown(offsets))
+    nbytes = offsets[1] - offsets[0]
+    if nbytes * 8 != math.prod(shape) * _DTYPE_BITS[dtype]:
+        raise tensor_error(file, name, f"as many bytes as {dtype} {shape} has", f"data_offsets {offsets}")
+    return TensorInfo(name, dtype, tuple(shape), nbytes, file)
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(size) is int and 0 <= size < 2**63 for size in value)
+
+
+def load_json(file: Path, limit: int = _MAX_CONFIG_BYTES) -> dict[str, Any]:
+    """The object in a JSON file of at most `limit` bytes."""
+    with open_regular(file) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if size > limit:
+            raise CheckpointError(refusal(file, f"a file of at most {limit} bytes", f"{size} bytes"))
+        return _parse_json(file, stream.read(size), "JSON")  # read(limit) would allocate the limit
+
+
+def _parse_json(file: Path, content: bytes, what: str) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            raise tensor_error(file, twice, f"each key of the {what} once", "it twice")
+        return result
+
+    try:
+        result = json.loads(content.decode("utf-8"), object_pairs_hook=unique)
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:
+        got = f"{type(error).__name__}: {shown(str(error))[1:-1]}"
+        raise CheckpointError(refusal(file, f"valid JSON in the {what}", got)) from error
+    if not isinstance(result, dict):
+        raise CheckpointError(refusal(file, f"an object in the {what}", type(result).__name__))
+    return result

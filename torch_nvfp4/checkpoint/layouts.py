@@ -1,0 +1,286 @@
+"""How published checkpoints name and arrange NVFP4 experts: a table with one row per layout.
+
+Which row a layer follows is decided from the safetensors headers, by which tensors there are, under which names, of
+which rank and dtype. A checkpoint in a new layout is a new row of `LAYOUTS` (and of `SPELLINGS`, where the leaves have
+new names), a row in the writer and a test.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from torch_nvfp4.checkpoint.headers import TensorInfo, tensor_error
+from torch_nvfp4.errors import CheckpointError, refusal, shown
+from torch_nvfp4.format import GROUP_SIZE
+
+__all__ = ["LAYOUTS", "PROJECTIONS", "SPELLINGS", "Layout", "Spelling"]
+
+
+class Spelling(NamedTuple):
+    """What stands after a module's name in the names of its tensors."""
+
+    data: str  # U8, two e2m1 codes per byte
+    scale: str  # F8_E4M3, one per 16 values
+    global_scale: str  # F32
+    input_scale: str  # not used: activations stay 16-bit
+    reciprocal: bool  # the stored global scale is 1 / weight_scale_2
+
+
+MODELOPT = Spelling(".weight", ".weight_scale", ".weight_scale_2", ".input_scale", reciprocal=False)
+COMPRESSED_TENSORS = Spelling(
+    ".weight_packed", ".weight_scale", ".weight_global_scale", ".input_global_scale", reciprocal=True
+)
+# Experts that transformers holds as parameters and not as modules: a suffix instead of a leaf.
+MODELOPT_PARAMETER = Spelling("", "_weight_scale", "_weight_scale_2", "_input_scale", reciprocal=False)
+COMPRESSED_TENSORS_PARAMETER = Spelling("_packed", "_scale", "_global_scale", "_input_global_scale", reciprocal=True)
+SPELLINGS = (COMPRESSED_TENSORS, COMPRESSED_TENSORS_PARAMETER, MODELOPT, MODELOPT_PARAMETER)
+
+Kind = Literal["matrix", "stack", "rows"]
+
+
+class Layout(NamedTuple):
+    """How the experts of a layer are stored.
+
+    `kind` is "matrix" for one matrix [rows, cols] per expert, "stack" for one tensor [E, rows, cols] per projection,
+    "rows" for one tensor [E * rows, cols] per projection. A stack may have its last two dimensions swapped, which its
+    shapes tell, and gate and up may be one projection gate_up, gate rows first.
+    """
+
+    name: str
+    kind: Kind
+    spelling: Spelling
+    root: str  # what has to stand before the experts, as a regular expression
+    seen_in: str
+
+
+LAYOUTS = (
+    Layout("deepseek", "matrix", MODELOPT, r"layers\.\d+\.ffn\.experts\.", "DeepSeek-V4-Flash-NVFP4"),
+    Layout("modelopt", "matrix", MODELOPT, r".*", "Qwen3-30B-A3B-NVFP4, DeepSeek-R1-FP4"),
+    Layout("compressed-tensors", "matrix", COMPRESSED_TENSORS, r".*", "models quantized by llm-compressor"),
+    Layout("modelopt-stack", "stack", MODELOPT, r".*", "Step-3.7-Flash-NVFP4"),
+    Layout("compressed-tensors-stack", "stack", COMPRESSED_TENSORS, r".*", "llm-compressor with fused experts"),
+    Layout("modelopt-parameters", "stack", MODELOPT_PARAMETER, r".*", "Llama-4 NVFP4 (last two dimensions swapped)"),
+    Layout(
+        "compressed-tensors-parameters",
+        "stack",
+        COMPRESSED_TENSORS_PARAMETER,
+        r".*",
+        "Qwen3.6-35B-A3B and Gemma-4-26B-A4B NVFP4",
+    ),
+    Layout("modelopt-rows", "rows", MODELOPT, r".*", "as compressed-tensors-rows"),
+    Layout("compressed-tensors-rows", "rows", COMPRESSED_TENSORS, r".*", "KAT-Coder NVFP4"),
+)
+
+# The projections of an expert; gate_up is both, gate rows first.
+PROJECTIONS = {
+    "w1": "gate", "gate_proj": "gate",
+    "w3": "up", "up_proj": "up",
+    "w2": "down", "down_proj": "down",
+    "gate_up_proj": "gate_up", "w13": "gate_up",
+}  # fmt: skip
+_LONGEST_FIRST = sorted(PROJECTIONS, key=len, reverse=True)
+# Modules that hold stacks of experts.
+_NODES = ("experts", "moe")
+
+# What `scheme` calls the ways to store a module, and how a summary does.
+CATEGORY_OF_SCHEME = {
+    "nvfp4": "NVFP4 linears",
+    "mxfp4": "MXFP4",
+    "fp8-block": "FP8 in blocks",
+    "fp8": "FP8",
+    "other": "other quantized",
+    "unquantized": "unquantized",
+}
+_GLOBAL_SCALES = {spelling.global_scale for spelling in SPELLINGS}
+_SCALES = (".weight_scale", ".scale", "_weight_scale", "_scale", "_scales")
+_FP4_MARKS = {".weight_scale", ".input_scale", "_weight_scale", "_input_scale", "_scale"}
+# Leaves that change nothing where they are all ones: the activation scales of AWQ.
+UNIT_LEAVES = (".pre_quant_scale", "_pre_quant_scale")
+
+Leaves = Mapping[str, TensorInfo]
+
+
+class Unsupported(CheckpointError):
+    """The files are sound and hold something that cannot be loaded: the layer is refused, not the checkpoint."""
+
+
+class ExpertName(NamedTuple):
+    """The name of a module that holds a projection of one expert, or (expert None) of all experts of a layer."""
+
+    root: str  # up to the experts, with the dot
+    layer: int
+    expert: int | None
+    projection: str
+
+
+class Stored(NamedTuple):
+    """The checked tensors of one module: `num` matrices [rows, cols], num 1 where it is not a stack."""
+
+    name: str
+    kind: Kind
+    num: int
+    rows: int
+    cols: int
+    swapped: bool  # stored as [num, cols, rows]
+    spelling: Spelling
+    data: TensorInfo
+    scale: TensorInfo
+    global_scale: TensorInfo
+    others: tuple[tuple[str, TensorInfo], ...]  # (leaf, tensor): more leaves, which loading has to look at
+
+
+class Matrix(NamedTuple):
+    """One matrix [rows, stored.cols]: rows from `first_row` on of the matrix of an expert in a module."""
+
+    stored: Stored
+    expert: int
+    first_row: int
+    rows: int
+    half: int  # 1 for up in gate_up: the column of a global scale of (gate, up)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the module holds this matrix and no other."""
+        return self.stored.kind == "matrix" and self.rows == self.stored.rows
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """(module, leaf) of a tensor's name. A leaf has its dot, or is the suffix of a parameter ("_packed", "")."""
+    parent, _, last = name.rpartition(".")
+    if parent.rpartition(".")[2] in _NODES:
+        for projection in _LONGEST_FIRST:
+            suffix = last.removeprefix(projection)
+            if len(suffix) < len(last) and suffix[:1] in ("", "_"):
+                return f"{parent}.{projection}", suffix
+    return parent, f".{last}"
+
+
+def expert_name(module: str) -> ExpertName | None:
+    """What a module's name says, None where it is not a projection of experts of a layer."""
+    parts = module.split(".")
+    if parts[-1] not in PROJECTIONS:
+        return None
+    if len(parts) > 2 and parts[-3] == "experts" and _is_id(parts[-2]):
+        root, expert = parts[:-2], int(parts[-2])
+    elif len(parts) > 1 and parts[-2] in _NODES:
+        root, expert = parts[:-1], None
+    else:
+        return None
+    for position in range(len(root) - 3, -1, -1):
+        if root[position] == "layers" and _is_id(root[position + 1]):
+            return ExpertName(".".join(root) + ".", int(root[position + 1]), expert, parts[-1])
+    return None
+
+
+def _is_id(part: str) -> bool:
+    return part.isascii() and part.isdigit() and len(part) <= 6
+
+
+def codes_of(leaves: Leaves) -> TensorInfo | None:
+    """The tensor that holds a module's values, in any format."""
+    names = (".weight_packed", ".weight", "_packed", "", "_blocks")
+    return next((leaves[name] for name in names if name in leaves), None)
+
+
+def scheme(leaves: Leaves) -> str:
+    """How a module is stored, by its leaves. A damaged NVFP4 module is still "nvfp4": `stored` then says why."""
+    codes = codes_of(leaves)
+    scale = next((leaves[name] for name in _SCALES if name in leaves), None)
+    if leaves.keys() & _GLOBAL_SCALES:
+        return "nvfp4"
+    if codes is None:
+        return "unquantized"
+    if codes.dtype in ("U8", "I8") and scale is not None and scale.dtype in ("U8", "F8_E8M0"):
+        return "mxfp4"
+    if ".weight_packed" in leaves or "_packed" in leaves:
+        return "nvfp4" if codes.dtype == "U8" else "other"
+    if codes.dtype == "U8":
+        return "nvfp4" if leaves.keys() & _FP4_MARKS else "other"
+    if codes.dtype in ("F8_E4M3", "F8_E5M2"):
+        if ".scale" in leaves or ".weight_scale_inv" in leaves:
+            return "fp8-block"
+        return "fp8-block" if scale is not None and len(scale.shape) == 2 and min(scale.shape) > 1 else "fp8"
+    return "other" if scale is not None or codes.dtype == "I8" else "unquantized"
+
+
+def spelling_of(leaves: Leaves) -> Spelling:
+    """The spelling whose codes or global scale are there; ModelOpt's where none are."""
+    for spelling in SPELLINGS:
+        if leaves.keys() & {spelling.data, spelling.global_scale}:
+            return spelling
+    return MODELOPT_PARAMETER if any(leaf.startswith("_") for leaf in leaves) else MODELOPT
+
+
+def kind_of(leaves: Leaves, per_expert: bool) -> Kind:
+    if per_expert:
+        return "matrix"
+    ranks = [len(leaves[leaf].shape) for spelling in SPELLINGS for leaf in spelling[:2] if leaf in leaves]
+    return "rows" if ranks[:1] == [2] else "stack"
+
+
+def layout_of(name: ExpertName, leaves: Leaves) -> Layout:
+    """The row of the table that an NVFP4 module of experts follows."""
+    spelling, kind = spelling_of(leaves), kind_of(leaves, name.expert is not None)
+    for layout in LAYOUTS:
+        if (layout.kind, layout.spelling) == (kind, spelling) and re.fullmatch(layout.root, name.root, re.DOTALL):
+            return layout
+    info = codes_of(leaves) or next(iter(leaves.values()))
+    arranged = {"matrix": "one matrix per expert", "stack": "stacks [E, out, in]", "rows": "stacks [E * out, in]"}
+    expected = f"experts in a known layout ({', '.join(layout.name for layout in LAYOUTS)})"
+    got = f"{arranged[kind]} with the leaves {_names(leaves)}"
+    raise tensor_error(info.file, info.name, expected, got, kind=Unsupported)
+
+
+def _names(leaves: Leaves) -> str:
+    return shown(sorted(leaf.removeprefix(".") for leaf in leaves)) if leaves else "no leaves"
+
+
+def stored(path: Path, module: str, leaves: Leaves, spelling: Spelling, kind: Kind, *, gate_up: bool = False) -> Stored:
+    """Checks the leaves of an NVFP4 module: all there, with the right dtypes and with shapes that fit each other.
+
+    How many matrices the rows of kind "rows" are is not in the shapes of one module: see `with_num`.
+    """
+    for leaf in spelling[:3]:
+        if leaf not in leaves:
+            file = next(iter(leaves.values())).file if leaves else path
+            got = f"no such tensor ({shown(module)[1:-1]} has {_names(leaves)})"
+            raise CheckpointError(refusal(f"{file}: tensor {shown(module + leaf)}", "in a shard", got))
+    data, scale, global_scale = (leaves[leaf] for leaf in spelling[:3])
+    for info, dtype in ((data, "U8"), (scale, "F8_E4M3"), (global_scale, "F32")):
+        if info.dtype != dtype:
+            raise tensor_error(info.file, info.name, f"dtype {dtype}", info.dtype)
+    shape, groups = data.shape, scale.shape
+    rank = 3 if kind == "stack" else 2
+    swapped = rank == 3 == len(shape) and groups == (shape[0], shape[1] * 2 // GROUP_SIZE, shape[2])
+    if swapped:
+        shape, groups = (shape[0], shape[2], shape[1]), (groups[0], groups[2], groups[1])
+    experts = "experts, " if rank == 3 else ""
+    if len(shape) != rank or 0 in shape or shape[-1] % (GROUP_SIZE // 2):
+        expected = f"shape [{experts}out, in / 2] with in a multiple of 16"
+        raise tensor_error(data.file, data.name, expected, f"{list(data.shape)}")
+    *batch, rows, cols = *shape[:-1], shape[-1] * 2
+    if groups != (*batch, rows, cols // GROUP_SIZE):
+        expected = f"shape {[*batch, rows, cols // GROUP_SIZE]} ({experts}out, in / 16)"
+        raise tensor_error(scale.file, scale.name, expected, f"{list(scale.shape)}")
+    known = {*spelling[:3], *(other.input_scale for other in SPELLINGS)}
+    others = tuple(sorted((leaf, info) for leaf, info in leaves.items() if leaf not in known))
+    result = Stored(module, kind, 1, rows, cols, swapped, spelling, data, scale, global_scale, others)
+    return result if kind == "rows" else with_num(result, batch[0] if batch else 1, gate_up)
+
+
+def with_num(module: Stored, num: int, gate_up: bool) -> Stored:
+    """The module as `num` matrices; checks that its global scale is one for all, one per matrix or per half."""
+    info = module.global_scale
+    allowed: list[tuple[int, ...]] = [(), (1,)]
+    if module.kind != "matrix":
+        allowed += [(num,), (num, 1), (num, 1, 1)]
+    if gate_up:
+        allowed.append((2,) if module.kind == "matrix" else (num, 2))
+    if info.shape not in allowed:
+        expected = "shape " + " or ".join(dict.fromkeys(str(list(shape)) for shape in allowed))
+        raise tensor_error(info.file, info.name, expected, f"{list(info.shape)}")
+    rows = module.rows // num if module.kind == "rows" else module.rows
+    return module._replace(num=num, rows=rows)

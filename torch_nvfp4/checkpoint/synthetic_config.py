@@ -1,0 +1,170 @@
+"""The sizes of a synthetic checkpoint, and the configs of the models whose layouts it has."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch_nvfp4.checkpoint.writer import ROWS, WRITTEN
+from torch_nvfp4.format import GROUP_SIZE
+
+__all__ = ["Sizes", "config_of", "hf_quant_config"]
+
+VOCAB_SIZE = 384
+HEADS = 4
+HEAD_DIM = 64
+LORA_RANK = 128
+HYPER_CONNECTIONS = 2
+FP8_BLOCK = 128  # side of an FP8 block
+# DeepSeek-V4 alternates them; 0 has no compressor, 4 has an indexer too.
+COMPRESS_RATIOS = (0, 4, 128, 4)
+
+
+class Sizes(NamedTuple):
+    """The sizes of a synthetic checkpoint; intermediate and num_experts have one entry per layer."""
+
+    hidden: int
+    intermediate: tuple[int, ...]
+    num_experts: tuple[int, ...]
+    top_k: int
+    num_layers: int
+    limit: float | None
+
+
+def config_of(sizes: Sizes, layout: str) -> dict[str, Any]:
+    """config.json of the model that a layout is written as."""
+    model = WRITTEN[layout].model
+    if model == "deepseek":
+        return _deepseek_config(sizes)
+    config = _qwen_config(sizes, layout)
+    quantization = config.pop("quantization_config")
+    if model == "step":
+        # Step-3.7: other names, and one limit per layer, which acts after the silu.
+        config = _renamed(config, num_experts="moe_num_experts", num_experts_per_tok="moe_top_k")
+        config.pop("swiglu_limit", None)
+        limits = [sizes.limit or 0.0] * sizes.num_layers
+        config |= {"model_type": "step3p5", "swiglu_limits": limits, "swiglu_limits_shared": [0.0] * sizes.num_layers}
+        config = {"model_type": "step3p7", "text_config": config}
+    elif model == "llama4":
+        config = _renamed(config, num_experts="num_local_experts")
+        config = {"model_type": "llama4", "text_config": config | {"model_type": "llama4_text"}}
+    elif ".language_model." in WRITTEN[layout].experts:
+        config = {"model_type": "qwen3_5_moe", "text_config": config | {"model_type": "qwen3_5_moe_text"}}
+    return config | {"quantization_config": quantization}
+
+
+def _renamed(config: dict[str, Any], **names: str) -> dict[str, Any]:
+    return {names.get(key, key): value for key, value in config.items()}
+
+
+def _one_or_list(values: tuple[int, ...]) -> int | list[int]:
+    return values[0] if len(set(values)) == 1 else list(values)
+
+
+# Over 60 lines: one literal, the config of the published checkpoint.
+def _deepseek_config(sizes: Sizes) -> dict[str, Any]:
+    ratios = [COMPRESS_RATIOS[layer % len(COMPRESS_RATIOS)] for layer in range(sizes.num_layers)]
+    return {
+        "architectures": ["DeepseekV4ForCausalLM"],
+        "model_type": "deepseek_v4",
+        "compress_ratios": ratios,
+        "expert_dtype": "fp4",
+        "head_dim": HEAD_DIM,
+        "hc_eps": 1e-6,
+        "hc_mult": HYPER_CONNECTIONS,
+        "hc_sinkhorn_iters": 20,
+        "hidden_act": "silu",
+        "hidden_size": sizes.hidden,
+        "index_head_dim": HEAD_DIM,
+        "index_n_heads": HEADS,
+        "index_topk": 4,
+        "max_position_embeddings": 4096,
+        "moe_intermediate_size": _one_or_list(sizes.intermediate),
+        "n_routed_experts": _one_or_list(sizes.num_experts),
+        "n_shared_experts": 1,
+        "norm_topk_prob": True,
+        "num_attention_heads": HEADS,
+        "num_experts_per_tok": sizes.top_k,
+        "num_hash_layers": 1,
+        "num_hidden_layers": sizes.num_layers,
+        "num_key_value_heads": 1,
+        "num_nextn_predict_layers": 1,
+        "o_groups": 2,
+        "o_lora_rank": LORA_RANK,
+        "q_lora_rank": LORA_RANK,
+        "qk_rope_head_dim": 16,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "routed_scaling_factor": 1.5,
+        "scoring_func": "sqrtsoftplus",
+        "sliding_window": 16,
+        "swiglu_limit": sizes.limit,
+        "tie_word_embeddings": False,
+        "topk_method": "noaux_tc",
+        "torch_dtype": "bfloat16",
+        "vocab_size": VOCAB_SIZE,
+        "quantization_config": {
+            "quant_method": "fp8",
+            "activation_scheme": "dynamic",
+            "fmt": "e4m3",
+            "scale_fmt": "ue8m0",
+            "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
+            "quant_algo": "MIXED_PRECISION",
+            "moe_quant_algo": "NVFP4",
+            "expert_dtype": "fp4",
+            "group_size": GROUP_SIZE,
+            "kv_cache_quant_algo": None,
+            "config_groups": _config_groups(),
+            "quantized_layers": {
+                f"layers.{layer}.ffn.experts": {"quant_algo": "NVFP4", "group_size": GROUP_SIZE}
+                for layer in range(sizes.num_layers)
+            },
+            "ignore": ["*.attn.*", "*.ffn.shared_experts.*", "head", "mtp.*"],
+            "producer": {"name": "modelopt"},
+        },
+    }
+
+
+def _qwen_config(sizes: Sizes, layout: str) -> dict[str, Any]:
+    quantization: dict[str, Any] = {
+        "config_groups": _config_groups(),
+        "ignore": ["lm_head", "model.layers.*.mlp.gate"],
+    }
+    if not ROWS[layout].spelling.reciprocal:
+        quantization |= {"quant_method": "modelopt", "quant_algo": "NVFP4", "kv_cache_scheme": {"num_bits": 8}}
+    else:
+        quantization |= {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}
+    return {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "head_dim": HEAD_DIM,
+        "hidden_act": "silu",
+        "hidden_size": sizes.hidden,
+        "intermediate_size": 3 * sizes.hidden,
+        "max_position_embeddings": 4096,
+        "moe_intermediate_size": _one_or_list(sizes.intermediate),
+        "norm_topk_prob": True,
+        "num_attention_heads": HEADS,
+        "num_experts": _one_or_list(sizes.num_experts),
+        "num_experts_per_tok": sizes.top_k,
+        "num_hidden_layers": sizes.num_layers,
+        "num_key_value_heads": HEADS,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "vocab_size": VOCAB_SIZE,
+        "quantization_config": quantization,
+    } | ({} if sizes.limit is None else {"swiglu_limit": sizes.limit})
+
+
+def hf_quant_config(quantization: dict[str, Any]) -> dict[str, Any]:
+    """ModelOpt's own file, which says the same as `quantization_config`."""
+    keys = ("quant_algo", "group_size", "quantized_layers", "kv_cache_quant_algo")
+    section = {key: quantization[key] for key in keys if key in quantization}
+    section["exclude_modules"] = quantization["ignore"]
+    return {"producer": {"name": "modelopt"}, "quantization": section}
+
+
+def _config_groups() -> dict[str, Any]:
+    scheme = {"num_bits": 4, "type": "float", "group_size": GROUP_SIZE, "dynamic": False}
+    return {"group_0": {"targets": ["Linear"], "weights": scheme, "input_activations": scheme}}

@@ -1,0 +1,360 @@
+"""What config.json (or a PretrainedConfig) means for the experts: sizes, top-k, the gate of each layer.
+
+Touches no file. Every value that is read goes through `ModelConfig`, which checks its type and range and names file,
+key, expected and got in the error. A key that is not read may hold anything, but for one kind: a key that reads like a
+clamp of the gate and is not understood raises, since a clamp is never dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torch_nvfp4.errors import CheckpointError, refusal, shown
+from torch_nvfp4.gate import Activation, Gate
+
+__all__ = ["TEXT_SECTIONS", "ModelConfig"]
+
+_TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "top_k_experts")
+_NUM_EXPERTS_KEYS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
+_INTERMEDIATE_KEYS = ("moe_intermediate_size",)
+_HIDDEN_ACT_KEYS = ("hidden_act", "hidden_activation", "mlp_hidden_act", "activation_function")
+_MTP_KEYS = ("num_nextn_predict_layers", "num_mtp_modules", "mtp_num_hidden_layers")
+# Sections that describe the language model; they nest (thinker_config.text_config).
+TEXT_SECTIONS = ("text_config", "language_config", "llm_config", "thinker_config")
+# Tensor names carry ids of at most six digits; sizes are those of a matrix that fits into memory.
+_MAX_COUNT = 1_000_000
+_MAX_SIZE = 2**31 - 1
+_FLOAT32_MAX = torch.finfo(torch.float32).max
+_FLOAT32_TINY = torch.finfo(torch.float32).tiny
+
+# A key of config.json with a word of each reads like a clamp of the gate.
+_GATE_WORDS = {"swiglu", "glu", "act", "activation", "mlp", "ffn", "gemm1"}
+_LIMIT_WORDS = {"limit", "limits", "clamp", "clip"}
+# The clamps that are understood: one number or one per layer, and whether it acts after the silu (swiglustep).
+_LIMIT_KEYS = {"swiglu_limit": False, "swiglu_limits": True, "expert_swiglu_limit_list": True}
+# Limits of the shared experts, which are dense linears here.
+_SHARED_LIMIT_KEYS = ("swiglu_limit_shared", "swiglu_limits_shared", "share_expert_swiglu_limit_list")
+_ACTIVATIONS = {
+    "silu": Activation.silu,
+    "swish": Activation.silu,
+    "swigluoai": Activation.silu,
+    "gelu": Activation.gelu,
+    "gelu_tanh": Activation.gelu_tanh,
+    "gelu_pytorch_tanh": Activation.gelu_tanh,
+    "gelu_new": Activation.gelu_tanh,
+    "relu2": Activation.relu2,
+    "relu_squared": Activation.relu2,
+}
+
+_PerLayer = int | tuple[int | None, ...] | None
+
+
+class ModelConfig:
+    """The keys of a model's config that its routed experts need, checked when read.
+
+    The language model's own section (``text_config``, also inside ``thinker_config``) goes before the sections around
+    it; over the gate the sections must not disagree.
+
+    Attributes:
+        model_type, hidden_act: as the config spells them, None where it does not.
+        num_layers: of the model without layers of multi-token prediction, None where it is not declared.
+        hidden_size: K, None where it is not declared.
+    """
+
+    def __init__(self, file: str | Path, config: Mapping[str, Any]) -> None:
+        self.file = file
+        self._sections = _text_chain(file, config)
+        self._model_types = [
+            model_type
+            for prefix, section in reversed(self._sections)
+            if (model_type := self._as_string(f"{prefix}model_type", section.get("model_type"))) is not None
+        ]
+        self.model_type = self._model_types[0] if self._model_types else None
+        self.num_layers = self._integer(("num_hidden_layers",), _MAX_COUNT)
+        self.hidden_size = self._integer(("hidden_size",), _MAX_SIZE)
+        self._top_k = self._integers(_TOP_K_KEYS, _MAX_COUNT)
+        self._num_experts = self._integers(_NUM_EXPERTS_KEYS, _MAX_COUNT)
+        self._intermediate_size = self._integers(_INTERMEDIATE_KEYS, _MAX_SIZE)
+        self._mtp = bool(self._integer(_MTP_KEYS, _MAX_COUNT))
+        self.hidden_act = self._as_string(*self._find(_HIDDEN_ACT_KEYS))
+        self._limits, self._limit_after_silu = self._read_limits(config)
+        self._alpha = self._number("swiglu_alpha")
+        self._beta = self._number("swiglu_beta")
+        self._weight_on_input = self._read_weight_on_input()
+
+    def num_experts(self, layer: int) -> int | None:
+        """Routed experts that the config declares for a layer; None where it does not."""
+        return self._of_layer(self._num_experts, layer)
+
+    @property
+    def declares_num_experts(self) -> bool:
+        """Whether there is a key for the number of experts, be it one number or a list."""
+        return self._num_experts is not None
+
+    def intermediate_size(self, layer: int) -> int | None:
+        """I of the routed experts of a layer; None where the config does not declare it."""
+        return self._of_layer(self._intermediate_size, layer)
+
+    def top_k(self, layer: int) -> int:
+        """Experts per token. Raises CheckpointError where the config declares none for the layer, or 0."""
+        top_k = self._of_layer(self._top_k, layer)
+        label, value = self._find(_TOP_K_KEYS)
+        if top_k is None:
+            expected = f"a key {' or '.join(_TOP_K_KEYS)}"
+            got = "none of them" if value is None else f"{label} {shown(value)}, which has none for layer {layer}"
+            raise CheckpointError(refusal(self.file, expected, got))
+        if top_k == 0:
+            raise CheckpointError(refusal(f"{self.file}: {label}", "at least one expert per token", "0"))
+        return top_k
+
+    def declared_top_k(self, layer: int) -> int | None:
+        """`top_k`, or None where the config declares none."""
+        return self._of_layer(self._top_k, layer)
+
+    @property
+    def apply_router_weight_on_input(self) -> bool:
+        """Whether an expert's input, and not its output, is scaled with the router's weight (Llama 4)."""
+        return self._weight_on_input
+
+    @property
+    def interleaves_gate_and_up(self) -> bool:
+        """Whether a fused gate_up_proj alternates rows of gate and up (gpt-oss)."""
+        return (self.model_type or "").startswith("gpt_oss")
+
+    def is_ignored(self, name: str) -> bool:
+        """True for tensors of multi-token prediction: `mtp.*`, or those of layers past num_hidden_layers."""
+        parts = name.split(".")
+        if any(part == "mtp" or part.startswith("mtp_") for part in parts):
+            return True
+        if not self._mtp or self.num_layers is None:
+            return False
+        for position in range(len(parts) - 3, -1, -1):
+            layer = parts[position + 1]
+            if parts[position] == "layers" and layer.isascii() and layer.isdigit() and len(layer) <= 6:
+                return int(layer) >= self.num_layers
+        return False
+
+    def clamp_limit(self, layer: int) -> float | None:
+        """The clamp limit of a layer's routed experts, None for no clamp."""
+        if not isinstance(self._limits, list):
+            return self._limits
+        if not 0 <= layer < len(self._limits):
+            raise CheckpointError(
+                refusal(self.file, f"a swiglu limit for layer {layer}", f"a list of {len(self._limits)} limits")
+            )
+        return self._limits[layer]
+
+    def layers_with_own_gate(self) -> range:
+        """The layers among which gates may differ: one where the limit is one number."""
+        if not isinstance(self._limits, list):
+            return range(1)
+        return range(len(self._limits) if self.num_layers is None else self.num_layers)
+
+    def gate(self, layer: int) -> Gate:
+        """The gate of a layer's routed experts, with its clamp.
+
+        Raises:
+            CheckpointError: an activation that is not known, or a clamp or constants that it does not have.
+        """
+        limit = self.clamp_limit(layer)
+        model_type, hidden_act = self.model_type or "", self.hidden_act or "silu"
+        activation = _ACTIVATIONS.get(hidden_act)
+        if activation is None:
+            raise self._refusal("hidden_act", f"one of {sorted(_ACTIVATIONS)}", shown(hidden_act))
+        if limit is not None and activation is not Activation.silu:
+            raise self._refusal(
+                "",
+                "hidden_act 'silu' beside a swiglu limit",
+                f"{hidden_act!r} with limit {limit}: the clamp of that pair is not defined",
+            )
+        # gpt-oss and MiniMax-M3 leave to the code what they do not declare: sigmoid(1.702 g) and up + 1.
+        gpt_oss = hidden_act == "swigluoai" or model_type.startswith(("gpt_oss", "minimax_m3"))
+        if gpt_oss and limit is None and self._find(("swiglu_limit",))[1] is None:
+            raise self._refusal(
+                "",
+                f"swiglu_limit, because the code of {model_type or hidden_act} clamps",
+                "no such key",
+                "add the model's limit (0 for none) to config.json",
+            )
+        alpha, beta = self._constants(gpt_oss, hidden_act, activation)
+        # Step-3.5 and Ling, whose keys have one limit per layer, clamp after the silu.
+        if limit is not None and (self._limit_after_silu or model_type.startswith("step3")):
+            if (alpha, beta) != (1.0, 0.0):
+                raise self._refusal("", "no swiglu_alpha, swiglu_beta with Step-3.5's clamp", "both")
+            activation = Activation.swiglustep
+        return Gate(activation, limit, alpha, beta)
+
+    def _constants(self, gpt_oss: bool, hidden_act: str, activation: Activation) -> tuple[float, float]:
+        alpha = self._alpha if self._alpha is not None else (1.702 if gpt_oss else 1.0)
+        beta = self._beta if self._beta is not None else (1.0 if gpt_oss else 0.0)
+        if alpha != 1.0 and self._beta is None and not gpt_oss:
+            raise self._refusal("", f"swiglu_beta beside swiglu_alpha {alpha}", "no such key")
+        if (alpha, beta) != (1.0, 0.0) and activation is not Activation.silu:
+            raise self._refusal(
+                "", f"hidden_act 'silu' beside swiglu_alpha {alpha} and swiglu_beta {beta}", repr(hidden_act)
+            )
+        return alpha, beta
+
+    def _refusal(self, key: str, expected: str, got: str, advice: str = "") -> CheckpointError:
+        return CheckpointError(refusal(f"{self.file}: {key}" if key else self.file, expected, got, advice))
+
+    def _find(self, keys: tuple[str, ...]) -> tuple[str, Any]:
+        """(where it stands, value) of the first of the keys that has a value; the innermost section goes first."""
+        for key in keys:
+            for prefix, section in reversed(self._sections):
+                if section.get(key) is not None:
+                    return f"{prefix}{key}", section[key]
+        return keys[0], None
+
+    def _of_layer(self, value: _PerLayer, layer: int) -> int | None:
+        if not isinstance(value, tuple):
+            return value
+        # A list of another length counts layers in a way that is not known; then the tensors alone decide.
+        known = len(value) == self.num_layers and 0 <= layer < len(value)
+        return value[layer] if known else None
+
+    def _integer(self, keys: tuple[str, ...], largest: int) -> int | None:
+        value = self._integers(keys, largest)
+        if isinstance(value, tuple):
+            raise self._refusal(self._find(keys)[0], "a non-negative integer", shown(list(value)))
+        return value
+
+    def _integers(self, keys: tuple[str, ...], largest: int) -> _PerLayer:
+        """One number, or a list with one per layer."""
+        label, value = self._find(keys)
+        if isinstance(value, (list, tuple)):
+            return tuple(self._as_integer(f"{label}[{i}]", entry, largest) for i, entry in enumerate(value))
+        return self._as_integer(label, value, largest)
+
+    def _as_integer(self, label: str, value: Any, largest: int) -> int | None:
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise self._refusal(label, "a non-negative integer", shown(value))
+        if value > largest:
+            raise self._refusal(label, f"an integer of at most {largest}", shown(value))
+        return value
+
+    def _as_string(self, label: str, value: Any) -> str | None:
+        if value is not None and not isinstance(value, str):
+            raise self._refusal(label, "a string", shown(value))
+        return value
+
+    def _as_float(self, value: Any) -> float | None:
+        """The value as a number that fp32 can hold, or None."""
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return None
+        try:
+            number = float(value)
+        except OverflowError:
+            return None
+        return number if abs(number) <= _FLOAT32_MAX else None  # NaN fails the comparison
+
+    def _number(self, key: str) -> float | None:
+        found: dict[str, float] = {}
+        for prefix, section in self._sections:
+            value = section.get(key)
+            if value is not None:
+                number = self._as_float(value)
+                if number is None:
+                    raise self._refusal(f"{prefix}{key}", "a finite number", shown(value))
+                found[f"{prefix}{key}"] = number
+        return self._agreed(key, found)
+
+    def _agreed(self, key: str, found: Mapping[str, Any]) -> Any:
+        """The value of the innermost section, where all sections that have one say the same."""
+        values = list(found.values())
+        other = next((label for label, value in found.items() if value != values[-1]), None)
+        if other is not None:
+            label = list(found)[-1]
+            inner = "text_config" if "text_config" in label else label.rpartition(".")[0]
+            raise self._refusal(key, "one value", f"{shown(found[other])}, and {shown(values[-1])} in {inner}")
+        return values[-1] if values else None
+
+    def _read_limits(self, config: Mapping[str, Any]) -> tuple[float | list[float | None] | None, bool]:
+        """The limit or the limits, and whether they act after the silu. Refuses keys that read like another limit."""
+        understood = {id(section) for _, section in self._sections}
+        for prefix, section in _nested_sections(config):
+            for key, value in section.items():
+                words = set(str(key).lower().split("_"))
+                if not words & _GATE_WORDS or not words & _LIMIT_WORDS or key in _SHARED_LIMIT_KEYS:
+                    continue
+                if key in _LIMIT_KEYS and id(section) in understood:
+                    continue
+                if any(value) if isinstance(value, list) else value:
+                    raise self._refusal(
+                        f"{prefix}{key}",
+                        "a limit of the gate to be swiglu_limit or swiglu_limits of the model or its text_config",
+                        f"{shown(value)} under a key that is not understood",
+                        "a clamp is never dropped",
+                    )
+        limits: dict[str, float | list[float | None]] = {}
+        for key in _LIMIT_KEYS:
+            found = {
+                f"{prefix}{key}": self._limits_of(f"{prefix}{key}", section[key])
+                for prefix, section in self._sections
+                if section.get(key) is not None
+            }
+            if found:
+                limits[key] = self._agreed(key, {label: 0.0 if v is None else v for label, v in found.items()})
+        if not limits:
+            return None, False
+        *others, last = limits
+        for other in others:
+            if limits[other] != limits[last]:
+                got = f"both: {shown(limits[other])} and {shown(limits[last])}"
+                raise self._refusal("", f"{other} or {last}", got)
+        return None if limits[last] == 0.0 else limits[last], _LIMIT_KEYS[last]
+
+    def _limits_of(self, label: str, value: Any) -> float | list[float | None] | None:
+        if not isinstance(value, (list, tuple)):
+            return self._limit(label, value)
+        if self.num_layers is not None and len(value) < self.num_layers:
+            raise self._refusal(label, f"{self.num_layers} limits", f"{len(value)}")
+        return [self._limit(f"{label}[{layer}]", limit) for layer, limit in enumerate(value)]
+
+    def _limit(self, label: str, value: Any) -> float | None:
+        if value is None:
+            return None
+        number = self._as_float(value)
+        # A limit that fp32 rounds to zero would make every product zero.
+        if number is None or number < 0 or 0 < number < _FLOAT32_TINY:
+            expected = "a positive, finite number, or null or 0 for no clamp (as fp32)"
+            raise self._refusal(label, expected, shown(value))
+        return number or None
+
+    def _read_weight_on_input(self) -> bool:
+        label, value = self._find(("apply_router_weight_on_input",))
+        if value is not None and not isinstance(value, bool):
+            raise self._refusal(label, "true or false", shown(value))
+        return bool(value) or any(model_type.startswith("llama4") for model_type in self._model_types)
+
+
+def _text_chain(file: str | Path, config: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """The config and the sections of the language model inside it, outermost first, each with its path."""
+    chain: list[tuple[str, Mapping[str, Any]]] = [("", config)]
+    while True:
+        prefix, section = chain[-1]
+        key = next((key for key in TEXT_SECTIONS if section.get(key) is not None), None)
+        if key is None:
+            return chain
+        if not isinstance(section[key], Mapping):
+            raise CheckpointError(refusal(f"{file}: {prefix}{key}", "an object", shown(section[key])))
+        chain.append((f"{prefix}{key}.", section[key]))
+
+
+def _nested_sections(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The config and the objects inside it that are about the model, each with its path ("text_config.")."""
+    waiting: list[tuple[str, Mapping[str, Any]]] = [("", config)]
+    while waiting:
+        prefix, section = waiting.pop()
+        yield prefix, section
+        waiting += [
+            (f"{prefix}{key}."[-200:], value)
+            for key, value in section.items()
+            if isinstance(value, dict) and key != "quantization_config"
+        ]
