@@ -27,6 +27,6 @@ void route(const RouteArgs& args, const Context&) {
   offsets[0] = 0;
 }
 
-size_t route_workspace(const RouteArgs&) { return 0; }
+size_t route_workspace(const RouteArgs&, const Context&) { return 0; }
 
 }  // namespace nvfp4::cpu

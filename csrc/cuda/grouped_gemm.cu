@@ -28,10 +28,10 @@ Problem problem_of(const GroupedGemmArgs& args) {
           .silu = args.gate == nullptr || args.gate->activation == Activation::silu};
 }
 
-Plan plan_of(const GroupedGemmArgs& args, void* base) {
+Plan plan_of(const GroupedGemmArgs& args, const Context& context) {
   Plan plan{};
-  Workspace workspace(base);
-  plan.choice = select(problem_of(args), device());
+  Workspace workspace(context.workspace);
+  plan.choice = select(problem_of(args), device(), static_cast<Isa>(context.level));
   plan.aligned_x = take_copy(workspace, args.x, args.rows * args.weight.k);
   if (plan.choice.kernel == Kernel::wgmma_experts) {
     plan.wgmma = workspace.take<void>(static_cast<int64_t>(wgmma_grouped_gemm_workspace(args)));
@@ -63,13 +63,13 @@ void stream(const GroupedGemmArgs& args, const Plan& plan, void* stream) {
 
 }  // namespace
 
-size_t grouped_gemm_workspace(const GroupedGemmArgs& args) {
-  return args.slots == 0 ? 0 : plan_of(args, nullptr).bytes;
+size_t grouped_gemm_workspace(const GroupedGemmArgs& args, const Context& context) {
+  return args.slots == 0 ? 0 : plan_of(args, context).bytes;
 }
 
 void grouped_gemm(const GroupedGemmArgs& original, const Context& context) {
   if (original.slots == 0) return;
-  const Plan plan = plan_of(original, context.workspace);
+  const Plan plan = plan_of(original, context);
   GroupedGemmArgs args = original;
   args.x = aligned_rows(args.x, plan.aligned_x, args.rows * args.weight.k, context.stream);
   if (plan.choice.kernel == Kernel::wgmma_experts) {

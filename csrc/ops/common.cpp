@@ -1,5 +1,6 @@
 #include "common.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <iterator>
@@ -7,10 +8,6 @@
 
 namespace nvfp4 {
 namespace {
-
-constexpr int64_t kAlignment = 256;
-
-int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 const char* dtype_name(ScalarType dtype) {
   switch (dtype) {
@@ -40,6 +37,21 @@ const char* dtype_name(ScalarType dtype) {
       return "float8_e5m2";
     default:
       return "another dtype";
+  }
+}
+
+int64_t item_size(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Half:
+    case ScalarType::BFloat16:
+      return 2;
+    case ScalarType::Int:
+    case ScalarType::Float:
+      return 4;
+    case ScalarType::Long:
+      return 8;
+    default:
+      return 1;
   }
 }
 
@@ -82,6 +94,8 @@ std::string describe(const Dims& dims) {
   });
 }
 
+std::string describe(const std::vector<int64_t>& shape) { return describe(Dims(shape.begin(), shape.end())); }
+
 bool matches(const Tensor& tensor, const Dims& dims) {
   if (tensor.dim() != static_cast<int64_t>(dims.size())) return false;
   for (size_t i = 0; i < dims.size(); ++i) {
@@ -102,8 +116,17 @@ void check_dtype(const char* op, const char* name, const Tensor& tensor, std::in
 // Trailing dimensions of a packed weight: [KB, 36] on the CPU (64 values are 32 bytes of codes and 4 scales), and one
 // dimension on CUDA, where 64 x 64 blocks are spread evenly over the rows.
 std::vector<int64_t> packed_tail(int64_t n, int64_t k) {
-  if (!kIsCuda) return {round_up(k, 64) / 64, 36};
-  return {(round_up(n, 64) * round_up(k, 64) / 16 * 9 + n - 1) / n};
+  if (!kIsCuda) return {ceil_div<int64_t>(k, 64), 36};
+  return {ceil_div(round_up<int64_t>(n, 64) * round_up<int64_t>(k, 64) / 16 * 9, n)};
+}
+
+// Bytes of a tensor; none where 63 bits are too few.
+std::optional<int64_t> bytes_of(const std::vector<int64_t>& shape, ScalarType dtype) {
+  int64_t bytes = item_size(dtype);
+  bool fits = true;
+  for (int64_t size : shape) fits = !__builtin_mul_overflow(bytes, size, &bytes) && fits;
+  if (std::find(shape.begin(), shape.end(), 0) != shape.end()) return 0;
+  return fits ? std::optional(bytes) : std::nullopt;
 }
 
 // Python's f"{value:g}".
@@ -314,27 +337,40 @@ Routing check_routing(const char* op, const Tensor& topk_ids, const std::optiona
   };
 }
 
-Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, shape, dtype);
+Tensor empty(const char* op, const char* what, const Tensor& like, const std::vector<int64_t>& shape,
+             ScalarType dtype) {
+  const std::optional<int64_t> bytes = bytes_of(shape, dtype);
+  if (bytes) {
+    try {
+      return torch::stable::new_empty(like, shape, dtype);
+    } catch (const std::exception&) {  // its text says neither what for nor how much
+    }
+  }
+  fail(op, "expected to allocate ", bytes ? std::to_string(*bytes) : "2**63 or more", " bytes of memory for ", what,
+       " ", describe(shape), " on ", device_name(like), ", got none; use a smaller batch or free memory");
 }
 
 #ifdef USE_CUDA
-Launch::Launch(const Tensor& like, size_t workspace_bytes) : guard_(like.get_device_index()) {
+Launch::Launch(const char* op, const Tensor& like) : guard_(like.get_device_index()), op_(op), like_(like) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &context_.stream));
 #else
-Launch::Launch(const Tensor& like, size_t workspace_bytes) {
+Launch::Launch(const char* op, const Tensor& like) : op_(op), like_(like) {
+  context_.threads = static_cast<int>(torch::stable::get_num_threads());
 #endif
-  if (workspace_bytes == 0) return;
-  // torch's CPU allocator aligns to 64 bytes; the kernels may rely on 256.
-  workspace_ = empty(like, {static_cast<int64_t>(workspace_bytes) + kAlignment}, ScalarType::Byte);
+  context_.level = backend::active_level();
+}
+
+void Launch::reserve(size_t bytes) {
+  if (bytes == 0) return;
+  // torch's CPU allocator aligns to less than the kernels rely on.
+  workspace_ =
+      empty(op_, "its workspace", like_, {static_cast<int64_t>(bytes + kWorkspaceAlignment)}, ScalarType::Byte);
   const auto address = reinterpret_cast<uintptr_t>(workspace_->data_ptr());
-  context_.workspace = reinterpret_cast<void*>(round_up(static_cast<int64_t>(address), kAlignment));
+  context_.workspace = reinterpret_cast<void*>(round_up(address, uintptr_t{kWorkspaceAlignment}));
 }
 
 #ifndef USE_CUDA
 namespace cpu {
-
-int num_threads() { return static_cast<int>(torch::stable::get_num_threads()); }
 
 void parallel_for(int64_t n, void (*body)(void* argument, int64_t i), void* argument) {
   torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {

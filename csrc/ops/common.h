@@ -17,6 +17,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../common.h"
 #include "../kernels.h"
 
 #ifdef USE_CUDA
@@ -98,18 +99,25 @@ Gate check_gate(const char* op, int64_t activation, std::optional<double> clamp_
 Routing check_routing(const char* op, const Tensor& topk_ids, const std::optional<Tensor>& expert_map, int64_t tokens,
                       int64_t top_k, int64_t experts, const char* like_name, const Tensor& like);
 
-Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype);
+// An uninitialised tensor on the device of `like`. Where there is no memory for it, the error names the op, how many
+// bytes were wanted, and for `what`.
+Tensor empty(const char* op, const char* what, const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype);
 
-// Selects the device and current stream of `like` for one call, and owns the call's scratch memory.
+// Selects the device and current stream of `like` for one call of an op, reads the settings that hold for all of the
+// call, and owns its scratch memory.
 class Launch {
  public:
-  Launch(const Tensor& like, size_t workspace_bytes);
+  Launch(const char* op, const Tensor& like);
   const Context& context() const { return context_; }
+  // Gives the context a workspace of so many bytes.
+  void reserve(size_t bytes);
 
  private:
 #ifdef USE_CUDA
   torch::stable::accelerator::DeviceGuard guard_;
 #endif
+  const char* op_;
+  Tensor like_;
   std::optional<Tensor> workspace_;
   Context context_;
 };

@@ -21,7 +21,7 @@ Tensor run(const char* op, const Tensor& x, const Tensor& weight, const Tensor& 
     fail(op, "order must hold ", topk_weights ? "as many slots as topk_weights" : "a multiple of x's rows", " (",
          topk_weights ? topk_weights->numel() : rows, "), got ", slots);
   }
-  Tensor out = empty(x, {slots, gate ? packed.n / 2 : packed.n}, x.scalar_type());
+  Tensor out = empty(op, "out", x, {slots, gate ? packed.n / 2 : packed.n}, x.scalar_type());
   if (out.numel() == 0) return out;
   const GroupedGemmArgs args{
       .dtype = dtype_of(x),
@@ -35,7 +35,8 @@ Tensor run(const char* op, const Tensor& x, const Tensor& weight, const Tensor& 
       .gate = gate,
       .out = out.data_ptr(),
   };
-  const Launch launch(x, backend::grouped_gemm_workspace(args));
+  Launch launch(op, x);
+  launch.reserve(backend::grouped_gemm_workspace(args, launch.context()));
   backend::grouped_gemm(args, launch.context());
   return out;
 }

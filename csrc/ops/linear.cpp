@@ -15,7 +15,7 @@ Tensor linear(const Tensor& x,                      // [..., K]
       check_weight(op, "weight", weight, global_scale, "x", x,
                    {.batched = false, .gated = is_gated(op, global_scale, false), .experts = -1, .n = -1, .k = k});
   if (bias) check_tensor(op, "bias", *bias, "x", x, {x.scalar_type()}, {packed.n});
-  Tensor out = empty(x, with_last_dim(x, packed.n), x.scalar_type());
+  Tensor out = empty(op, "out", x, with_last_dim(x, packed.n), x.scalar_type());
   if (out.numel() == 0) return out;
   const LinearArgs args{
       .dtype = dtype_of(x),
@@ -25,7 +25,8 @@ Tensor linear(const Tensor& x,                      // [..., K]
       .bias = optional_data<const void>(bias),
       .out = out.data_ptr(),
   };
-  const Launch launch(x, backend::linear_workspace(args));
+  Launch launch(op, x);
+  launch.reserve(backend::linear_workspace(args, launch.context()));
   backend::linear(args, launch.context());
   return out;
 }

@@ -29,7 +29,7 @@ Tensor moe(const Tensor& hidden_states,              // [M, K]
       check_routing(op, topk_ids, expert_map, tokens, topk_weights.size(1), gate_up.experts, like, hidden_states);
   const Gate gate = check_gate(op, activation, clamp_limit, alpha, beta);
 
-  Tensor out = empty(hidden_states, {tokens, k}, hidden_states.scalar_type());
+  Tensor out = empty(op, "out", hidden_states, {tokens, k}, hidden_states.scalar_type());
   if (out.numel() == 0) return out;
   const MoeArgs args{
       .dtype = dtype_of(hidden_states),
@@ -42,7 +42,8 @@ Tensor moe(const Tensor& hidden_states,              // [M, K]
       .apply_router_weight_on_input = apply_router_weight_on_input,
       .out = out.data_ptr(),
   };
-  const Launch launch(hidden_states, backend::moe_workspace(args));
+  Launch launch(op, hidden_states);
+  launch.reserve(backend::moe_workspace(args, launch.context()));
   backend::moe(args, launch.context());
   return out;
 }

@@ -19,7 +19,7 @@ Tensor pack(const Tensor& weight, const Tensor& scale, bool gated) {
   check_tensor(op, "scale", scale, "weight", weight, {ScalarType::Float8_e4m3fn, ScalarType::Byte}, scale_dims);
 
   const std::optional<int64_t> experts = batched ? std::optional(weight.size(0)) : std::nullopt;
-  Tensor packed = empty(weight, packed_shape(experts, n, k, gated), ScalarType::Byte);
+  Tensor packed = empty(op, "the packed weight", weight, packed_shape(experts, n, k, gated), ScalarType::Byte);
   if (packed.numel() == 0) return packed;
   const PackArgs args{
       .weight = static_cast<const uint8_t*>(weight.data_ptr()),
@@ -31,7 +31,7 @@ Tensor pack(const Tensor& weight, const Tensor& scale, bool gated) {
       .k = k,
       .gated = gated,
   };
-  const Launch launch(weight, 0);
+  const Launch launch(op, weight);
   backend::pack(args, launch.context());
   return packed;
 }
@@ -50,8 +50,8 @@ std::tuple<Tensor, Tensor> unpack(const Tensor& packed, int64_t in_features, boo
     shape.insert(shape.begin(), packed.size(0));
     scale_shape.insert(scale_shape.begin(), packed.size(0));
   }
-  Tensor weight = empty(packed, shape, ScalarType::Byte);
-  Tensor scale = empty(packed, scale_shape, ScalarType::Byte);
+  Tensor weight = empty(op, "weight", packed, shape, ScalarType::Byte);
+  Tensor scale = empty(op, "scale", packed, scale_shape, ScalarType::Byte);
   if (packed.numel() == 0) return {weight, scale};
   const int64_t experts = batched ? packed.size(0) : 1;
   const UnpackArgs args{
@@ -64,7 +64,7 @@ std::tuple<Tensor, Tensor> unpack(const Tensor& packed, int64_t in_features, boo
       .k = in_features,
       .gated = gated,
   };
-  const Launch launch(packed, 0);
+  const Launch launch(op, packed);
   backend::unpack(args, launch.context());
   return {weight, scale};
 }
