@@ -76,7 +76,8 @@ struct RouteArgs {
 };
 
 // out[s] = x[s / (slots / rows)] @ W[expert of s]^T, times slot_scale[s], then the gate if there is one.
-// Skipped slots (order[offsets[experts]] and after) give rows of zeros.
+// Skipped slots (order[offsets[experts]] and after) give rows of zeros. Order and offsets may come from anywhere:
+// unless they are a routing as RouteArgs has it, the CPU throws and CUDA fills all of out with NaN.
 struct GroupedGemmArgs {
   DType dtype;
   const void* x;  // [rows, k]

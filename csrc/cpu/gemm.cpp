@@ -282,12 +282,16 @@ void multiply_combine(const LevelKernels& kernels, const Product& product, const
 }
 
 struct GroupedGemmWorkspace {
+  uint8_t* seen;
+  int32_t* order;
+  int32_t* offsets;
   Chunk* chunks;
   Scratch* scratch;
 };
 
 GroupedGemmWorkspace lay_out(Workspace& space, const GroupedGemmArgs& args, const Context& context) {
-  return {space.take<Chunk>(most_chunks(args.slots, args.weight.experts)),
+  return {space.take<uint8_t>(args.slots), space.take<int32_t>(args.slots),
+          space.take<int32_t>(args.weight.experts + 1), space.take<Chunk>(most_chunks(args.slots, args.weight.experts)),
           take_scratch(space, context, args.weight.k, args.slots, multiplies_exactly(context, args.dtype))};
 }
 
@@ -303,6 +307,7 @@ LinearWorkspace lay_out(Workspace& space, const LinearArgs& args, const Context&
 }
 
 struct MoeWorkspace {
+  int32_t* expert_of;
   int32_t* order;
   int32_t* offsets;
   Chunk* chunks;
@@ -328,6 +333,7 @@ MoeWorkspace lay_out(Workspace& space, const MoeArgs& args, const Context& conte
   const bool exact = multiplies_exactly(context, args.dtype);
   const int64_t sums = combined_pairs(context.threads, tokens, args.w2.n) * tokens * 2 * kPanelRows;
   return {space.take<int32_t>(slots),
+          space.take<int32_t>(slots),
           space.take<int32_t>(args.routing.experts + 1),
           space.take<Chunk>(most_chunks(slots, args.routing.experts)),
           take_scratch(space, context, args.w13.k, slots, exact),
@@ -346,16 +352,17 @@ size_t workspace_bytes(const Args& args, const Context& context) {
 }  // namespace
 
 void grouped_gemm(const GroupedGemmArgs& args, const Context& context) {
-  if (args.slots == 0) return;
   const LevelKernels& kernels = kernels_of(context);
   Workspace workspace(context.workspace);
   const GroupedGemmWorkspace space = lay_out(workspace, args, context);
-  const int64_t chunks = make_chunks(args.offsets, args.weight.experts, space.chunks);
-  const Product product{args.dtype,   args.x, args.slots / args.rows, args.weight,    args.order,
+  copy_routing(args, space.seen, space.order, space.offsets);
+  if (args.slots == 0) return;
+  const int64_t chunks = make_chunks(space.offsets, args.weight.experts, space.chunks);
+  const Product product{args.dtype,   args.x, args.slots / args.rows, args.weight,    space.order,
                         space.chunks, chunks, space.scratch,          context.threads};
   const int64_t width = args.gate == nullptr ? args.weight.n : args.weight.n / 2;
-  for (int64_t i = args.offsets[args.weight.experts]; i < args.slots; ++i) {
-    char* row = at(args.out, args.dtype, args.order[i] * width);
+  for (int64_t i = space.offsets[args.weight.experts]; i < args.slots; ++i) {
+    char* row = at(args.out, args.dtype, space.order[i] * width);
     std::fill_n(row, width * bytes_of(args.dtype), char{0});
   }
   if (args.gate != nullptr) {
@@ -384,7 +391,7 @@ void moe(const MoeArgs& args, const Context& context) {
   const LevelKernels& kernels = kernels_of(context);
   Workspace workspace(context.workspace);
   const MoeWorkspace space = lay_out(workspace, args, context);
-  route({routing, space.order, space.offsets}, context);
+  sort_slots(routing, space.expert_of, space.order, space.offsets);
   const int64_t chunks = make_chunks(space.offsets, routing.experts, space.chunks);
   const float* input_weights = args.apply_router_weight_on_input ? args.topk_weights : nullptr;
   const float* output_weights = args.apply_router_weight_on_input ? nullptr : args.topk_weights;

@@ -66,8 +66,8 @@ std::string device_name(const Tensor& tensor) {
   }
 }
 
-template <typename Range, typename Print>
-std::string list(const Range& items, Print print) {
+template <typename Items, typename Print>
+std::string list(const Items& items, Print print) {
   std::ostringstream out;
   out << '[';
   const char* separator = "";
@@ -94,8 +94,6 @@ std::string describe(const Dims& dims) {
   });
 }
 
-std::string describe(const std::vector<int64_t>& shape) { return describe(Dims(shape.begin(), shape.end())); }
-
 bool matches(const Tensor& tensor, const Dims& dims) {
   if (tensor.dim() != static_cast<int64_t>(dims.size())) return false;
   for (size_t i = 0; i < dims.size(); ++i) {
@@ -111,6 +109,14 @@ void check_dtype(const char* op, const char* name, const Tensor& tensor, std::in
     expected += (expected.empty() ? "" : " or ") + std::string(dtype_name(dtype));
   }
   fail(op, name, " must be ", expected, ", got ", dtype_name(tensor.scalar_type()));
+}
+
+// A view into bytes, as torch.frombuffer gives, may begin anywhere.
+void check_alignment(const char* op, const char* name, const Tensor& tensor, int64_t bytes) {
+  if (reinterpret_cast<uintptr_t>(tensor.data_ptr()) % static_cast<uintptr_t>(bytes) != 0) {
+    fail(op, name, " must begin at a multiple of ", bytes, " bytes in memory, got a view that does not; call .clone() ",
+         "first");
+  }
 }
 
 // Trailing dimensions of a packed weight: [KB, 36] on the CPU (64 values are 32 bytes of codes and 4 scales), and one
@@ -139,6 +145,10 @@ std::string format_g(double value) {
 
 }  // namespace
 
+std::string list(const std::vector<int64_t>& numbers) {
+  return list(numbers, [](std::ostream& out, int64_t number) { out << number; });
+}
+
 void check_tensor(const char* op, const char* name, const Tensor& tensor, const char* like_name, const Tensor& like,
                   std::initializer_list<ScalarType> dtypes, const Dims& dims, const std::string& note) {
   check_dtype(op, name, tensor, dtypes);
@@ -153,6 +163,7 @@ void check_tensor(const char* op, const char* name, const Tensor& tensor, const 
     fail(op, name, " must be contiguous, got a tensor of shape ", shape_of(tensor),
          " that is not; call .contiguous() first");
   }
+  check_alignment(op, name, tensor, item_size(tensor.scalar_type()));
 }
 
 void check_activations(const char* op, const char* name, const Tensor& tensor, const Dims& dims) {
@@ -168,6 +179,16 @@ void check_last_dim(const char* op, const char* name, const Tensor& tensor, int6
   if (size <= 0 || size % multiple != 0) {
     fail(op, name, "'s last dimension must be a positive multiple of ", multiple, ", got ", size);
   }
+}
+
+void check_k(const char* op, const char* name, const Tensor& tensor) {
+  check_last_dim(op, name, tensor, kGroupSize);
+  const int64_t k = tensor.size(tensor.dim() - 1);
+  if (k >= kIndexLimit) fail(op, name, "'s last dimension must be below 2**31, got ", k);
+}
+
+void check_count(const char* op, const char* what, int64_t count) {
+  if (count >= kIndexLimit) fail(op, what, " must be below 2**31, got ", count, "; split the batch");
 }
 
 DType dtype_of(const Tensor& tensor) {
@@ -209,7 +230,13 @@ int64_t check_packed(const char* op, const char* name, const Tensor& packed, con
   const auto row_dim = static_cast<int64_t>(dims.size());
   dims.push_back(size.n < 0 ? Dim(size.gated ? "I" : "N") : Dim(size.n / halves));
   int64_t n = size.n;
-  if (n < 0 && packed.dim() == row_dim + 1 + static_cast<int64_t>(tail_rank)) n = packed.size(row_dim) * halves;
+  if (n < 0 && packed.dim() == row_dim + 1 + static_cast<int64_t>(tail_rank)) {
+    const int64_t rows = packed.size(row_dim);
+    if (rows >= kIndexLimit / halves) {
+      fail(op, name, "'s dimension ", row_dim, " must be below 2**", size.gated ? 30 : 31, ", got ", rows);
+    }
+    n = rows * halves;
+  }
   if (n > 0 || !kIsCuda) {
     for (int64_t dim : packed_tail(n > 0 ? n : kGroupSize, size.k)) dims.push_back(dim);
   } else {
@@ -222,6 +249,10 @@ int64_t check_packed(const char* op, const char* name, const Tensor& packed, con
     fail(op, name, "'s dimension ", row_dim, " must be a positive multiple of 16, got ", n / halves);
   }
   if (size.batched && packed.size(0) == 0) fail(op, name, " must hold at least one expert, got 0");
+  if (size.batched && packed.size(0) >= kIndexLimit) {
+    fail(op, name, " must hold fewer than 2**31 experts, got ", packed.size(0));
+  }
+  if (kIsCuda) check_alignment(op, name, packed, 16);
   return n;
 }
 
@@ -249,6 +280,7 @@ void check_in_features(const char* op, int64_t k) {
   if (k <= 0 || k % kGroupSize != 0) {
     fail(op, "the weight's input dimension K must be a positive multiple of 16, got ", k);
   }
+  if (k >= kIndexLimit) fail(op, "the weight's input dimension K must be below 2**31, got ", k);
 }
 
 void check_out_features(const char* op, int64_t n, bool gated) {
@@ -257,10 +289,14 @@ void check_out_features(const char* op, int64_t n, bool gated) {
     fail(op, "the weight's output dimension N must be a positive multiple of ", multiple, gated ? " (gated=True)" : "",
          ", got ", n);
   }
+  if (n >= kIndexLimit) fail(op, "the weight's output dimension N must be below 2**31, got ", n);
 }
 
 void check_num_experts(const char* op, int64_t num_experts) {
   if (num_experts <= 0) fail(op, "num_experts must be positive, got ", num_experts);
+  if (num_experts >= kIndexLimit) {
+    fail(op, "num_experts must be below 2**31, where offsets take 8 GiB of memory, got ", num_experts);
+  }
 }
 
 Dims any_shape(const Tensor& tensor, const char* last) {
@@ -319,9 +355,7 @@ Routing check_routing(const char* op, const Tensor& topk_ids, const std::optiona
   if (expert_map) {
     check_tensor(op, "expert_map", *expert_map, like_name, like, {ScalarType::Int}, {"global_experts"});
   }
-  if (topk_ids.numel() >= int64_t{1} << 31) {
-    fail(op, "M * top_k must be below 2**31, got ", topk_ids.numel(), "; split the batch");
-  }
+  check_count(op, "M * top_k", topk_ids.numel());
   // An empty tensor's data pointer is null, which would say that ids are local.
   static constexpr int32_t kEmptyMap = -1;
   const int32_t* map = optional_data<const int32_t>(expert_map);
@@ -347,7 +381,7 @@ Tensor empty(const char* op, const char* what, const Tensor& like, const std::ve
     }
   }
   fail(op, "expected to allocate ", bytes ? std::to_string(*bytes) : "2**63 or more", " bytes of memory for ", what,
-       " ", describe(shape), " on ", device_name(like), ", got none; use a smaller batch or free memory");
+       " ", list(shape), " on ", device_name(like), ", got none; use a smaller batch or free memory");
 }
 
 #ifdef USE_CUDA

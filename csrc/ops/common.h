@@ -39,6 +39,9 @@ constexpr bool kIsCuda = false;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// Slots, rows, experts, K and N stay below it: kernels count them in int32, and a product of two fits int64.
+constexpr int64_t kIndexLimit = int64_t{1} << 31;
+
 // One expected dimension: a size, or a letter where any size will do.
 struct Dim {
   int64_t size = -1;
@@ -56,13 +59,21 @@ template <typename... Parts>
   throw std::runtime_error(message.str());
 }
 
-// Checks dtype, device (that of `like`), shape and contiguity, in this order. `note` follows the expected shape.
+// "[1, 2, 3]"
+std::string list(const std::vector<int64_t>& numbers);
+
+// Checks dtype, device (that of `like`), shape, contiguity and alignment, in this order. `note` follows the expected
+// shape.
 void check_tensor(const char* op, const char* name, const Tensor& tensor, const char* like_name, const Tensor& like,
                   std::initializer_list<ScalarType> dtypes, const Dims& dims, const std::string& note = "");
 
 // check_tensor with the dtypes that activations may have on this backend.
 void check_activations(const char* op, const char* name, const Tensor& tensor, const Dims& dims);
 void check_last_dim(const char* op, const char* name, const Tensor& tensor, int64_t multiple);
+// The last dimension of activations that a weight is multiplied with.
+void check_k(const char* op, const char* name, const Tensor& tensor);
+// A number of slots or rows.
+void check_count(const char* op, const char* what, int64_t count);
 DType dtype_of(const Tensor& tensor);
 
 // Sizes of a packed weight; -1 where any size will do.

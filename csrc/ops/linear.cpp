@@ -9,11 +9,12 @@ Tensor linear(const Tensor& x,                      // [..., K]
               const std::optional<Tensor>& bias) {  // [N]
   const char* op = "linear";
   check_activations(op, "x", x, any_shape(x, "K"));
-  check_last_dim(op, "x", x, kGroupSize);
+  check_k(op, "x", x);
   const int64_t k = x.size(x.dim() - 1);
   const Weight packed =
       check_weight(op, "weight", weight, global_scale, "x", x,
                    {.batched = false, .gated = is_gated(op, global_scale, false), .experts = -1, .n = -1, .k = k});
+  check_count(op, "the number of x's rows", x.numel() / k);
   if (bias) check_tensor(op, "bias", *bias, "x", x, {x.scalar_type()}, {packed.n});
   Tensor out = empty(op, "out", x, with_last_dim(x, packed.n), x.scalar_type());
   if (out.numel() == 0) return out;

@@ -16,7 +16,7 @@ Tensor moe(const Tensor& hidden_states,              // [M, K]
   const char* op = "moe";
   const char* like = "hidden_states";
   check_activations(op, like, hidden_states, {"M", "K"});
-  check_last_dim(op, like, hidden_states, kGroupSize);
+  check_k(op, like, hidden_states);
   const int64_t tokens = hidden_states.size(0);
   const int64_t k = hidden_states.size(1);
   const Weight gate_up = check_weight(op, "w13", w13, w13_global_scale, like, hidden_states,

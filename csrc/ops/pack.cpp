@@ -1,7 +1,25 @@
+#include <algorithm>
+
 #include "common.h"
 
 namespace nvfp4 {
 namespace {
+
+// NaN, the E4M3 bytes 0x7F and 0xFF, would be decoded as 480.
+void check_scales(const char* op, const Tensor& scale) {
+  const auto* bytes = static_cast<const uint8_t*>(scale.data_ptr());
+  const int64_t count = scale.numel();
+  const auto* bad = std::find_if(bytes, bytes + count, [](uint8_t byte) { return (byte & 0x7F) == 0x7F; });
+  if (bad == bytes + count) return;
+  std::vector<int64_t> index;
+  int64_t rest = bad - bytes;
+  for (int64_t dim = scale.dim() - 1; dim >= 0; --dim) {
+    index.insert(index.begin(), rest % scale.size(dim));
+    rest /= scale.size(dim);
+  }
+  fail(op, "scale must hold finite E4M3 values, got NaN (byte ", *bad & 0x80 ? "0xFF" : "0x7F", ") at index ",
+       list(index));
+}
 
 // pack and unpack are inverses over codes [..., N, K / 2] and scales [..., N, K / 16], with or without experts in
 // front.
@@ -11,12 +29,16 @@ Tensor pack(const Tensor& weight, const Tensor& scale, bool gated) {
   check_tensor(op, "weight", weight, "weight", weight, {ScalarType::Byte},
                batched ? Dims{"E", "N", "K / 2"} : Dims{"N", "K / 2"}, batched ? " or [N, K / 2]" : "");
   const int64_t n = weight.size(weight.dim() - 2);
-  const int64_t k = 2 * weight.size(weight.dim() - 1);
+  const int64_t row_bytes = weight.size(weight.dim() - 1);
+  if (row_bytes >= kIndexLimit / 2) fail(op, "weight's last dimension K / 2 must be below 2**30, got ", row_bytes);
+  const int64_t k = 2 * row_bytes;
   check_in_features(op, k);
   check_out_features(op, n, gated);
   Dims scale_dims{n, k / kGroupSize};
   if (batched) scale_dims.insert(scale_dims.begin(), weight.size(0));
   check_tensor(op, "scale", scale, "weight", weight, {ScalarType::Float8_e4m3fn, ScalarType::Byte}, scale_dims);
+
+  if (!kIsCuda) check_scales(op, scale);
 
   const std::optional<int64_t> experts = batched ? std::optional(weight.size(0)) : std::nullopt;
   Tensor packed = empty(op, "the packed weight", weight, packed_shape(experts, n, k, gated), ScalarType::Byte);
