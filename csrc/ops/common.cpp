@@ -188,7 +188,8 @@ void check_k(const char* op, const char* name, const Tensor& tensor) {
 }
 
 void check_count(const char* op, const char* what, int64_t count) {
-  if (count >= kIndexLimit) fail(op, what, " must be below 2**31, got ", count, "; split the batch");
+  if (count < int64_t{1} << kCountBits) return;
+  fail(op, what, " must be below 2**", kCountBits, ", got ", count, "; split the batch");
 }
 
 DType dtype_of(const Tensor& tensor) {

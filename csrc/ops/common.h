@@ -39,8 +39,10 @@ constexpr bool kIsCuda = false;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Slots, rows, experts, K and N stay below it: kernels count them in int32, and a product of two fits int64.
+// Experts, K and N stay below it: kernels count them in int32, and a product of two fits int64.
 constexpr int64_t kIndexLimit = int64_t{1} << 31;
+// Slots and rows stay below 2 to this: CUDA's loops step over their end.
+constexpr int kCountBits = kIsCuda ? 30 : 31;
 
 // One expected dimension: a size, or a letter where any size will do.
 struct Dim {

@@ -15,7 +15,7 @@ from torch_nvfp4.activation import gate_error
 from torch_nvfp4.format import GROUP_SIZE
 
 INDEX_LIMIT = 2**31
-"""Slots, rows, experts, K and N stay below it: kernels count them in int32."""
+"""Experts, K and N stay below it: kernels count them in int32."""
 
 Dim = int | torch.SymInt | str  # a size, or a letter where any size will do
 
@@ -90,10 +90,11 @@ def check_k(op: str, name: str, tensor: Tensor) -> None:
         fail(op, f"{name}'s last dimension must be below 2**31, got {tensor.shape[-1]}")
 
 
-def check_count(op: str, what: str, count: int) -> None:
-    """A number of slots or rows."""
-    if _too_many(count):
-        fail(op, f"{what} must be below 2**31, got {count}; split the batch")
+def check_count(op: str, what: str, count: int, like: Tensor) -> None:
+    """A number of slots or rows, for the device of ``like``."""
+    bits = 30 if is_cuda(like) else 31
+    if _too_many(count, 2**bits):
+        fail(op, f"{what} must be below 2**{bits}, got {count}; split the batch")
 
 
 def new_empty(op: str, what: str, like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
@@ -225,7 +226,7 @@ def check_routing(
     check_tensor(op, "topk_ids", topk_ids, like_name, like, (torch.int32, torch.int64), dims)
     if expert_map is not None:
         check_tensor(op, "expert_map", expert_map, like_name, like, (torch.int32,), ["global_experts"])
-    check_count(op, "M * top_k", topk_ids.numel())
+    check_count(op, "M * top_k", topk_ids.numel(), topk_ids)
 
 
 def any_shape(tensor: Tensor, last: str) -> list[Dim]:

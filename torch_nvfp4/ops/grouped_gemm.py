@@ -70,7 +70,7 @@ def _check(
     _checks.check_tensor(op, "order", order, "x", x, (torch.int32,), ["slots"])
     _checks.check_tensor(op, "offsets", offsets, "x", x, (torch.int32,), [weight.shape[0] + 1])
     rows, slots = x.shape[0], order.shape[0]
-    _checks.check_count(op, "order's size", slots)
+    _checks.check_count(op, "order's size", slots, order)
     if topk_weights is not None:
         _checks.check_tensor(op, "topk_weights", topk_weights, "x", x, (torch.float32,), [rows, "top_k"])
         expected, count, fits = "as many slots as topk_weights", topk_weights.numel(), [slots == topk_weights.numel()]
