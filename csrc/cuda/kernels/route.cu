@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "../../common.h"
 #include "../device/ptx/control.cuh"
 #include "../device/scheduler.cuh"
 #include "../launch.h"
@@ -65,8 +66,12 @@ __device__ __forceinline__ Span span_of(int part, int length, Span whole) {
   return {begin, min(begin + length, whole.end)};
 }
 
-// counts[b] = how many slots of block b's span fall into each bin.
-__global__ void __launch_bounds__(kMaxThreads, 1) count_slots_kernel(Routing routing, int span, int32_t* counts) {
+// What a slot's bin is kept in between the passes: an id that somebody changes meanwhile counts as one of its values.
+using Bin = uint16_t;
+
+// bin_of_slot[s] = the bin of slot s; counts[b] = how many slots of block b's span fall into each bin.
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    count_slots_kernel(Routing routing, int span, Bin* bin_of_slot, int32_t* counts) {
   extern __shared__ int shared[];
   const int bins = static_cast<int>(routing.experts) + 1;
   const int slots = static_cast<int>(routing.tokens * routing.top_k);
@@ -76,7 +81,9 @@ __global__ void __launch_bounds__(kMaxThreads, 1) count_slots_kernel(Routing rou
   ptx::dependency_release();
   __syncthreads();
   for (int slot = mine.begin + threadIdx.x; slot < mine.end; slot += blockDim.x) {
-    atomicAdd(&shared[bin_of(routing, slot, bins)], 1);
+    const int bin = bin_of(routing, slot, bins);
+    bin_of_slot[slot] = static_cast<Bin>(bin);
+    atomicAdd(&shared[bin], 1);
   }
   __syncthreads();
   for (int i = threadIdx.x; i < bins; i += blockDim.x) counts[blockIdx.x * bins + i] = shared[i];
@@ -86,6 +93,7 @@ struct SortParams {
   Routing routing;
   int warps;              // that sort, of each block
   int span;               // slots of each block
+  Bin* bin_of_slot;       // [slots]; from count_slots_kernel, or made here if there is one block
   const int32_t* counts;  // [blocks, bins] from count_slots_kernel; null: there is one block
   int32_t* order;
   int32_t* offsets;
@@ -108,14 +116,20 @@ __global__ void __launch_bounds__(kMaxThreads, 1) sort_slots_kernel(const __grid
   int* mine = before + warp * bins;
 
   for (int i = threadIdx.x; i < p.warps * bins; i += blockDim.x) before[i] = 0;
-  if (p.counts == nullptr) ptx::dependency_wait();
-  ptx::dependency_release();  // count_slots_kernel has waited for the launch that wrote the routing
+  ptx::dependency_wait();
+  ptx::dependency_release();
   __syncthreads();
   for (int slot = run.begin + lane; slot < run.end; slot += kWarp) {
-    atomicAdd(&mine[bin_of(p.routing, slot, bins)], 1);
+    int bin;
+    if (p.counts != nullptr) {
+      bin = p.bin_of_slot[slot];
+    } else {
+      bin = bin_of(p.routing, slot, bins);
+      p.bin_of_slot[slot] = static_cast<Bin>(bin);  // the same thread reads it
+    }
+    atomicAdd(&mine[bin], 1);
   }
   __syncthreads();
-  if (p.counts != nullptr) ptx::dependency_wait();
 
   int sorted = 0;
   for (int base = 0; base < bins; base += blockDim.x) {
@@ -154,7 +168,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) sort_slots_kernel(const __grid
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const int slot = base + i * kWarp + lane;
-      bin[i] = slot < run.end ? bin_of(p.routing, slot, bins) : -1;
+      bin[i] = slot < run.end ? p.bin_of_slot[slot] : -1;
     }
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
@@ -193,11 +207,23 @@ int64_t sort_blocks(const Routing& routing) {
   return std::clamp<int64_t>(ceil_div<int64_t>(routing.tokens * routing.top_k, kSpan), 1, kMaxBlocks);
 }
 
+struct SortWorkspace {
+  Bin* bin_of_slot;
+  int32_t* counts;
+};
+
+SortWorkspace lay_out(Workspace& workspace, const Routing& routing) {
+  const int64_t blocks = sort_blocks(routing);
+  Bin* bin_of_slot = workspace.take<Bin>(routing.tokens * routing.top_k);
+  return {bin_of_slot, blocks > 1 ? workspace.take<int32_t>(blocks * (routing.experts + 1)) : nullptr};
+}
+
 }  // namespace
 
 size_t sort_workspace(const Routing& routing) {
-  const int64_t blocks = sort_blocks(routing);
-  return blocks > 1 ? blocks * (routing.experts + 1) * sizeof(int32_t) : 0;
+  Workspace workspace(nullptr);
+  lay_out(workspace, routing);
+  return workspace.bytes();
 }
 
 void sort_slots(const Routing& routing, int32_t* order, int32_t* offsets, int4* tile_table, int tile_width,
@@ -213,16 +239,18 @@ void sort_slots(const Routing& routing, int32_t* order, int32_t* offsets, int4* 
     throw std::runtime_error("nvfp4::route: expected at most 6000 experts on CUDA, got " +
                              std::to_string(routing.experts));
   }
-  const auto counts = blocks > 1 ? static_cast<int32_t*>(workspace) : nullptr;
-  if (counts != nullptr) {
+  Workspace arrays(workspace);
+  const SortWorkspace space = lay_out(arrays, routing);
+  if (space.counts != nullptr) {
     launch(count_slots_kernel, dim3(static_cast<unsigned>(blocks)), kMaxThreads, bins * sizeof(int), stream,
-           "route: count", routing, static_cast<int>(span), counts);
+           "route: count", routing, static_cast<int>(span), space.bin_of_slot, space.counts);
   }
   const SortParams params{
       .routing = routing,
       .warps = static_cast<int>(warps),
       .span = static_cast<int>(span),
-      .counts = counts,
+      .bin_of_slot = space.bin_of_slot,
+      .counts = space.counts,
       .order = order,
       .offsets = offsets,
       .tile_table = tile_table,
