@@ -11,7 +11,8 @@ namespace {
 
 constexpr int kMaxThreads = 1024;
 constexpr int kMaxWarps = kMaxThreads / kWarp;
-constexpr int kBatch = 4;  // ids a lane loads before it looks at the first
+constexpr uint32_t kNanPair = 0xFFFFFFFFu;  // two values of either 16-bit type
+constexpr int kBatch = 4;                   // ids a lane loads before it looks at the first
 
 // Sum of `value` over the threads before this one; the block's sum in `total`. All threads of the block call it.
 __device__ __forceinline__ int exclusive_sum(int value, int& total) {
@@ -185,6 +186,46 @@ __global__ void __launch_bounds__(kMaxThreads, 1) sort_slots_kernel(const __grid
   }
 }
 
+constexpr int kSeenWords = 10 * 1024;  // of shared memory, a bit per slot
+
+// Copies a routing that came from anywhere, reading every entry once, and checks the copy: every slot once in order;
+// offsets begin with 0, do not decrease and do not exceed the slots. If it fails the copy becomes one in which no slot
+// has an expert. One block.
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    check_routing_kernel(const int32_t* order, const int32_t* offsets, int slots, int experts, int32_t* checked_order,
+                         int32_t* checked_offsets) {
+  __shared__ uint32_t seen[kSeenWords];
+  ptx::dependency_wait();
+  ptx::dependency_release();
+  bool bad = false;
+  for (int e = threadIdx.x; e <= experts; e += blockDim.x) checked_offsets[e] = offsets[e];
+  for (int i = threadIdx.x; i < slots; i += blockDim.x) checked_order[i] = order[i];
+  __syncthreads();
+  for (int e = threadIdx.x; e <= experts; e += blockDim.x) {
+    const int before = e == 0 ? 0 : checked_offsets[e - 1];
+    bad |= checked_offsets[e] < before || checked_offsets[e] > (e == 0 ? 0 : slots);
+  }
+  for (int64_t base = 0; base < slots; base += kSeenWords * 32) {
+    const int words = static_cast<int>(min(int64_t{kSeenWords}, ceil_div<int64_t>(slots - base, 32)));
+    for (int i = threadIdx.x; i < words; i += blockDim.x) seen[i] = 0;
+    __syncthreads();
+    for (int i = threadIdx.x; i < slots; i += blockDim.x) {
+      const int64_t slot = checked_order[i] - base;
+      if (slot < 0 || slot >= int64_t{words} * 32) continue;  // another round's
+      const uint32_t bit = 1u << (slot % 32);
+      bad |= (atomicOr(&seen[slot / 32], bit) & bit) != 0;
+    }
+    __syncthreads();
+  }
+  for (int i = threadIdx.x; i < slots; i += blockDim.x) bad |= checked_order[i] < 0 || checked_order[i] >= slots;
+  bad = __syncthreads_or(bad);
+  if (bad) {
+    for (int e = threadIdx.x; e <= experts; e += blockDim.x) checked_offsets[e] = 0;
+    for (int i = threadIdx.x; i < slots; i += blockDim.x) checked_order[i] = i;
+  }
+  if (threadIdx.x == 0) checked_offsets[experts + 1] = bad ? kNanPair : 0;
+}
+
 __global__ void __launch_bounds__(kMaxThreads, 1)
     cut_tiles_kernel(const int32_t* order, const int32_t* offsets, int slots, int experts, int4* tile_table,
                      int tile_width, uint4* out, int64_t row_vectors) {
@@ -194,9 +235,10 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     if (tile_table != nullptr) write_tiles(experts, tile_width, tile_table, [&](int e) { return offsets[e]; });
     return;
   }
+  const uint32_t fill = offsets[experts + 1];
   for (int64_t i = offsets[experts] + blockIdx.x - 1; i < slots; i += gridDim.x - 1) {
     uint4* row = out + order[i] * row_vectors;
-    for (int64_t v = threadIdx.x; v < row_vectors; v += blockDim.x) row[v] = make_uint4(0, 0, 0, 0);
+    for (int64_t v = threadIdx.x; v < row_vectors; v += blockDim.x) row[v] = make_uint4(fill, fill, fill, fill);
   }
 }
 
@@ -259,6 +301,12 @@ void sort_slots(const Routing& routing, int32_t* order, int32_t* offsets, int4* 
   const int threads = warps <= 16 ? kMaxThreads / 2 : kMaxThreads;
   launch(sort_slots_kernel, dim3(static_cast<unsigned>(blocks)), threads, (1 + warps) * bins * sizeof(int), stream,
          "route", params);
+}
+
+void check_routing(const int32_t* order, const int32_t* offsets, int64_t slots, int64_t experts,
+                   const CheckedRouting& checked, void* stream) {
+  launch(check_routing_kernel, dim3(1), kMaxThreads, 0, stream, "check_routing", order, offsets,
+         static_cast<int>(slots), static_cast<int>(experts), checked.order, checked.offsets);
 }
 
 void cut_tiles(const int32_t* order, const int32_t* offsets, int64_t slots, int64_t experts, int4* tile_table,
