@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 CXX_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inl')
 
-.PHONY: help install demo test lint format bench gpu-test gpu-sanitize cuda-build sanitize clean
+.PHONY: help install demo test lint format bench gpu-test gpu-sanitize cuda-build sanitize fuzz clean
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -54,6 +54,11 @@ sanitize: install  ## the op tests on a CPU library built with the address and u
 	TORCH_NVFP4_SANITIZE=1 TORCH_NVFP4_BUILD_CUDA=0 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  PYTHONPATH=build/sanitize/lib $(BIN)/pytest tests/test_ops.py
+
+fuzz: install  ## 100,000 op calls with hostile values under those sanitizers (CALLS=n SEED=s for others)
+	TORCH_NVFP4_SANITIZE=1 TORCH_NVFP4_BUILD_CUDA=0 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  PYTHONPATH=build/sanitize/lib $(BIN)/python tests/fuzz_ops.py --calls $(or $(CALLS),100000) --seed $(or $(SEED),0)
 
 gpu-sanitize: install  ## every op under compute-sanitizer's four tools, on a GPU
 	set -e; for tool in memcheck initcheck synccheck; do PYTORCH_NO_CUDA_MEMORY_CACHING=1 \

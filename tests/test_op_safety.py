@@ -7,6 +7,8 @@ libraries built with sanitizers.
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -484,3 +486,13 @@ def test_packed_nan_scales_count_as_480(device: str) -> None:
         tail = hostile.view(-1, 36 * 16)[:, 512:]  # a block's scales follow its codes
         tail[tail == 0x7E] = 0x7F
     assert_accurate(torch_nvfp4.linear(x, hostile, weight.global_scale), finite.double() * (480 / 448))
+
+
+# everything at once
+
+
+def test_a_few_fuzzed_calls() -> None:
+    run = [sys.executable, str(Path(__file__).with_name("fuzz_ops.py")), "--calls", "400", "--seed", "0"]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("400 calls from seed 0: ")
