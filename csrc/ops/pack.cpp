@@ -1,6 +1,7 @@
 #include <algorithm>
 
-#include "common.h"
+#include "checks.h"
+#include "launch.h"
 
 namespace nvfp4 {
 namespace {

@@ -1,4 +1,4 @@
-"""Argument checks of the fakes: the same words, in the same order, as csrc/ops/common.cpp raises from the kernels.
+"""Argument checks of the fakes: the same words, in the same order, as csrc/ops/checks.cpp raises from the kernels.
 
 Shapes may be symbolic; an unbacked size is compared through ``torch._check`` and so becomes a runtime assertion.
 """

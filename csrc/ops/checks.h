@@ -1,12 +1,9 @@
-// What every op needs around its kernel: argument checks whose words torch_nvfp4/ops/_checks.py repeats for the fakes,
-// output and workspace allocation, and the choice of backend.
+// The checks of arguments, whose words torch_nvfp4/ops/_checks.py repeats for the fakes; and which backend this is.
 //
 // Each ops/<op>.cpp is compiled into both libraries: into _C for the CPU, and with USE_CUDA into _C_cuda.
 #pragma once
 
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <initializer_list>
@@ -61,6 +58,9 @@ template <typename... Parts>
   throw std::runtime_error(message.str());
 }
 
+// Bytes of an element, for the dtypes that tensors may have here.
+int64_t item_size(ScalarType dtype);
+std::string device_name(const Tensor& tensor);
 // "[1, 2, 3]"
 std::string list(const std::vector<int64_t>& numbers);
 
@@ -111,29 +111,6 @@ Gate check_gate(const char* op, int64_t activation, std::optional<double> clamp_
 
 Routing check_routing(const char* op, const Tensor& topk_ids, const std::optional<Tensor>& expert_map, int64_t tokens,
                       int64_t top_k, int64_t experts, const char* like_name, const Tensor& like);
-
-// An uninitialised tensor on the device of `like`. Where there is no memory for it, the error names the op, how many
-// bytes were wanted, and for `what`.
-Tensor empty(const char* op, const char* what, const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype);
-
-// Selects the device and current stream of `like` for one call of an op, reads the settings that hold for all of the
-// call, and owns its scratch memory.
-class Launch {
- public:
-  Launch(const char* op, const Tensor& like);
-  const Context& context() const { return context_; }
-  // Gives the context a workspace of so many bytes.
-  void reserve(size_t bytes);
-
- private:
-#ifdef USE_CUDA
-  torch::stable::accelerator::DeviceGuard guard_;
-#endif
-  const char* op_;
-  Tensor like_;
-  std::optional<Tensor> workspace_;
-  Context context_;
-};
 
 template <typename T>
 T* optional_data(const std::optional<Tensor>& tensor) {

@@ -1,6 +1,5 @@
-#include "common.h"
+#include "checks.h"
 
-#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <iterator>
@@ -37,32 +36,6 @@ const char* dtype_name(ScalarType dtype) {
       return "float8_e5m2";
     default:
       return "another dtype";
-  }
-}
-
-int64_t item_size(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Half:
-    case ScalarType::BFloat16:
-      return 2;
-    case ScalarType::Int:
-    case ScalarType::Float:
-      return 4;
-    case ScalarType::Long:
-      return 8;
-    default:
-      return 1;
-  }
-}
-
-std::string device_name(const Tensor& tensor) {
-  switch (tensor.device().type()) {
-    case torch::headeronly::DeviceType::CPU:
-      return "cpu";
-    case torch::headeronly::DeviceType::CUDA:
-      return "cuda:" + std::to_string(tensor.get_device_index());
-    default:
-      return "another device";
   }
 }
 
@@ -126,15 +99,6 @@ std::vector<int64_t> packed_tail(int64_t n, int64_t k) {
   return {ceil_div(round_up<int64_t>(n, 64) * round_up<int64_t>(k, 64) / 16 * 9, n)};
 }
 
-// Bytes of a tensor; none where 63 bits are too few.
-std::optional<int64_t> bytes_of(const std::vector<int64_t>& shape, ScalarType dtype) {
-  int64_t bytes = item_size(dtype);
-  bool fits = true;
-  for (int64_t size : shape) fits = !__builtin_mul_overflow(bytes, size, &bytes) && fits;
-  if (std::find(shape.begin(), shape.end(), 0) != shape.end()) return 0;
-  return fits ? std::optional(bytes) : std::nullopt;
-}
-
 // Python's f"{value:g}".
 std::string format_g(double value) {
   if (std::isnan(value)) return "nan";
@@ -144,6 +108,32 @@ std::string format_g(double value) {
 }
 
 }  // namespace
+
+int64_t item_size(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Half:
+    case ScalarType::BFloat16:
+      return 2;
+    case ScalarType::Int:
+    case ScalarType::Float:
+      return 4;
+    case ScalarType::Long:
+      return 8;
+    default:
+      return 1;
+  }
+}
+
+std::string device_name(const Tensor& tensor) {
+  switch (tensor.device().type()) {
+    case torch::headeronly::DeviceType::CPU:
+      return "cpu";
+    case torch::headeronly::DeviceType::CUDA:
+      return "cuda:" + std::to_string(tensor.get_device_index());
+    default:
+      return "another device";
+  }
+}
 
 std::string list(const std::vector<int64_t>& numbers) {
   return list(numbers, [](std::ostream& out, int64_t number) { out << number; });
@@ -371,49 +361,5 @@ Routing check_routing(const char* op, const Tensor& topk_ids, const std::optiona
       .experts = experts,
   };
 }
-
-Tensor empty(const char* op, const char* what, const Tensor& like, const std::vector<int64_t>& shape,
-             ScalarType dtype) {
-  const std::optional<int64_t> bytes = bytes_of(shape, dtype);
-  if (bytes) {
-    try {
-      return torch::stable::new_empty(like, shape, dtype);
-    } catch (const std::exception&) {  // its text says neither what for nor how much
-    }
-  }
-  fail(op, "expected to allocate ", bytes ? std::to_string(*bytes) : "2**63 or more", " bytes of memory for ", what,
-       " ", list(shape), " on ", device_name(like), ", got none; use a smaller batch or free memory");
-}
-
-#ifdef USE_CUDA
-Launch::Launch(const char* op, const Tensor& like) : guard_(like.get_device_index()), op_(op), like_(like) {
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &context_.stream));
-#else
-Launch::Launch(const char* op, const Tensor& like) : op_(op), like_(like) {
-  context_.threads = static_cast<int>(torch::stable::get_num_threads());
-#endif
-  context_.level = backend::active_level();
-}
-
-void Launch::reserve(size_t bytes) {
-  if (bytes == 0) return;
-  // torch's CPU allocator aligns to less than the kernels rely on.
-  workspace_ =
-      empty(op_, "its workspace", like_, {static_cast<int64_t>(bytes + kWorkspaceAlignment)}, ScalarType::Byte);
-  const auto address = reinterpret_cast<uintptr_t>(workspace_->data_ptr());
-  context_.workspace = reinterpret_cast<void*>(round_up(address, uintptr_t{kWorkspaceAlignment}));
-}
-
-#ifndef USE_CUDA
-namespace cpu {
-
-void parallel_for(int64_t n, void (*body)(void* argument, int64_t i), void* argument) {
-  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) body(argument, i);
-  });
-}
-
-}  // namespace cpu
-#endif
 
 }  // namespace nvfp4
