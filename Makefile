@@ -71,6 +71,11 @@ sanitize: install  ## the op tests on a CPU library built with the address and u
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  PYTHONPATH=build/sanitize/lib $(BIN)/pytest tests/ops --ignore=tests/ops/test_errors.py
 
+fuzz: install  ## 100,000 op calls with hostile values under those sanitizers (CALLS=n SEED=s for others)
+	TORCH_NVFP4_SANITIZE=1 TORCH_NVFP4_BUILD_CUDA=0 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
+	  PYTHONPATH=build/sanitize/lib $(BIN)/python tests/fuzz_ops.py --calls $(or $(CALLS),100000) --seed $(or $(SEED),0)
+
 gpu-sanitize: install  ## every op under compute-sanitizer's four tools, on a GPU
 	set -e; for tool in memcheck initcheck synccheck; do PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
 	  compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python tests/sanitize_cuda.py; done

@@ -76,7 +76,8 @@ struct RouteArgs {
 };
 
 // out[s] = x[s / (slots / rows)] @ W[expert of s]^T, times slot_scale[s], then the gate if there is one.
-// Skipped slots (order[offsets[experts]] and after) give rows of zeros.
+// Skipped slots (order[offsets[experts]] and after) give rows of zeros. Order and offsets may come from anywhere:
+// unless they are a routing as RouteArgs has it, the CPU throws and CUDA fills all of out with NaN.
 struct GroupedGemmArgs {
   DType dtype;
   const void* x;  // [rows, k]
@@ -94,7 +95,7 @@ struct GroupedGemmArgs {
 struct CombineArgs {
   DType dtype;
   const void* x;              // [tokens * top_k, n]
-  const float* topk_weights;  // [tokens, top_k]
+  const float* topk_weights;  // [tokens, top_k], or null: all 1
   Routing routing;
   int64_t n;
   void* out;  // [tokens, n]
@@ -130,33 +131,40 @@ struct SwigluArgs {
   void* out;  // [rows, intermediate]
 };
 
-// How one call runs: the stream (CUDA only) and scratch memory of at least the matching *_workspace() bytes,
-// 256-byte aligned. Nothing is kept between calls.
+// How one call runs. Nothing is kept between calls. What the environment and the calling thread's settings say is read
+// once, when the call begins: it may change while the call runs, and the size and layout of the workspace follow from
+// it.
 struct Context {
-  void* stream = nullptr;
-  void* workspace = nullptr;
+  void* stream = nullptr;     // CUDA only
+  void* workspace = nullptr;  // the bytes that the matching *_workspace() asks for, aligned to kWorkspaceAlignment
+  int level = 0;              // active_level() of the backend
+  int threads = 1;            // CPU only: how many threads the call may use
 };
 
-#define NVFP4_BACKEND_FUNCTIONS                                   \
-  void pack(const PackArgs& args, const Context& context);        \
-  void unpack(const UnpackArgs& args, const Context& context);    \
-  void route(const RouteArgs& args, const Context& context);      \
-  void grouped_gemm(const GroupedGemmArgs& args, const Context&); \
-  void combine(const CombineArgs& args, const Context& context);  \
-  void moe(const MoeArgs& args, const Context& context);          \
-  void linear(const LinearArgs& args, const Context& context);    \
-  void swiglu(const SwigluArgs& args, const Context& context);    \
-  size_t route_workspace(const RouteArgs& args);                  \
-  size_t grouped_gemm_workspace(const GroupedGemmArgs& args);     \
-  size_t moe_workspace(const MoeArgs& args);                      \
-  size_t linear_workspace(const LinearArgs& args);
+// active_level(): what the kernels of a call that begins now are chosen for: on the CPU the instruction level, on CUDA
+// the instructions (Isa). TORCH_NVFP4_CPU_LEVEL and TORCH_NVFP4_ARCH lower it. It calls getenv, which, as everywhere,
+// must not run beside a setenv of another thread where the C library does not lock the two (glibc before 2.41): a
+// process of several threads should set these variables before it starts them.
+#define NVFP4_BACKEND_FUNCTIONS                                               \
+  void pack(const PackArgs& args, const Context& context);                    \
+  void unpack(const UnpackArgs& args, const Context& context);                \
+  void route(const RouteArgs& args, const Context& context);                  \
+  void grouped_gemm(const GroupedGemmArgs& args, const Context&);             \
+  void combine(const CombineArgs& args, const Context& context);              \
+  void moe(const MoeArgs& args, const Context& context);                      \
+  void linear(const LinearArgs& args, const Context& context);                \
+  void swiglu(const SwigluArgs& args, const Context& context);                \
+  size_t route_workspace(const RouteArgs& args, const Context&);              \
+  size_t grouped_gemm_workspace(const GroupedGemmArgs& args, const Context&); \
+  size_t moe_workspace(const MoeArgs& args, const Context&);                  \
+  size_t linear_workspace(const LinearArgs& args, const Context&);            \
+  int active_level();
 
 namespace cpu {
 NVFP4_BACKEND_FUNCTIONS
 
-// Runs body(argument, i) for every i in [0, n), spread over the intra-op threads; n is usually num_threads() with the
-// work shared out inside through an atomic counter. Defined over torch's pool in csrc/ops/threads.cpp.
-int num_threads();
+// Runs body(argument, i) for every i in [0, n), spread over the intra-op threads; n is usually Context::threads with
+// the work shared out inside through an atomic counter. Defined over torch's pool in csrc/ops/threads.cpp.
 void parallel_for(int64_t n, void (*body)(void* argument, int64_t i), void* argument);
 }  // namespace cpu
 

@@ -1,6 +1,7 @@
 // grouped_gemm, linear and moe: which thread multiplies which tokens with which panels.
 #include <algorithm>
 
+#include "../common.h"
 #include "layout.h"
 #include "level_kernels.h"
 #include "routing.h"
@@ -11,10 +12,10 @@ namespace {
 
 constexpr int64_t kTasksPerThread = 24;  // so that the last one to end is not long waited for
 
-int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Whether activations of a dtype are multiplied in fp32, at the level that is active now.
-bool multiplies_exactly(DType dtype) { return dtype == DType::fp32 || active_kernels().always_exact; }
+// Whether activations of a dtype are multiplied in fp32.
+bool multiplies_exactly(const Context& context, DType dtype) {
+  return dtype == DType::fp32 || kernels_of(context).always_exact;
+}
 
 int64_t bytes_of(DType dtype) { return dtype == DType::fp32 ? 4 : 2; }
 
@@ -44,10 +45,11 @@ struct Product {
   const int32_t* order;
   const Chunk* chunks;
   int64_t chunk_count;
-  Scratch* scratch;
+  Scratch* scratch;  // of each thread
+  int64_t threads;
 
   int64_t panels() const { return weight.n / kPanelRows; }
-  int64_t pairs() const { return div_up(panels(), 2); }
+  int64_t pairs() const { return ceil_div<int64_t>(panels(), 2); }
 };
 
 int64_t most_chunks(int64_t slots, int64_t experts) { return std::min(slots, experts) + slots / kMaxTileTokens; }
@@ -58,7 +60,7 @@ int64_t make_chunks(const int32_t* offsets, int64_t experts, Chunk* chunks) {
   for (int64_t expert = 0; expert < experts; ++expert) {
     const int64_t begin = offsets[expert];
     const int64_t count = offsets[expert + 1] - begin;
-    const int64_t parts = div_up(count, kMaxTileTokens);
+    const int64_t parts = ceil_div<int64_t>(count, kMaxTileTokens);
     for (int64_t part = 0; part < parts; ++part) {
       const int64_t first = begin + count * part / parts;
       chunks[made++] = {expert, first, begin + count * (part + 1) / parts - first};
@@ -68,23 +70,22 @@ int64_t make_chunks(const int32_t* offsets, int64_t experts, Chunk* chunks) {
 }
 
 // A tile of up to k columns and `tokens` tokens.
-TokenTile take_tile(Arena& arena, int64_t k, int64_t tokens, bool exact) {
+TokenTile take_tile(Workspace& space, int64_t k, int64_t tokens, bool exact) {
   const int64_t rows = blocks_of(k) * tokens;
-  if (exact) return {0, 0, true, arena.take<float>(rows * kBlockColumns), nullptr, nullptr};
-  void* values = arena.take<int16_t>(rows * kBlockColumns);
-  auto* scale = arena.take<float>(rows);
-  return {0, 0, false, values, scale, arena.take<int32_t>(rows)};
+  if (exact) return {0, 0, true, space.take<float>(rows * kBlockColumns), nullptr, nullptr};
+  void* values = space.take<int16_t>(rows * kBlockColumns);
+  auto* scale = space.take<float>(rows);
+  return {0, 0, false, values, scale, space.take<int32_t>(rows)};
 }
 
-// One Scratch a thread, for chunks of up to `slots` slots.
-Scratch* take_scratch(Arena& arena, int64_t k, int64_t slots, bool exact) {
-  const int64_t threads = num_threads();
+// A Scratch for each thread, for chunks of up to `slots` slots.
+Scratch* take_scratch(Workspace& space, const Context& context, int64_t k, int64_t slots, bool exact) {
   const int64_t tokens = std::min<int64_t>(slots, kMaxTileTokens);
-  auto* scratch = arena.take<Scratch>(threads);
-  for (int64_t thread = 0; thread < threads; ++thread) {
-    const TokenTile tile = take_tile(arena, k, tokens, exact);
-    auto* rows = arena.take<int32_t>(tokens);
-    auto* sums = arena.take<float>(tokens * 2 * kPanelRows);
+  auto* scratch = space.take<Scratch>(context.threads);
+  for (int thread = 0; thread < context.threads; ++thread) {
+    const TokenTile tile = take_tile(space, k, tokens, exact);
+    auto* rows = space.take<int32_t>(tokens);
+    auto* sums = space.take<float>(tokens * 2 * kPanelRows);
     if (scratch != nullptr) scratch[thread] = {tile, nullptr, rows, sums};
   }
   return scratch;
@@ -122,11 +123,11 @@ void for_each_chunk_and_units(const Product& product, int64_t units, const Body&
   auto cost = [&](const Chunk& chunk) { return std::max<int64_t>(chunk.count, 4) * units; };
   int64_t total = 0;
   for (int64_t c = 0; c < product.chunk_count; ++c) total += cost(product.chunks[c]);
-  const int64_t wanted = std::max<int64_t>(total / (num_threads() * kTasksPerThread), 1);
-  auto tasks_of = [&](const Chunk& chunk) { return std::min(units, div_up(cost(chunk), wanted)); };
+  const int64_t wanted = std::max<int64_t>(total / (product.threads * kTasksPerThread), 1);
+  auto tasks_of = [&](const Chunk& chunk) { return std::min(units, ceil_div(cost(chunk), wanted)); };
   int64_t tasks = 0;
   for (int64_t c = 0; c < product.chunk_count; ++c) tasks += tasks_of(product.chunks[c]);
-  for_each_task(tasks, [&](int64_t thread, int64_t task) {
+  for_each_task(product.threads, tasks, [&](int64_t thread, int64_t task) {
     const Chunk* chunk = product.chunks;
     for (; task >= tasks_of(*chunk); ++chunk) task -= tasks_of(*chunk);
     const int64_t parts = tasks_of(*chunk);
@@ -237,9 +238,9 @@ void multiply_hidden(const LevelKernels& kernels, const Product& product, const 
 }
 
 // How many panel pairs a task of multiply_combine sums up at once, limited by the memory of its sums.
-int64_t combined_pairs(int64_t tokens, int64_t n) {
-  const int64_t pairs = div_up(n / kPanelRows, 2);
-  const int64_t wanted = div_up(pairs, num_threads() * kTasksPerThread);
+int64_t combined_pairs(int64_t threads, int64_t tokens, int64_t n) {
+  const int64_t pairs = ceil_div<int64_t>(n / kPanelRows, 2);
+  const int64_t wanted = ceil_div(pairs, threads * kTasksPerThread);
   return std::clamp<int64_t>(int64_t{8192} / std::max<int64_t>(tokens, 1), 1, wanted);
 }
 
@@ -248,9 +249,9 @@ int64_t combined_pairs(int64_t tokens, int64_t n) {
 void multiply_combine(const LevelKernels& kernels, const Product& product, const HiddenTiles& hidden,
                       const float* slot_weights, int64_t tokens, float* const* task_sums, void* out) {
   const Weight& weight = product.weight;
-  const int64_t pairs_per_task = combined_pairs(tokens, weight.n);
+  const int64_t pairs_per_task = combined_pairs(product.threads, tokens, weight.n);
   constexpr int64_t kPairRows = 2 * kPanelRows;
-  for_each_task(div_up(product.pairs(), pairs_per_task), [&](int64_t thread, int64_t task) {
+  for_each_task(product.threads, ceil_div(product.pairs(), pairs_per_task), [&](int64_t thread, int64_t task) {
     Scratch& scratch = product.scratch[thread];
     float* sums = task_sums[thread];  // [pairs of the task, tokens, kPairRows]
     const int64_t first = task * pairs_per_task;
@@ -281,13 +282,17 @@ void multiply_combine(const LevelKernels& kernels, const Product& product, const
 }
 
 struct GroupedGemmWorkspace {
+  uint8_t* seen;
+  int32_t* order;
+  int32_t* offsets;
   Chunk* chunks;
   Scratch* scratch;
 };
 
-GroupedGemmWorkspace lay_out(Arena& arena, const GroupedGemmArgs& args) {
-  return {arena.take<Chunk>(most_chunks(args.slots, args.weight.experts)),
-          take_scratch(arena, args.weight.k, args.slots, multiplies_exactly(args.dtype))};
+GroupedGemmWorkspace lay_out(Workspace& space, const GroupedGemmArgs& args, const Context& context) {
+  return {space.take<uint8_t>(args.slots), space.take<int32_t>(args.slots),
+          space.take<int32_t>(args.weight.experts + 1), space.take<Chunk>(most_chunks(args.slots, args.weight.experts)),
+          take_scratch(space, context, args.weight.k, args.slots, multiplies_exactly(context, args.dtype))};
 }
 
 struct LinearWorkspace {
@@ -296,64 +301,68 @@ struct LinearWorkspace {
   Scratch* scratch;
 };
 
-LinearWorkspace lay_out(Arena& arena, const LinearArgs& args) {
-  return {arena.take<int32_t>(args.rows), arena.take<Chunk>(most_chunks(args.rows, 1)),
-          take_scratch(arena, args.weight.k, args.rows, multiplies_exactly(args.dtype))};
+LinearWorkspace lay_out(Workspace& space, const LinearArgs& args, const Context& context) {
+  return {space.take<int32_t>(args.rows), space.take<Chunk>(most_chunks(args.rows, 1)),
+          take_scratch(space, context, args.weight.k, args.rows, multiplies_exactly(context, args.dtype))};
 }
 
 struct MoeWorkspace {
+  int32_t* expert_of;
   int32_t* order;
   int32_t* offsets;
   Chunk* chunks;
   Scratch* scratch;
   HiddenTiles hidden;
-  float** block_values;  // a thread: [kMaxTileTokens, kBlockColumns]
-  float** task_sums;     // a thread: [combined_pairs, tokens, 2 * kPanelRows]
+  float** block_values;  // of each thread: [kMaxTileTokens, kBlockColumns]
+  float** task_sums;     // of each thread: [combined_pairs, tokens, 2 * kPanelRows]
 };
 
 // An array of `count` floats for each thread.
-float** take_per_thread(Arena& arena, int64_t count) {
-  auto** arrays = arena.take<float*>(num_threads());
-  for (int64_t thread = 0; thread < num_threads(); ++thread) {
-    auto* array = arena.take<float>(count);
+float** take_per_thread(Workspace& space, const Context& context, int64_t count) {
+  auto** arrays = space.take<float*>(context.threads);
+  for (int thread = 0; thread < context.threads; ++thread) {
+    auto* array = space.take<float>(count);
     if (arrays != nullptr) arrays[thread] = array;
   }
   return arrays;
 }
 
-MoeWorkspace lay_out(Arena& arena, const MoeArgs& args) {
+MoeWorkspace lay_out(Workspace& space, const MoeArgs& args, const Context& context) {
   const int64_t tokens = args.routing.tokens;
   const int64_t slots = tokens * args.routing.top_k;
-  const bool exact = multiplies_exactly(args.dtype);
-  return {arena.take<int32_t>(slots),
-          arena.take<int32_t>(args.routing.experts + 1),
-          arena.take<Chunk>(most_chunks(slots, args.routing.experts)),
-          take_scratch(arena, args.w13.k, slots, exact),
-          {take_tile(arena, args.w2.k, slots, exact), args.w2.k},
-          take_per_thread(arena, std::min<int64_t>(slots, kMaxTileTokens) * kBlockColumns),
-          take_per_thread(arena, combined_pairs(tokens, args.w2.n) * tokens * 2 * kPanelRows)};
+  const bool exact = multiplies_exactly(context, args.dtype);
+  const int64_t sums = combined_pairs(context.threads, tokens, args.w2.n) * tokens * 2 * kPanelRows;
+  return {space.take<int32_t>(slots),
+          space.take<int32_t>(slots),
+          space.take<int32_t>(args.routing.experts + 1),
+          space.take<Chunk>(most_chunks(slots, args.routing.experts)),
+          take_scratch(space, context, args.w13.k, slots, exact),
+          {take_tile(space, args.w2.k, slots, exact), args.w2.k},
+          take_per_thread(space, context, std::min<int64_t>(slots, kMaxTileTokens) * kBlockColumns),
+          take_per_thread(space, context, sums)};
 }
 
 template <class Args>
-size_t workspace_bytes(const Args& args) {
-  Arena arena(nullptr);
-  lay_out(arena, args);
-  return arena.used();
+size_t workspace_bytes(const Args& args, const Context& context) {
+  Workspace space(nullptr);
+  lay_out(space, args, context);
+  return space.bytes();
 }
 
 }  // namespace
 
 void grouped_gemm(const GroupedGemmArgs& args, const Context& context) {
+  const LevelKernels& kernels = kernels_of(context);
+  Workspace workspace(context.workspace);
+  const GroupedGemmWorkspace space = lay_out(workspace, args, context);
+  copy_routing(args, space.seen, space.order, space.offsets);
   if (args.slots == 0) return;
-  const LevelKernels& kernels = active_kernels();
-  Arena arena(context.workspace);
-  const GroupedGemmWorkspace space = lay_out(arena, args);
-  const int64_t chunks = make_chunks(args.offsets, args.weight.experts, space.chunks);
-  const Product product{args.dtype,   args.x, args.slots / args.rows, args.weight, args.order,
-                        space.chunks, chunks, space.scratch};
+  const int64_t chunks = make_chunks(space.offsets, args.weight.experts, space.chunks);
+  const Product product{args.dtype,   args.x, args.slots / args.rows, args.weight,    space.order,
+                        space.chunks, chunks, space.scratch,          context.threads};
   const int64_t width = args.gate == nullptr ? args.weight.n : args.weight.n / 2;
-  for (int64_t i = args.offsets[args.weight.experts]; i < args.slots; ++i) {
-    char* row = at(args.out, args.dtype, args.order[i] * width);
+  for (int64_t i = space.offsets[args.weight.experts]; i < args.slots; ++i) {
+    char* row = at(args.out, args.dtype, space.order[i] * width);
     std::fill_n(row, width * bytes_of(args.dtype), char{0});
   }
   if (args.gate != nullptr) {
@@ -365,35 +374,38 @@ void grouped_gemm(const GroupedGemmArgs& args, const Context& context) {
 
 void linear(const LinearArgs& args, const Context& context) {
   if (args.rows == 0) return;
-  const LevelKernels& kernels = active_kernels();
-  Arena arena(context.workspace);
-  const LinearWorkspace space = lay_out(arena, args);
+  const LevelKernels& kernels = kernels_of(context);
+  Workspace workspace(context.workspace);
+  const LinearWorkspace space = lay_out(workspace, args, context);
   for (int64_t row = 0; row < args.rows; ++row) space.order[row] = static_cast<int32_t>(row);
   const int32_t offsets[] = {0, static_cast<int32_t>(args.rows)};
   const int64_t chunks = make_chunks(offsets, 1, space.chunks);
-  const Product product{args.dtype, args.x, 1, args.weight, space.order, space.chunks, chunks, space.scratch};
+  const Product product{args.dtype,    args.x,         1, args.weight, space.order, space.chunks, chunks,
+                        space.scratch, context.threads};
   multiply_plain(kernels, product, nullptr, args.bias, args.out);
 }
 
 void moe(const MoeArgs& args, const Context& context) {
   const Routing& routing = args.routing;
   if (routing.tokens == 0) return;
-  const LevelKernels& kernels = active_kernels();
-  Arena arena(context.workspace);
-  const MoeWorkspace space = lay_out(arena, args);
-  route({routing, space.order, space.offsets}, context);
+  const LevelKernels& kernels = kernels_of(context);
+  Workspace workspace(context.workspace);
+  const MoeWorkspace space = lay_out(workspace, args, context);
+  sort_slots(routing, space.expert_of, space.order, space.offsets);
   const int64_t chunks = make_chunks(space.offsets, routing.experts, space.chunks);
   const float* input_weights = args.apply_router_weight_on_input ? args.topk_weights : nullptr;
   const float* output_weights = args.apply_router_weight_on_input ? nullptr : args.topk_weights;
-  Product product{args.dtype,  args.hidden_states, routing.top_k, args.w13,
-                  space.order, space.chunks,       chunks,        space.scratch};
+  Product product{args.dtype, args.hidden_states, routing.top_k,  args.w13, space.order, space.chunks,
+                  chunks,     space.scratch,      context.threads};
   multiply_hidden(kernels, product, args.gate, input_weights, space.block_values, space.hidden);
   product.weight = args.w2;
   multiply_combine(kernels, product, space.hidden, output_weights, routing.tokens, space.task_sums, args.out);
 }
 
-size_t grouped_gemm_workspace(const GroupedGemmArgs& args) { return workspace_bytes(args); }
-size_t linear_workspace(const LinearArgs& args) { return workspace_bytes(args); }
-size_t moe_workspace(const MoeArgs& args) { return workspace_bytes(args); }
+size_t grouped_gemm_workspace(const GroupedGemmArgs& args, const Context& context) {
+  return workspace_bytes(args, context);
+}
+size_t linear_workspace(const LinearArgs& args, const Context& context) { return workspace_bytes(args, context); }
+size_t moe_workspace(const MoeArgs& args, const Context& context) { return workspace_bytes(args, context); }
 
 }  // namespace nvfp4::cpu

@@ -1,7 +1,6 @@
 #include "level.h"
 
 #include <cstdlib>
-#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -44,13 +43,16 @@ Level detected_level() {
   return level;
 }
 
-Level active_level() {
-  const char* wanted = std::getenv(kVariable);
-  if (wanted == nullptr || *wanted == '\0') return detected_level();
+// detected_level() unless TORCH_NVFP4_CPU_LEVEL names another one. Throws std::runtime_error when that variable holds
+// an unknown name or a level that cannot run here.
+int active_level() {
+  const char* variable = std::getenv(kVariable);
+  const std::string wanted = variable == nullptr ? "" : variable;
+  if (wanted.empty()) return static_cast<int>(detected_level());
   const std::string best = level_name(detected_level());
   for (Level level : kLevels) {
-    if (std::strcmp(wanted, level_name(level)) != 0) continue;
-    if (level <= detected_level()) return level;
+    if (wanted != level_name(level)) continue;
+    if (level <= detected_level()) return static_cast<int>(level);
     throw std::runtime_error(std::string(kVariable) + ": expected a level that this processor can run (at most " +
                              best + "), got " + wanted + "; unset the variable or choose a lower level");
   }
@@ -58,8 +60,8 @@ Level active_level() {
                            "'; unset the variable to use " + best);
 }
 
-const LevelKernels& active_kernels() {
-  switch (active_level()) {
+const LevelKernels& kernels_of(const Context& context) {
+  switch (static_cast<Level>(context.level)) {
 #if defined(__x86_64__)
     case Level::avx512:
       return kAvx512Kernels;

@@ -56,7 +56,7 @@ extern const LevelKernels kPortableKernels;
 extern const LevelKernels kAvx2Kernels;
 extern const LevelKernels kAvx512Kernels;
 
-// Those of active_level().
-const LevelKernels& active_kernels();
+// Those of the call's level.
+const LevelKernels& kernels_of(const Context& context);
 
 }  // namespace nvfp4::cpu

@@ -9,11 +9,11 @@ namespace {
 
 // Copies between the panels and the row-major codes and scales of all experts, one panel a task.
 template <bool kPack, class Args, class Packed, class Rows>
-void transpose_panels(const Args& args, Packed* packed, Rows* weight, Rows* scale) {
+void transpose_panels(const Args& args, int threads, Packed* packed, Rows* weight, Rows* scale) {
   const int64_t panels = args.n / kPanelRows;
   const int64_t row_bytes = args.k / 2;
   const int64_t row_groups = args.k / kGroupSize;
-  for_each_task(args.experts * panels, [&](int64_t, int64_t task) {
+  for_each_task(threads, args.experts * panels, [&](int64_t, int64_t task) {
     const int64_t expert = task / panels;
     const int64_t panel = task % panels;
     const int64_t first_row = expert * args.n + panel_first_row(panel, args.n, args.gated);
@@ -46,10 +46,12 @@ void transpose_panels(const Args& args, Packed* packed, Rows* weight, Rows* scal
 
 }  // namespace
 
-void pack(const PackArgs& args, const Context&) { transpose_panels<true>(args, args.packed, args.weight, args.scale); }
+void pack(const PackArgs& args, const Context& context) {
+  transpose_panels<true>(args, context.threads, args.packed, args.weight, args.scale);
+}
 
-void unpack(const UnpackArgs& args, const Context&) {
-  transpose_panels<false>(args, args.packed, args.weight, args.scale);
+void unpack(const UnpackArgs& args, const Context& context) {
+  transpose_panels<false>(args, context.threads, args.packed, args.weight, args.scale);
 }
 
 }  // namespace nvfp4::cpu

@@ -1,6 +1,7 @@
 // swiglu and combine: one row of the output a step, rows shared out over the threads.
 #include <algorithm>
 
+#include "../common.h"
 #include "level_kernels.h"
 #include "routing.h"
 #include "schedule.h"
@@ -16,9 +17,9 @@ const char* at(const void* base, DType dtype, int64_t index) {
 
 // Calls body(row) for every row, in tasks of about 32 thousand values.
 template <class Body>
-void for_each_row(int64_t rows, int64_t values_per_row, const Body& body) {
+void for_each_row(int threads, int64_t rows, int64_t values_per_row, const Body& body) {
   const int64_t rows_per_task = std::max<int64_t>(1, (int64_t{1} << 15) / std::max<int64_t>(values_per_row, 1));
-  for_each_task((rows + rows_per_task - 1) / rows_per_task, [&](int64_t, int64_t task) {
+  for_each_task(threads, ceil_div(rows, rows_per_task), [&](int64_t, int64_t task) {
     const int64_t last = std::min(rows, (task + 1) * rows_per_task);
     for (int64_t row = task * rows_per_task; row < last; ++row) body(row);
   });
@@ -26,26 +27,27 @@ void for_each_row(int64_t rows, int64_t values_per_row, const Body& body) {
 
 }  // namespace
 
-void swiglu(const SwigluArgs& args, const Context&) {
-  const LevelKernels& kernels = active_kernels();
+void swiglu(const SwigluArgs& args, const Context& context) {
+  const LevelKernels& kernels = kernels_of(context);
   const int64_t n = args.intermediate;
-  for_each_row(args.rows, 2 * n, [&](int64_t row) {
+  for_each_row(context.threads, args.rows, 2 * n, [&](int64_t row) {
     kernels.swiglu(args.gate, at(args.gate_up, args.dtype, row * 2 * n),
                    at(args.gate_up, args.dtype, (row * 2 + 1) * n), n, args.dtype,
                    const_cast<char*>(at(args.out, args.dtype, row * n)));
   });
 }
 
-void combine(const CombineArgs& args, const Context&) {
-  const LevelKernels& kernels = active_kernels();
+void combine(const CombineArgs& args, const Context& context) {
+  const LevelKernels& kernels = kernels_of(context);
   const int64_t top_k = args.routing.top_k;
-  for_each_row(args.routing.tokens, args.n * top_k, [&](int64_t token) {
+  for_each_row(context.threads, args.routing.tokens, args.n * top_k, [&](int64_t token) {
     for (int64_t first = 0; first < args.n; first += kSegment) {
       const int64_t n = std::min(kSegment, args.n - first);
       float sums[kSegment] = {};
       for (int64_t slot = token * top_k; slot < (token + 1) * top_k; ++slot) {
         if (local_expert(args.routing, slot) < 0) continue;
-        kernels.accumulate(args.dtype, at(args.x, args.dtype, slot * args.n + first), n, args.topk_weights[slot], sums);
+        const float weight = args.topk_weights == nullptr ? 1.0f : args.topk_weights[slot];
+        kernels.accumulate(args.dtype, at(args.x, args.dtype, slot * args.n + first), n, weight, sums);
       }
       kernels.store(sums, n, 1.0f, nullptr, args.dtype,
                     const_cast<char*>(at(args.out, args.dtype, token * args.n + first)));

@@ -1,8 +1,10 @@
 #include <map>
 #include <mutex>
 
+#include "../kernels.h"
 #include "device_facts.h"
 #include "launch.h"
+#include "select.h"
 
 namespace nvfp4::cuda {
 
@@ -23,5 +25,7 @@ const Device& device() {
   }
   return entry->second;
 }
+
+int active_level() { return static_cast<int>(isa_of(device())); }
 
 }  // namespace nvfp4::cuda

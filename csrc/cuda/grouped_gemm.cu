@@ -12,6 +12,7 @@ namespace {
 
 struct Plan {
   Choice choice;
+  CheckedRouting routing;
   void* aligned_x;   // for an x that is not
   int4* tile_table;  // stream_gemm
   void* wgmma;       // wgmma_experts
@@ -28,10 +29,11 @@ Problem problem_of(const GroupedGemmArgs& args) {
           .silu = args.gate == nullptr || args.gate->activation == Activation::silu};
 }
 
-Plan plan_of(const GroupedGemmArgs& args, void* base) {
+Plan plan_of(const GroupedGemmArgs& args, const Context& context) {
   Plan plan{};
-  Workspace workspace(base);
-  plan.choice = select(problem_of(args), device());
+  Workspace workspace(context.workspace);
+  plan.choice = select(problem_of(args), device(), static_cast<Isa>(context.level));
+  plan.routing = {workspace.take<int32_t>(args.slots), workspace.take<int32_t>(args.weight.experts + 2)};
   plan.aligned_x = take_copy(workspace, args.x, args.rows * args.weight.k);
   if (plan.choice.kernel == Kernel::wgmma_experts) {
     plan.wgmma = workspace.take<void>(static_cast<int64_t>(wgmma_grouped_gemm_workspace(args)));
@@ -63,15 +65,18 @@ void stream(const GroupedGemmArgs& args, const Plan& plan, void* stream) {
 
 }  // namespace
 
-size_t grouped_gemm_workspace(const GroupedGemmArgs& args) {
-  return args.slots == 0 ? 0 : plan_of(args, nullptr).bytes;
+size_t grouped_gemm_workspace(const GroupedGemmArgs& args, const Context& context) {
+  return args.slots == 0 ? 0 : plan_of(args, context).bytes;
 }
 
 void grouped_gemm(const GroupedGemmArgs& original, const Context& context) {
   if (original.slots == 0) return;
-  const Plan plan = plan_of(original, context.workspace);
+  const Plan plan = plan_of(original, context);
   GroupedGemmArgs args = original;
   args.x = aligned_rows(args.x, plan.aligned_x, args.rows * args.weight.k, context.stream);
+  check_routing(args.order, args.offsets, args.slots, args.weight.experts, plan.routing, context.stream);
+  args.order = plan.routing.order;
+  args.offsets = plan.routing.offsets;
   if (plan.choice.kernel == Kernel::wgmma_experts) {
     wgmma_grouped_gemm(args, plan.choice.wgmma, plan.wgmma, context.stream);
   } else {

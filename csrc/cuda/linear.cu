@@ -18,7 +18,7 @@ Problem problem_of(const LinearArgs& args) {
 
 }  // namespace
 
-size_t linear_workspace(const LinearArgs& args) {
+size_t linear_workspace(const LinearArgs& args, const Context&) {
   Workspace workspace(nullptr);
   take_copy(workspace, args.x, args.rows * args.weight.k);
   return workspace.bytes();
@@ -26,7 +26,7 @@ size_t linear_workspace(const LinearArgs& args) {
 
 void linear(const LinearArgs& args, const Context& context) {
   if (args.rows == 0) return;
-  const Choice choice = select(problem_of(args), device());
+  const Choice choice = select(problem_of(args), device(), static_cast<Isa>(context.level));
   StreamGemmParams p = stream_gemm_params(args.weight, choice.stream.k_ways[0]);
   p.x = aligned_rows(args.x, context.workspace, args.rows * args.weight.k, context.stream);
   p.rows = static_cast<int>(args.rows);

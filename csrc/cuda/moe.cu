@@ -54,11 +54,11 @@ ExpertMlpArgs wgmma_args(const MoeArgs& args, const Plan& plan) {
   };
 }
 
-Plan plan_of(const MoeArgs& args, void* base) {
+Plan plan_of(const MoeArgs& args, const Context& context) {
   Plan plan{};
-  Workspace workspace(base);
+  Workspace workspace(context.workspace);
   plan.slots = args.routing.tokens * args.routing.top_k;
-  plan.choice = select(problem_of(args), device());
+  plan.choice = select(problem_of(args), device(), static_cast<Isa>(context.level));
   plan.aligned_x = take_copy(workspace, args.hidden_states, args.routing.tokens * args.w13.k);
   if (plan.choice.kernel == Kernel::few_slots_mlp) {
     plan.expert_out = workspace.take<float>(plan.slots * args.w2.n);
@@ -137,11 +137,11 @@ void sum(const MoeArgs& args, const Plan& plan, const Context& context) {
 
 }  // namespace
 
-size_t moe_workspace(const MoeArgs& args) { return plan_of(args, nullptr).bytes; }
+size_t moe_workspace(const MoeArgs& args, const Context& context) { return plan_of(args, context).bytes; }
 
 void moe(const MoeArgs& original, const Context& context) {
   if (original.routing.tokens == 0) return;
-  const Plan plan = plan_of(original, context.workspace);
+  const Plan plan = plan_of(original, context);
   MoeArgs args = original;
   args.hidden_states =
       aligned_rows(args.hidden_states, plan.aligned_x, args.routing.tokens * args.w13.k, context.stream);

@@ -98,10 +98,8 @@ constexpr Row kTable[] = {
      "reading the weights is the limit, and every warp streams its own blocks", against_stream},
 };
 
-const Row& choose(const Problem& problem, const Device& device, Choice& choice) {
-  const char* forced = std::getenv("TORCH_NVFP4_ARCH");
-  const bool sm80 = device.major != 9 || (forced != nullptr && std::string_view(forced) == "80");
-  choice.isa = sm80 ? Isa::sm80 : Isa::sm90;
+const Row& choose(const Problem& problem, const Device& device, Isa isa, Choice& choice) {
+  choice.isa = isa;
   const Row* row = kTable;
   while (row->against(problem, device, choice) != nullptr) ++row;
   choice.kernel = row->kernel;
@@ -160,15 +158,21 @@ void describe_plan(const Problem& problem, const Choice& c, std::string& text) {
 
 }  // namespace
 
-Choice select(const Problem& problem, const Device& device) {
+Isa isa_of(const Device& device) {
+  const char* forced = std::getenv("TORCH_NVFP4_ARCH");
+  const bool sm80 = device.major != 9 || (forced != nullptr && std::string_view(forced) == "80");
+  return sm80 ? Isa::sm80 : Isa::sm90;
+}
+
+Choice select(const Problem& problem, const Device& device, Isa isa) {
   Choice choice{};
-  choose(problem, device, choice);
+  choose(problem, device, isa, choice);
   return choice;
 }
 
 std::string explain(const Problem& problem, const Device& device) {
   Choice choice{};
-  const Row& chosen = choose(problem, device, choice);
+  const Row& chosen = choose(problem, device, isa_of(device), choice);
   std::string text;
   describe(problem, device, choice.isa, text);
   line(text, "kernel: %s (%s)", chosen.name, choice.isa == Isa::sm90 ? chosen.on_sm90 : chosen.on_sm80);

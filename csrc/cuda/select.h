@@ -27,8 +27,11 @@ struct Choice {
   StreamPlan stream;
 };
 
-// TORCH_NVFP4_ARCH=80 in the environment takes the SM80 kernels on any device.
-Choice select(const Problem& problem, const Device& device);
+// The instructions that kernels on a device are built on: TORCH_NVFP4_ARCH=80 in the environment takes the SM80 kernels
+// on any device. Asked once per call (Context::level), because the answer may change while the call runs.
+Isa isa_of(const Device& device);
+
+Choice select(const Problem& problem, const Device& device, Isa isa);
 
 // The same choice as lines of "name: text": the problem, the device, the kernel, its tile and split, and for each row
 // of the table why it was taken or passed over.

@@ -1,4 +1,5 @@
-#include "common.h"
+#include "checks.h"
+#include "launch.h"
 
 namespace nvfp4 {
 namespace {
@@ -17,7 +18,7 @@ Tensor combine(const Tensor& x,                          // [M * top_k, N]
   if (x.size(0) != topk_ids.numel()) {
     fail(op, "x must have M * top_k = ", topk_ids.numel(), " rows, got ", x.size(0));
   }
-  Tensor out = empty(x, {tokens, x.size(1)}, x.scalar_type());
+  Tensor out = empty(op, "out", x, {tokens, x.size(1)}, x.scalar_type());
   if (out.numel() == 0) return out;
   const CombineArgs args{
       .dtype = dtype_of(x),
@@ -27,7 +28,7 @@ Tensor combine(const Tensor& x,                          // [M * top_k, N]
       .n = x.size(1),
       .out = out.data_ptr(),
   };
-  const Launch launch(x, 0);
+  const Launch launch(op, x);
   backend::combine(args, launch.context());
   return out;
 }

@@ -1,6 +1,5 @@
-#include <algorithm>
-
-#include "common.h"
+#include "checks.h"
+#include "launch.h"
 
 namespace nvfp4 {
 namespace {
@@ -14,15 +13,15 @@ Tensor run(const char* op, const Tensor& x, const Tensor& weight, const Tensor& 
   check_tensor(op, "order", order, "x", x, {ScalarType::Int}, {"slots"});
   check_tensor(op, "offsets", offsets, "x", x, {ScalarType::Int}, {packed.experts + 1});
   const int64_t slots = order.size(0);
+  check_count(op, "order's size", slots);
   if (topk_weights) {
     check_tensor(op, "topk_weights", *topk_weights, "x", x, {ScalarType::Float}, {rows, "top_k"});
   }
-  if (topk_weights ? slots != topk_weights->numel() : slots % std::max<int64_t>(rows, 1) != 0) {
+  if (topk_weights ? slots != topk_weights->numel() : rows == 0 ? slots != 0 : slots % rows != 0) {
     fail(op, "order must hold ", topk_weights ? "as many slots as topk_weights" : "a multiple of x's rows", " (",
          topk_weights ? topk_weights->numel() : rows, "), got ", slots);
   }
-  Tensor out = empty(x, {slots, gate ? packed.n / 2 : packed.n}, x.scalar_type());
-  if (out.numel() == 0) return out;
+  Tensor out = empty(op, "out", x, {slots, gate ? packed.n / 2 : packed.n}, x.scalar_type());
   const GroupedGemmArgs args{
       .dtype = dtype_of(x),
       .x = x.data_ptr(),
@@ -35,14 +34,15 @@ Tensor run(const char* op, const Tensor& x, const Tensor& weight, const Tensor& 
       .gate = gate,
       .out = out.data_ptr(),
   };
-  const Launch launch(x, backend::grouped_gemm_workspace(args));
+  Launch launch(op, x);
+  launch.reserve(backend::grouped_gemm_workspace(args, launch.context()));
   backend::grouped_gemm(args, launch.context());
   return out;
 }
 
 void check_x(const char* op, const Tensor& x) {
   check_activations(op, "x", x, {"rows", "K"});
-  check_last_dim(op, "x", x, kGroupSize);
+  check_k(op, "x", x);
 }
 
 Tensor grouped_gemm(const Tensor& x,                              // [rows, K]

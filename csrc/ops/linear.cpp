@@ -1,4 +1,5 @@
-#include "common.h"
+#include "checks.h"
+#include "launch.h"
 
 namespace nvfp4 {
 namespace {
@@ -9,13 +10,14 @@ Tensor linear(const Tensor& x,                      // [..., K]
               const std::optional<Tensor>& bias) {  // [N]
   const char* op = "linear";
   check_activations(op, "x", x, any_shape(x, "K"));
-  check_last_dim(op, "x", x, kGroupSize);
+  check_k(op, "x", x);
   const int64_t k = x.size(x.dim() - 1);
   const Weight packed =
       check_weight(op, "weight", weight, global_scale, "x", x,
                    {.batched = false, .gated = is_gated(op, global_scale, false), .experts = -1, .n = -1, .k = k});
+  check_count(op, "the number of x's rows", x.numel() / k);
   if (bias) check_tensor(op, "bias", *bias, "x", x, {x.scalar_type()}, {packed.n});
-  Tensor out = empty(x, with_last_dim(x, packed.n), x.scalar_type());
+  Tensor out = empty(op, "out", x, with_last_dim(x, packed.n), x.scalar_type());
   if (out.numel() == 0) return out;
   const LinearArgs args{
       .dtype = dtype_of(x),
@@ -25,7 +27,8 @@ Tensor linear(const Tensor& x,                      // [..., K]
       .bias = optional_data<const void>(bias),
       .out = out.data_ptr(),
   };
-  const Launch launch(x, backend::linear_workspace(args));
+  Launch launch(op, x);
+  launch.reserve(backend::linear_workspace(args, launch.context()));
   backend::linear(args, launch.context());
   return out;
 }

@@ -1,4 +1,5 @@
-#include "common.h"
+#include "checks.h"
+#include "launch.h"
 
 namespace nvfp4 {
 namespace {
@@ -16,7 +17,7 @@ Tensor moe(const Tensor& hidden_states,              // [M, K]
   const char* op = "moe";
   const char* like = "hidden_states";
   check_activations(op, like, hidden_states, {"M", "K"});
-  check_last_dim(op, like, hidden_states, kGroupSize);
+  check_k(op, like, hidden_states);
   const int64_t tokens = hidden_states.size(0);
   const int64_t k = hidden_states.size(1);
   const Weight gate_up = check_weight(op, "w13", w13, w13_global_scale, like, hidden_states,
@@ -29,7 +30,7 @@ Tensor moe(const Tensor& hidden_states,              // [M, K]
       check_routing(op, topk_ids, expert_map, tokens, topk_weights.size(1), gate_up.experts, like, hidden_states);
   const Gate gate = check_gate(op, activation, clamp_limit, alpha, beta);
 
-  Tensor out = empty(hidden_states, {tokens, k}, hidden_states.scalar_type());
+  Tensor out = empty(op, "out", hidden_states, {tokens, k}, hidden_states.scalar_type());
   if (out.numel() == 0) return out;
   const MoeArgs args{
       .dtype = dtype_of(hidden_states),
@@ -42,7 +43,8 @@ Tensor moe(const Tensor& hidden_states,              // [M, K]
       .apply_router_weight_on_input = apply_router_weight_on_input,
       .out = out.data_ptr(),
   };
-  const Launch launch(hidden_states, backend::moe_workspace(args));
+  Launch launch(op, hidden_states);
+  launch.reserve(backend::moe_workspace(args, launch.context()));
   backend::moe(args, launch.context());
   return out;
 }

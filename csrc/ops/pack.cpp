@@ -1,7 +1,26 @@
-#include "common.h"
+#include <algorithm>
+
+#include "checks.h"
+#include "launch.h"
 
 namespace nvfp4 {
 namespace {
+
+// NaN, the E4M3 bytes 0x7F and 0xFF, would be decoded as 480.
+void check_scales(const char* op, const Tensor& scale) {
+  const auto* bytes = static_cast<const uint8_t*>(scale.data_ptr());
+  const int64_t count = scale.numel();
+  const auto* bad = std::find_if(bytes, bytes + count, [](uint8_t byte) { return (byte & 0x7F) == 0x7F; });
+  if (bad == bytes + count) return;
+  std::vector<int64_t> index;
+  int64_t rest = bad - bytes;
+  for (int64_t dim = scale.dim() - 1; dim >= 0; --dim) {
+    index.insert(index.begin(), rest % scale.size(dim));
+    rest /= scale.size(dim);
+  }
+  fail(op, "scale must hold finite E4M3 values, got NaN (byte ", *bad & 0x80 ? "0xFF" : "0x7F", ") at index ",
+       list(index));
+}
 
 // pack and unpack are inverses over codes [..., N, K / 2] and scales [..., N, K / 16], with or without experts in
 // front.
@@ -11,15 +30,19 @@ Tensor pack(const Tensor& weight, const Tensor& scale, bool gated) {
   check_tensor(op, "weight", weight, "weight", weight, {ScalarType::Byte},
                batched ? Dims{"E", "N", "K / 2"} : Dims{"N", "K / 2"}, batched ? " or [N, K / 2]" : "");
   const int64_t n = weight.size(weight.dim() - 2);
-  const int64_t k = 2 * weight.size(weight.dim() - 1);
+  const int64_t row_bytes = weight.size(weight.dim() - 1);
+  if (row_bytes >= kIndexLimit / 2) fail(op, "weight's last dimension K / 2 must be below 2**30, got ", row_bytes);
+  const int64_t k = 2 * row_bytes;
   check_in_features(op, k);
   check_out_features(op, n, gated);
   Dims scale_dims{n, k / kGroupSize};
   if (batched) scale_dims.insert(scale_dims.begin(), weight.size(0));
   check_tensor(op, "scale", scale, "weight", weight, {ScalarType::Float8_e4m3fn, ScalarType::Byte}, scale_dims);
 
+  if (!kIsCuda) check_scales(op, scale);
+
   const std::optional<int64_t> experts = batched ? std::optional(weight.size(0)) : std::nullopt;
-  Tensor packed = empty(weight, packed_shape(experts, n, k, gated), ScalarType::Byte);
+  Tensor packed = empty(op, "the packed weight", weight, packed_shape(experts, n, k, gated), ScalarType::Byte);
   if (packed.numel() == 0) return packed;
   const PackArgs args{
       .weight = static_cast<const uint8_t*>(weight.data_ptr()),
@@ -31,7 +54,7 @@ Tensor pack(const Tensor& weight, const Tensor& scale, bool gated) {
       .k = k,
       .gated = gated,
   };
-  const Launch launch(weight, 0);
+  const Launch launch(op, weight);
   backend::pack(args, launch.context());
   return packed;
 }
@@ -50,8 +73,8 @@ std::tuple<Tensor, Tensor> unpack(const Tensor& packed, int64_t in_features, boo
     shape.insert(shape.begin(), packed.size(0));
     scale_shape.insert(scale_shape.begin(), packed.size(0));
   }
-  Tensor weight = empty(packed, shape, ScalarType::Byte);
-  Tensor scale = empty(packed, scale_shape, ScalarType::Byte);
+  Tensor weight = empty(op, "weight", packed, shape, ScalarType::Byte);
+  Tensor scale = empty(op, "scale", packed, scale_shape, ScalarType::Byte);
   if (packed.numel() == 0) return {weight, scale};
   const int64_t experts = batched ? packed.size(0) : 1;
   const UnpackArgs args{
@@ -64,7 +87,7 @@ std::tuple<Tensor, Tensor> unpack(const Tensor& packed, int64_t in_features, boo
       .k = in_features,
       .gated = gated,
   };
-  const Launch launch(packed, 0);
+  const Launch launch(op, packed);
   backend::unpack(args, launch.context());
   return {weight, scale};
 }

@@ -1,4 +1,5 @@
-#include "common.h"
+#include "checks.h"
+#include "launch.h"
 
 namespace nvfp4 {
 namespace {
@@ -10,7 +11,7 @@ Tensor swiglu(const Tensor& gate_up,  // [..., 2I], gate columns first
   check_last_dim(op, "gate_up", gate_up, 2);
   const Gate gate = check_gate(op, activation, clamp_limit, alpha, beta);
   const int64_t intermediate = gate_up.size(gate_up.dim() - 1) / 2;
-  Tensor out = empty(gate_up, with_last_dim(gate_up, intermediate), gate_up.scalar_type());
+  Tensor out = empty(op, "out", gate_up, with_last_dim(gate_up, intermediate), gate_up.scalar_type());
   if (out.numel() == 0) return out;
   const SwigluArgs args{
       .dtype = dtype_of(gate_up),
@@ -20,7 +21,7 @@ Tensor swiglu(const Tensor& gate_up,  // [..., 2I], gate columns first
       .gate = gate,
       .out = out.data_ptr(),
   };
-  const Launch launch(gate_up, 0);
+  const Launch launch(op, gate_up);
   backend::swiglu(args, launch.context());
   return out;
 }

@@ -1,10 +1,11 @@
-"""Argument checks of the fakes: the same words, in the same order, as csrc/ops/common.cpp raises from the kernels.
+"""Argument checks of the fakes: the same words, in the same order, as csrc/ops/checks.cpp raises from the kernels.
 
 Shapes may be symbolic; an unbacked size is compared through ``torch._check`` and so becomes a runtime assertion.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor
 
 from torch_nvfp4.format import GROUP_SIZE
 from torch_nvfp4.gate import gate_error
+
+INDEX_LIMIT = 2**31
+"""Experts, K and N stay below it: kernels count them in int32."""
 
 Dim = int | torch.SymInt | str  # a size, or a letter where any size will do
 
@@ -41,7 +45,8 @@ def check_tensor(
     op: str, name: str, tensor: Tensor, like_name: str, like: Tensor, dtypes: Sequence[torch.dtype],
     dims: Sequence[Dim], note: str = "",
 ) -> None:  # fmt: skip
-    """dtype, device (that of ``like``), shape and contiguity; ``note`` follows the expected shape."""
+    """dtype, device (that of ``like``), shape and contiguity; ``note`` follows the expected shape. Alignment in memory
+    is for the kernels to check."""
     if tensor.dtype not in dtypes:
         fail(op, f"{name} must be {' or '.join(map(_dtype_name, dtypes))}, got {_dtype_name(tensor.dtype)}")
     if tensor.device != like.device:
@@ -71,6 +76,37 @@ def check_last_dim(op: str, name: str, tensor: Tensor, multiple: int) -> None:
     size = tensor.shape[-1] if tensor.dim() else 0
     if size <= 0 or size % multiple:
         fail(op, f"{name}'s last dimension must be a positive multiple of {multiple}, got {size}")
+
+
+def _too_many(count: int, limit: int = INDEX_LIMIT) -> bool:
+    """A symbolic count passes: asking it would become a guard, and the kernel asks the real one."""
+    return isinstance(count, int) and count >= limit
+
+
+def check_k(op: str, name: str, tensor: Tensor) -> None:
+    """The last dimension of activations that a weight is multiplied with."""
+    check_last_dim(op, name, tensor, GROUP_SIZE)
+    if _too_many(tensor.shape[-1]):
+        fail(op, f"{name}'s last dimension must be below 2**31, got {tensor.shape[-1]}")
+
+
+def check_count(op: str, what: str, count: int, like: Tensor) -> None:
+    """A number of slots or rows, for the device of ``like``."""
+    bits = 30 if is_cuda(like) else 31
+    if _too_many(count, 2**bits):
+        fail(op, f"{what} must be below 2**{bits}, got {count}; split the batch")
+
+
+def new_empty(op: str, what: str, like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    """``like.new_empty``, with the kernels' words where no memory could ever hold the result."""
+    dtype = dtype or like.dtype
+    if all(isinstance(size, int) for size in shape) and math.prod(shape) * dtype.itemsize >= 2**63:
+        fail(
+            op,
+            f"expected to allocate 2**63 or more bytes of memory for {what} {_list(shape)} on {like.device}, got none; "
+            "use a smaller batch or free memory",
+        )
+    return like.new_empty(shape, dtype=dtype)
 
 
 def _round_up(value: int, multiple: int) -> int:
@@ -118,7 +154,10 @@ def check_packed(
     row_dim = len(dims)
     dims.append(("I" if gated else "N") if n is None else n // halves)
     if n is None and packed.dim() == row_dim + 1 + len(_packed_tail(cuda, GROUP_SIZE, k)):
-        n = packed.shape[row_dim] * halves
+        rows = packed.shape[row_dim]
+        if _too_many(rows, INDEX_LIMIT // halves):
+            fail(op, f"{name}'s dimension {row_dim} must be below 2**{30 if gated else 31}, got {rows}")
+        n = rows * halves
     if n or not cuda:
         dims.extend(_packed_tail(cuda, n or GROUP_SIZE, k))
     else:
@@ -131,6 +170,8 @@ def check_packed(
         fail(op, f"{name}'s dimension {row_dim} must be a positive multiple of 16, got {n // halves}")
     if batched and packed.shape[0] == 0:
         fail(op, f"{name} must hold at least one expert, got 0")
+    if batched and _too_many(packed.shape[0]):
+        fail(op, f"{name} must hold fewer than 2**31 experts, got {packed.shape[0]}")
     return n
 
 
@@ -153,6 +194,8 @@ def check_weight(
 def check_in_features(op: str, k: int) -> None:
     if k <= 0 or k % GROUP_SIZE:
         fail(op, f"the weight's input dimension K must be a positive multiple of 16, got {k}")
+    if _too_many(k):
+        fail(op, f"the weight's input dimension K must be below 2**31, got {k}")
 
 
 def check_out_features(op: str, n: int, gated: bool) -> None:
@@ -160,11 +203,15 @@ def check_out_features(op: str, n: int, gated: bool) -> None:
     if n <= 0 or n % multiple:
         which = " (gated=True)" if gated else ""
         fail(op, f"the weight's output dimension N must be a positive multiple of {multiple}{which}, got {n}")
+    if _too_many(n):
+        fail(op, f"the weight's output dimension N must be below 2**31, got {n}")
 
 
 def check_num_experts(op: str, num_experts: int) -> None:
     if num_experts <= 0:
         fail(op, f"num_experts must be positive, got {num_experts}")
+    if _too_many(num_experts):
+        fail(op, f"num_experts must be below 2**31, where offsets take 8 GiB of memory, got {num_experts}")
 
 
 def check_gate(op: str, activation: int, clamp_limit: float | None, alpha: float, beta: float) -> None:
@@ -179,9 +226,7 @@ def check_routing(
     check_tensor(op, "topk_ids", topk_ids, like_name, like, (torch.int32, torch.int64), dims)
     if expert_map is not None:
         check_tensor(op, "expert_map", expert_map, like_name, like, (torch.int32,), ["global_experts"])
-    slots = topk_ids.numel()
-    if isinstance(slots, int) and slots >= 2**31:
-        fail(op, f"M * top_k must be below 2**31, got {slots}; split the batch")
+    check_count(op, "M * top_k", topk_ids.numel(), topk_ids)
 
 
 def any_shape(tensor: Tensor, last: str) -> list[Dim]:

@@ -34,7 +34,7 @@ def _(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, expert_map: Tensor | No
         x.shape[0] == tokens * top_k,
         lambda: f"nvfp4::{op}: x must have M * top_k = {tokens * top_k} rows, got {x.shape[0]}",
     )
-    return x.new_empty((tokens, x.shape[1]))
+    return _checks.new_empty(op, "out", x, (tokens, x.shape[1]))
 
 
 register_no_autograd("combine", "torch_nvfp4.reference.combine")

@@ -29,7 +29,10 @@ def grouped_gemm(
         topk_weights: float32 [rows, slots / rows].
 
     Returns [slots, N] in x's dtype, one row per slot, gate columns before up columns; slots without an expert are zero.
-    Raises RuntimeError (expected and got).
+
+    Raises RuntimeError (expected and got). Values count too: ``order`` must hold every slot once, and ``offsets`` begin
+    with 0, not decrease, and not exceed the slots. Where the values cannot be looked at without waiting for the device,
+    on CUDA, all of the result is NaN instead.
     """
     return torch.ops.nvfp4.grouped_gemm(x, weight, global_scale, order, offsets, topk_weights)
 
@@ -67,19 +70,21 @@ def _check(
     _checks.check_tensor(op, "order", order, "x", x, (torch.int32,), ["slots"])
     _checks.check_tensor(op, "offsets", offsets, "x", x, (torch.int32,), [weight.shape[0] + 1])
     rows, slots = x.shape[0], order.shape[0]
+    _checks.check_count(op, "order's size", slots, order)
     if topk_weights is not None:
         _checks.check_tensor(op, "topk_weights", topk_weights, "x", x, (torch.float32,), [rows, "top_k"])
-        expected, fits = "as many slots as topk_weights", slots == topk_weights.numel()
-    else:
-        expected, fits = "a multiple of x's rows", slots % torch.sym_max(rows, 1) == 0
-    count = rows if topk_weights is None else topk_weights.numel()
-    torch._check(fits, lambda: f"nvfp4::{op}: order must hold {expected} ({count}), got {slots}")
+        expected, count, fits = "as many slots as topk_weights", topk_weights.numel(), [slots == topk_weights.numel()]
+    else:  # 0 is the only multiple of 0
+        fits = [torch.sym_min(slots, 1) <= rows, slots % torch.sym_max(rows, 1) == 0]
+        expected, count = "a multiple of x's rows", rows
+    for fit in fits:
+        torch._check(fit, lambda: f"nvfp4::{op}: order must hold {expected} ({count}), got {slots}")
     return n
 
 
 def _check_x(op: str, x: Tensor) -> None:
     _checks.check_activations(op, "x", x, ["rows", "K"])
-    _checks.check_last_dim(op, "x", x, 16)
+    _checks.check_k(op, "x", x)
 
 
 @register_fake("grouped_gemm")
@@ -95,7 +100,7 @@ def _(
     _check_x(op, x)
     gated = _checks.is_gated(op, global_scale, batched=True)
     n = _check(op, x, weight, global_scale, order, offsets, topk_weights, gated)
-    return x.new_empty((order.shape[0], n))
+    return _checks.new_empty(op, "out", x, (order.shape[0], n))
 
 
 @register_fake("grouped_gemm_swiglu")
@@ -116,7 +121,7 @@ def _(
     _check_x(op, x)
     _checks.check_gate(op, activation, clamp_limit, alpha, beta)
     n = _check(op, x, weight, global_scale, order, offsets, topk_weights, True)
-    return x.new_empty((order.shape[0], n // 2))
+    return _checks.new_empty(op, "out", x, (order.shape[0], n // 2))
 
 
 register_no_autograd("grouped_gemm", "torch_nvfp4.reference.grouped_gemm")

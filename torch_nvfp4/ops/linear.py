@@ -27,12 +27,13 @@ def linear(x: Tensor, weight: Tensor, global_scale: Tensor, bias: Tensor | None 
 def _(x: Tensor, weight: Tensor, global_scale: Tensor, bias: Tensor | None = None) -> Tensor:
     op = "linear"
     _checks.check_activations(op, "x", x, _checks.any_shape(x, "K"))
-    _checks.check_last_dim(op, "x", x, 16)
+    _checks.check_k(op, "x", x)
     gated = _checks.is_gated(op, global_scale, batched=False)
     n = _checks.check_weight(op, "weight", weight, global_scale, "x", x, batched=False, gated=gated, k=x.shape[-1])
+    _checks.check_count(op, "the number of x's rows", x.numel() // x.shape[-1], x)
     if bias is not None:
         _checks.check_tensor(op, "bias", bias, "x", x, (x.dtype,), [n])
-    return x.new_empty((*x.shape[:-1], n))
+    return _checks.new_empty(op, "out", x, (*x.shape[:-1], n))
 
 
 register_no_autograd("linear", "torch_nvfp4.reference.linear")

@@ -80,7 +80,7 @@ def _(
 ) -> Tensor:
     op, like = "moe", "hidden_states"
     _checks.check_activations(op, like, hidden_states, ["M", "K"])
-    _checks.check_last_dim(op, like, hidden_states, 16)
+    _checks.check_k(op, like, hidden_states)
     tokens, k = hidden_states.shape
     two_i = _checks.check_weight(op, "w13", w13, w13_global_scale, like, hidden_states, batched=True, gated=True, k=k)
     _checks.check_weight(

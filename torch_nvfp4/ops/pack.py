@@ -24,6 +24,9 @@ def pack(weight: NVFP4Weight, *, gated: bool = False) -> Tensor:
 
     Returns uint8, 0.5625 byte per value where N and K are multiples of 64. Raises TypeError or ValueError for a weight
     that is not valid NVFP4 (NaN scales included), RuntimeError (expected and got) for sizes that do not fit.
+
+    The op itself, ``torch.ops.nvfp4.pack``, refuses NaN scales on the CPU only: on CUDA it would have to wait for the
+    device. The kernels take E4M3's NaN bytes, 0x7F and 0xFF, for the next numbers, 480 and -480.
     """
     validate(weight, gated=gated)
     return torch.ops.nvfp4.pack(weight.data.contiguous(), weight.scale.view(torch.uint8).contiguous(), gated)
@@ -52,12 +55,16 @@ def _(weight: Tensor, scale: Tensor, gated: bool = False) -> Tensor:
         op, "weight", weight, "weight", weight, (torch.uint8,), ["E", "N", "K / 2"] if batched else ["N", "K / 2"],
         " or [N, K / 2]" if batched else "",
     )  # fmt: skip
-    n, k = weight.shape[-2], 2 * weight.shape[-1]
+    n, row_bytes = weight.shape[-2:]
+    if isinstance(row_bytes, int) and row_bytes >= _checks.INDEX_LIMIT // 2:
+        _checks.fail(op, f"weight's last dimension K / 2 must be below 2**30, got {row_bytes}")
+    k = 2 * row_bytes
     _checks.check_in_features(op, k)
     _checks.check_out_features(op, n, gated)
     lead = [weight.shape[0]] if batched else []
     _checks.check_tensor(op, "scale", scale, "weight", weight, (torch.float8_e4m3fn, torch.uint8), [*lead, n, k // 16])
-    return weight.new_empty(_checks.packed_shape(weight, weight.shape[0] if batched else None, n, k, gated))
+    shape = _checks.packed_shape(weight, weight.shape[0] if batched else None, n, k, gated)
+    return _checks.new_empty(op, "the packed weight", weight, shape)
 
 
 @register_fake("unpack")

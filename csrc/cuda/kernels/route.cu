@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "../../common.h"
 #include "../device/ptx/control.cuh"
 #include "../device/scheduler.cuh"
 #include "../launch.h"
@@ -10,7 +11,8 @@ namespace {
 
 constexpr int kMaxThreads = 1024;
 constexpr int kMaxWarps = kMaxThreads / kWarp;
-constexpr int kBatch = 4;  // ids a lane loads before it looks at the first
+constexpr uint32_t kNanPair = 0xFFFFFFFFu;  // two values of either 16-bit type
+constexpr int kBatch = 4;                   // ids a lane loads before it looks at the first
 
 // Sum of `value` over the threads before this one; the block's sum in `total`. All threads of the block call it.
 __device__ __forceinline__ int exclusive_sum(int value, int& total) {
@@ -65,8 +67,12 @@ __device__ __forceinline__ Span span_of(int part, int length, Span whole) {
   return {begin, min(begin + length, whole.end)};
 }
 
-// counts[b] = how many slots of block b's span fall into each bin.
-__global__ void __launch_bounds__(kMaxThreads, 1) count_slots_kernel(Routing routing, int span, int32_t* counts) {
+// What a slot's bin is kept in between the passes: an id that somebody changes meanwhile counts as one of its values.
+using Bin = uint16_t;
+
+// bin_of_slot[s] = the bin of slot s; counts[b] = how many slots of block b's span fall into each bin.
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    count_slots_kernel(Routing routing, int span, Bin* bin_of_slot, int32_t* counts) {
   extern __shared__ int shared[];
   const int bins = static_cast<int>(routing.experts) + 1;
   const int slots = static_cast<int>(routing.tokens * routing.top_k);
@@ -76,7 +82,9 @@ __global__ void __launch_bounds__(kMaxThreads, 1) count_slots_kernel(Routing rou
   ptx::dependency_release();
   __syncthreads();
   for (int slot = mine.begin + threadIdx.x; slot < mine.end; slot += blockDim.x) {
-    atomicAdd(&shared[bin_of(routing, slot, bins)], 1);
+    const int bin = bin_of(routing, slot, bins);
+    bin_of_slot[slot] = static_cast<Bin>(bin);
+    atomicAdd(&shared[bin], 1);
   }
   __syncthreads();
   for (int i = threadIdx.x; i < bins; i += blockDim.x) counts[blockIdx.x * bins + i] = shared[i];
@@ -86,6 +94,7 @@ struct SortParams {
   Routing routing;
   int warps;              // that sort, of each block
   int span;               // slots of each block
+  Bin* bin_of_slot;       // [slots]; from count_slots_kernel, or made here if there is one block
   const int32_t* counts;  // [blocks, bins] from count_slots_kernel; null: there is one block
   int32_t* order;
   int32_t* offsets;
@@ -108,14 +117,20 @@ __global__ void __launch_bounds__(kMaxThreads, 1) sort_slots_kernel(const __grid
   int* mine = before + warp * bins;
 
   for (int i = threadIdx.x; i < p.warps * bins; i += blockDim.x) before[i] = 0;
-  if (p.counts == nullptr) ptx::dependency_wait();
-  ptx::dependency_release();  // count_slots_kernel has waited for the launch that wrote the routing
+  ptx::dependency_wait();
+  ptx::dependency_release();
   __syncthreads();
   for (int slot = run.begin + lane; slot < run.end; slot += kWarp) {
-    atomicAdd(&mine[bin_of(p.routing, slot, bins)], 1);
+    int bin;
+    if (p.counts != nullptr) {
+      bin = p.bin_of_slot[slot];
+    } else {
+      bin = bin_of(p.routing, slot, bins);
+      p.bin_of_slot[slot] = static_cast<Bin>(bin);  // the same thread reads it
+    }
+    atomicAdd(&mine[bin], 1);
   }
   __syncthreads();
-  if (p.counts != nullptr) ptx::dependency_wait();
 
   int sorted = 0;
   for (int base = 0; base < bins; base += blockDim.x) {
@@ -154,7 +169,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) sort_slots_kernel(const __grid
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const int slot = base + i * kWarp + lane;
-      bin[i] = slot < run.end ? bin_of(p.routing, slot, bins) : -1;
+      bin[i] = slot < run.end ? p.bin_of_slot[slot] : -1;
     }
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
@@ -171,6 +186,46 @@ __global__ void __launch_bounds__(kMaxThreads, 1) sort_slots_kernel(const __grid
   }
 }
 
+constexpr int kSeenWords = 10 * 1024;  // of shared memory, a bit per slot
+
+// Copies a routing that came from anywhere, reading every entry once, and checks the copy: every slot once in order;
+// offsets begin with 0, do not decrease and do not exceed the slots. If it fails the copy becomes one in which no slot
+// has an expert. One block.
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    check_routing_kernel(const int32_t* order, const int32_t* offsets, int slots, int experts, int32_t* checked_order,
+                         int32_t* checked_offsets) {
+  __shared__ uint32_t seen[kSeenWords];
+  ptx::dependency_wait();
+  ptx::dependency_release();
+  bool bad = false;
+  for (int e = threadIdx.x; e <= experts; e += blockDim.x) checked_offsets[e] = offsets[e];
+  for (int i = threadIdx.x; i < slots; i += blockDim.x) checked_order[i] = order[i];
+  __syncthreads();
+  for (int e = threadIdx.x; e <= experts; e += blockDim.x) {
+    const int before = e == 0 ? 0 : checked_offsets[e - 1];
+    bad |= checked_offsets[e] < before || checked_offsets[e] > (e == 0 ? 0 : slots);
+  }
+  for (int64_t base = 0; base < slots; base += kSeenWords * 32) {
+    const int words = static_cast<int>(min(int64_t{kSeenWords}, ceil_div<int64_t>(slots - base, 32)));
+    for (int i = threadIdx.x; i < words; i += blockDim.x) seen[i] = 0;
+    __syncthreads();
+    for (int i = threadIdx.x; i < slots; i += blockDim.x) {
+      const int64_t slot = checked_order[i] - base;
+      if (slot < 0 || slot >= int64_t{words} * 32) continue;  // another round's
+      const uint32_t bit = 1u << (slot % 32);
+      bad |= (atomicOr(&seen[slot / 32], bit) & bit) != 0;
+    }
+    __syncthreads();
+  }
+  for (int i = threadIdx.x; i < slots; i += blockDim.x) bad |= checked_order[i] < 0 || checked_order[i] >= slots;
+  bad = __syncthreads_or(bad);
+  if (bad) {
+    for (int e = threadIdx.x; e <= experts; e += blockDim.x) checked_offsets[e] = 0;
+    for (int i = threadIdx.x; i < slots; i += blockDim.x) checked_order[i] = i;
+  }
+  if (threadIdx.x == 0) checked_offsets[experts + 1] = bad ? kNanPair : 0;
+}
+
 __global__ void __launch_bounds__(kMaxThreads, 1)
     cut_tiles_kernel(const int32_t* order, const int32_t* offsets, int slots, int experts, int4* tile_table,
                      int tile_width, uint4* out, int64_t row_vectors) {
@@ -180,9 +235,10 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     if (tile_table != nullptr) write_tiles(experts, tile_width, tile_table, [&](int e) { return offsets[e]; });
     return;
   }
+  const uint32_t fill = offsets[experts + 1];
   for (int64_t i = offsets[experts] + blockIdx.x - 1; i < slots; i += gridDim.x - 1) {
     uint4* row = out + order[i] * row_vectors;
-    for (int64_t v = threadIdx.x; v < row_vectors; v += blockDim.x) row[v] = make_uint4(0, 0, 0, 0);
+    for (int64_t v = threadIdx.x; v < row_vectors; v += blockDim.x) row[v] = make_uint4(fill, fill, fill, fill);
   }
 }
 
@@ -193,11 +249,23 @@ int64_t sort_blocks(const Routing& routing) {
   return std::clamp<int64_t>(ceil_div<int64_t>(routing.tokens * routing.top_k, kSpan), 1, kMaxBlocks);
 }
 
+struct SortWorkspace {
+  Bin* bin_of_slot;
+  int32_t* counts;
+};
+
+SortWorkspace lay_out(Workspace& workspace, const Routing& routing) {
+  const int64_t blocks = sort_blocks(routing);
+  Bin* bin_of_slot = workspace.take<Bin>(routing.tokens * routing.top_k);
+  return {bin_of_slot, blocks > 1 ? workspace.take<int32_t>(blocks * (routing.experts + 1)) : nullptr};
+}
+
 }  // namespace
 
 size_t sort_workspace(const Routing& routing) {
-  const int64_t blocks = sort_blocks(routing);
-  return blocks > 1 ? blocks * (routing.experts + 1) * sizeof(int32_t) : 0;
+  Workspace workspace(nullptr);
+  lay_out(workspace, routing);
+  return workspace.bytes();
 }
 
 void sort_slots(const Routing& routing, int32_t* order, int32_t* offsets, int4* tile_table, int tile_width,
@@ -213,16 +281,18 @@ void sort_slots(const Routing& routing, int32_t* order, int32_t* offsets, int4* 
     throw std::runtime_error("nvfp4::route: expected at most 6000 experts on CUDA, got " +
                              std::to_string(routing.experts));
   }
-  const auto counts = blocks > 1 ? static_cast<int32_t*>(workspace) : nullptr;
-  if (counts != nullptr) {
+  Workspace arrays(workspace);
+  const SortWorkspace space = lay_out(arrays, routing);
+  if (space.counts != nullptr) {
     launch(count_slots_kernel, dim3(static_cast<unsigned>(blocks)), kMaxThreads, bins * sizeof(int), stream,
-           "route: count", routing, static_cast<int>(span), counts);
+           "route: count", routing, static_cast<int>(span), space.bin_of_slot, space.counts);
   }
   const SortParams params{
       .routing = routing,
       .warps = static_cast<int>(warps),
       .span = static_cast<int>(span),
-      .counts = counts,
+      .bin_of_slot = space.bin_of_slot,
+      .counts = space.counts,
       .order = order,
       .offsets = offsets,
       .tile_table = tile_table,
@@ -231,6 +301,12 @@ void sort_slots(const Routing& routing, int32_t* order, int32_t* offsets, int4* 
   const int threads = warps <= 16 ? kMaxThreads / 2 : kMaxThreads;
   launch(sort_slots_kernel, dim3(static_cast<unsigned>(blocks)), threads, (1 + warps) * bins * sizeof(int), stream,
          "route", params);
+}
+
+void check_routing(const int32_t* order, const int32_t* offsets, int64_t slots, int64_t experts,
+                   const CheckedRouting& checked, void* stream) {
+  launch(check_routing_kernel, dim3(1), kMaxThreads, 0, stream, "check_routing", order, offsets,
+         static_cast<int>(slots), static_cast<int>(experts), checked.order, checked.offsets);
 }
 
 void cut_tiles(const int32_t* order, const int32_t* offsets, int64_t slots, int64_t experts, int4* tile_table,

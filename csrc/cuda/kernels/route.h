@@ -13,7 +13,16 @@ void sort_slots(const Routing& routing, int32_t* order, int32_t* offsets, int4* 
                 void* workspace, void* stream);
 size_t sort_workspace(const Routing& routing);
 
-// The tile table of a routing that is already sorted; `out` rows of skipped slots, `row_bytes` each, are zeroed.
+// The order and offsets of a grouped_gemm, which anybody may have made, copied and made sure of: where they are not
+// what route makes, no slot has an expert, and rows of skipped slots are filled with NaN instead of zeros.
+struct CheckedRouting {
+  int32_t* order;    // [slots]
+  int32_t* offsets;  // [experts + 2]; the last is the word that fills rows of skipped slots
+};
+void check_routing(const int32_t* order, const int32_t* offsets, int64_t slots, int64_t experts,
+                   const CheckedRouting& checked, void* stream);
+
+// The tile table of a checked routing; fills the rows of `out` of skipped slots, `row_bytes` each.
 void cut_tiles(const int32_t* order, const int32_t* offsets, int64_t slots, int64_t experts, int4* tile_table,
                int tile_width, void* out, int64_t row_bytes, void* stream);
 

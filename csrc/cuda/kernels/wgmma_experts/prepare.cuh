@@ -1,4 +1,4 @@
-// What the experts' kernel needs beside route(): permuted tokens, cleared counters, cleared rows of skipped slots.
+// What the experts' kernel needs beside route(): permuted tokens, cleared counters, filled rows of skipped slots.
 #pragma once
 
 #include "../../device/gather.cuh"
@@ -19,7 +19,7 @@ struct PrepareParams {
   bool x_is_older;  // than the launch before this one
   int* control;
   int control_size;
-  // Rows of skipped slots to clear, or out == null.
+  // Rows of skipped slots to fill, with offsets[experts + 1] as in CheckedRouting, or out == null.
   const int* order;
   const int* offsets;
   int experts;
@@ -45,9 +45,10 @@ static __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(const _
   }
   ptx::dependency_wait();
   if (p.out == nullptr) return;
+  const uint32_t fill = p.offsets[p.experts + 1];
   for (int64_t s = p.offsets[p.experts] + blockIdx.x; s < p.slots; s += gridDim.x) {
     uint4* row = p.out + p.order[s] * p.out_chunks;
-    for (int64_t i = threadIdx.x; i < p.out_chunks; i += kPrepareThreads) row[i] = make_uint4(0, 0, 0, 0);
+    for (int64_t i = threadIdx.x; i < p.out_chunks; i += kPrepareThreads) row[i] = make_uint4(fill, fill, fill, fill);
   }
 }
 

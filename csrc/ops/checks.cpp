@@ -1,4 +1,4 @@
-#include "common.h"
+#include "checks.h"
 
 #include <cmath>
 #include <cstdio>
@@ -7,10 +7,6 @@
 
 namespace nvfp4 {
 namespace {
-
-constexpr int64_t kAlignment = 256;
-
-int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 const char* dtype_name(ScalarType dtype) {
   switch (dtype) {
@@ -43,19 +39,8 @@ const char* dtype_name(ScalarType dtype) {
   }
 }
 
-std::string device_name(const Tensor& tensor) {
-  switch (tensor.device().type()) {
-    case torch::headeronly::DeviceType::CPU:
-      return "cpu";
-    case torch::headeronly::DeviceType::CUDA:
-      return "cuda:" + std::to_string(tensor.get_device_index());
-    default:
-      return "another device";
-  }
-}
-
-template <typename Range, typename Print>
-std::string list(const Range& items, Print print) {
+template <typename Items, typename Print>
+std::string list(const Items& items, Print print) {
   std::ostringstream out;
   out << '[';
   const char* separator = "";
@@ -99,11 +84,19 @@ void check_dtype(const char* op, const char* name, const Tensor& tensor, std::in
   fail(op, name, " must be ", expected, ", got ", dtype_name(tensor.scalar_type()));
 }
 
+// A view into bytes, as torch.frombuffer gives, may begin anywhere.
+void check_alignment(const char* op, const char* name, const Tensor& tensor, int64_t bytes) {
+  if (reinterpret_cast<uintptr_t>(tensor.data_ptr()) % static_cast<uintptr_t>(bytes) != 0) {
+    fail(op, name, " must begin at a multiple of ", bytes, " bytes in memory, got a view that does not; call .clone() ",
+         "first");
+  }
+}
+
 // Trailing dimensions of a packed weight: [KB, 36] on the CPU (64 values are 32 bytes of codes and 4 scales), and one
 // dimension on CUDA, where 64 x 64 blocks are spread evenly over the rows.
 std::vector<int64_t> packed_tail(int64_t n, int64_t k) {
-  if (!kIsCuda) return {round_up(k, 64) / 64, 36};
-  return {(round_up(n, 64) * round_up(k, 64) / 16 * 9 + n - 1) / n};
+  if (!kIsCuda) return {ceil_div<int64_t>(k, 64), 36};
+  return {ceil_div(round_up<int64_t>(n, 64) * round_up<int64_t>(k, 64) / 16 * 9, n)};
 }
 
 // Python's f"{value:g}".
@@ -115,6 +108,36 @@ std::string format_g(double value) {
 }
 
 }  // namespace
+
+int64_t item_size(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Half:
+    case ScalarType::BFloat16:
+      return 2;
+    case ScalarType::Int:
+    case ScalarType::Float:
+      return 4;
+    case ScalarType::Long:
+      return 8;
+    default:
+      return 1;
+  }
+}
+
+std::string device_name(const Tensor& tensor) {
+  switch (tensor.device().type()) {
+    case torch::headeronly::DeviceType::CPU:
+      return "cpu";
+    case torch::headeronly::DeviceType::CUDA:
+      return "cuda:" + std::to_string(tensor.get_device_index());
+    default:
+      return "another device";
+  }
+}
+
+std::string list(const std::vector<int64_t>& numbers) {
+  return list(numbers, [](std::ostream& out, int64_t number) { out << number; });
+}
 
 void check_tensor(const char* op, const char* name, const Tensor& tensor, const char* like_name, const Tensor& like,
                   std::initializer_list<ScalarType> dtypes, const Dims& dims, const std::string& note) {
@@ -130,6 +153,7 @@ void check_tensor(const char* op, const char* name, const Tensor& tensor, const 
     fail(op, name, " must be contiguous, got a tensor of shape ", shape_of(tensor),
          " that is not; call .contiguous() first");
   }
+  check_alignment(op, name, tensor, item_size(tensor.scalar_type()));
 }
 
 void check_activations(const char* op, const char* name, const Tensor& tensor, const Dims& dims) {
@@ -145,6 +169,17 @@ void check_last_dim(const char* op, const char* name, const Tensor& tensor, int6
   if (size <= 0 || size % multiple != 0) {
     fail(op, name, "'s last dimension must be a positive multiple of ", multiple, ", got ", size);
   }
+}
+
+void check_k(const char* op, const char* name, const Tensor& tensor) {
+  check_last_dim(op, name, tensor, kGroupSize);
+  const int64_t k = tensor.size(tensor.dim() - 1);
+  if (k >= kIndexLimit) fail(op, name, "'s last dimension must be below 2**31, got ", k);
+}
+
+void check_count(const char* op, const char* what, int64_t count) {
+  if (count < int64_t{1} << kCountBits) return;
+  fail(op, what, " must be below 2**", kCountBits, ", got ", count, "; split the batch");
 }
 
 DType dtype_of(const Tensor& tensor) {
@@ -186,7 +221,13 @@ int64_t check_packed(const char* op, const char* name, const Tensor& packed, con
   const auto row_dim = static_cast<int64_t>(dims.size());
   dims.push_back(size.n < 0 ? Dim(size.gated ? "I" : "N") : Dim(size.n / halves));
   int64_t n = size.n;
-  if (n < 0 && packed.dim() == row_dim + 1 + static_cast<int64_t>(tail_rank)) n = packed.size(row_dim) * halves;
+  if (n < 0 && packed.dim() == row_dim + 1 + static_cast<int64_t>(tail_rank)) {
+    const int64_t rows = packed.size(row_dim);
+    if (rows >= kIndexLimit / halves) {
+      fail(op, name, "'s dimension ", row_dim, " must be below 2**", size.gated ? 30 : 31, ", got ", rows);
+    }
+    n = rows * halves;
+  }
   if (n > 0 || !kIsCuda) {
     for (int64_t dim : packed_tail(n > 0 ? n : kGroupSize, size.k)) dims.push_back(dim);
   } else {
@@ -199,6 +240,10 @@ int64_t check_packed(const char* op, const char* name, const Tensor& packed, con
     fail(op, name, "'s dimension ", row_dim, " must be a positive multiple of 16, got ", n / halves);
   }
   if (size.batched && packed.size(0) == 0) fail(op, name, " must hold at least one expert, got 0");
+  if (size.batched && packed.size(0) >= kIndexLimit) {
+    fail(op, name, " must hold fewer than 2**31 experts, got ", packed.size(0));
+  }
+  if (kIsCuda) check_alignment(op, name, packed, 16);
   return n;
 }
 
@@ -226,6 +271,7 @@ void check_in_features(const char* op, int64_t k) {
   if (k <= 0 || k % kGroupSize != 0) {
     fail(op, "the weight's input dimension K must be a positive multiple of 16, got ", k);
   }
+  if (k >= kIndexLimit) fail(op, "the weight's input dimension K must be below 2**31, got ", k);
 }
 
 void check_out_features(const char* op, int64_t n, bool gated) {
@@ -234,10 +280,14 @@ void check_out_features(const char* op, int64_t n, bool gated) {
     fail(op, "the weight's output dimension N must be a positive multiple of ", multiple, gated ? " (gated=True)" : "",
          ", got ", n);
   }
+  if (n >= kIndexLimit) fail(op, "the weight's output dimension N must be below 2**31, got ", n);
 }
 
 void check_num_experts(const char* op, int64_t num_experts) {
   if (num_experts <= 0) fail(op, "num_experts must be positive, got ", num_experts);
+  if (num_experts >= kIndexLimit) {
+    fail(op, "num_experts must be below 2**31, where offsets take 8 GiB of memory, got ", num_experts);
+  }
 }
 
 Dims any_shape(const Tensor& tensor, const char* last) {
@@ -296,9 +346,7 @@ Routing check_routing(const char* op, const Tensor& topk_ids, const std::optiona
   if (expert_map) {
     check_tensor(op, "expert_map", *expert_map, like_name, like, {ScalarType::Int}, {"global_experts"});
   }
-  if (topk_ids.numel() >= int64_t{1} << 31) {
-    fail(op, "M * top_k must be below 2**31, got ", topk_ids.numel(), "; split the batch");
-  }
+  check_count(op, "M * top_k", topk_ids.numel());
   // An empty tensor's data pointer is null, which would say that ids are local.
   static constexpr int32_t kEmptyMap = -1;
   const int32_t* map = optional_data<const int32_t>(expert_map);
@@ -313,36 +361,5 @@ Routing check_routing(const char* op, const Tensor& topk_ids, const std::optiona
       .experts = experts,
   };
 }
-
-Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, shape, dtype);
-}
-
-#ifdef USE_CUDA
-Launch::Launch(const Tensor& like, size_t workspace_bytes) : guard_(like.get_device_index()) {
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &context_.stream));
-#else
-Launch::Launch(const Tensor& like, size_t workspace_bytes) {
-#endif
-  if (workspace_bytes == 0) return;
-  // torch's CPU allocator aligns to 64 bytes; the kernels may rely on 256.
-  workspace_ = empty(like, {static_cast<int64_t>(workspace_bytes) + kAlignment}, ScalarType::Byte);
-  const auto address = reinterpret_cast<uintptr_t>(workspace_->data_ptr());
-  context_.workspace = reinterpret_cast<void*>(round_up(static_cast<int64_t>(address), kAlignment));
-}
-
-#ifndef USE_CUDA
-namespace cpu {
-
-int num_threads() { return static_cast<int>(torch::stable::get_num_threads()); }
-
-void parallel_for(int64_t n, void (*body)(void* argument, int64_t i), void* argument) {
-  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) body(argument, i);
-  });
-}
-
-}  // namespace cpu
-#endif
 
 }  // namespace nvfp4

@@ -1,12 +1,9 @@
-// What every op needs around its kernel: argument checks whose words torch_nvfp4/ops/_checks.py repeats for the fakes,
-// output and workspace allocation, and the choice of backend.
+// The checks of arguments, whose words torch_nvfp4/ops/_checks.py repeats for the fakes; and which backend this is.
 //
 // Each ops/<op>.cpp is compiled into both libraries: into _C for the CPU, and with USE_CUDA into _C_cuda.
 #pragma once
 
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <initializer_list>
@@ -17,6 +14,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../common.h"
 #include "../kernels.h"
 
 #ifdef USE_CUDA
@@ -38,6 +36,11 @@ constexpr bool kIsCuda = false;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// Experts, K and N stay below it: kernels count them in int32, and a product of two fits int64.
+constexpr int64_t kIndexLimit = int64_t{1} << 31;
+// Slots and rows stay below 2 to this: CUDA's loops step over their end.
+constexpr int kCountBits = kIsCuda ? 30 : 31;
+
 // One expected dimension: a size, or a letter where any size will do.
 struct Dim {
   int64_t size = -1;
@@ -55,13 +58,24 @@ template <typename... Parts>
   throw std::runtime_error(message.str());
 }
 
-// Checks dtype, device (that of `like`), shape and contiguity, in this order. `note` follows the expected shape.
+// Bytes of an element, for the dtypes that tensors may have here.
+int64_t item_size(ScalarType dtype);
+std::string device_name(const Tensor& tensor);
+// "[1, 2, 3]"
+std::string list(const std::vector<int64_t>& numbers);
+
+// Checks dtype, device (that of `like`), shape, contiguity and alignment, in this order. `note` follows the expected
+// shape.
 void check_tensor(const char* op, const char* name, const Tensor& tensor, const char* like_name, const Tensor& like,
                   std::initializer_list<ScalarType> dtypes, const Dims& dims, const std::string& note = "");
 
 // check_tensor with the dtypes that activations may have on this backend.
 void check_activations(const char* op, const char* name, const Tensor& tensor, const Dims& dims);
 void check_last_dim(const char* op, const char* name, const Tensor& tensor, int64_t multiple);
+// The last dimension of activations that a weight is multiplied with.
+void check_k(const char* op, const char* name, const Tensor& tensor);
+// A number of slots or rows.
+void check_count(const char* op, const char* what, int64_t count);
 DType dtype_of(const Tensor& tensor);
 
 // Sizes of a packed weight; -1 where any size will do.
@@ -97,22 +111,6 @@ Gate check_gate(const char* op, int64_t activation, std::optional<double> clamp_
 
 Routing check_routing(const char* op, const Tensor& topk_ids, const std::optional<Tensor>& expert_map, int64_t tokens,
                       int64_t top_k, int64_t experts, const char* like_name, const Tensor& like);
-
-Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype);
-
-// Selects the device and current stream of `like` for one call, and owns the call's scratch memory.
-class Launch {
- public:
-  Launch(const Tensor& like, size_t workspace_bytes);
-  const Context& context() const { return context_; }
-
- private:
-#ifdef USE_CUDA
-  torch::stable::accelerator::DeviceGuard guard_;
-#endif
-  std::optional<Tensor> workspace_;
-  Context context_;
-};
 
 template <typename T>
 T* optional_data(const std::optional<Tensor>& tensor) {
