@@ -119,7 +119,7 @@ def test_odd_tensor_names_in_errors(damaged: Path, name: str, words: str) -> Non
     assert len(str(caught.value)) <= 2000
 
 
-@pytest.mark.parametrize("metadata", [{"a": 1}, {"a": "\ud800"}, {"\ud800": "a"}, [], "x", 0])
+@pytest.mark.parametrize("metadata", [{"a": 1}, {"a": None}, {"a": "\ud800"}, {"\ud800": "a"}, [], "x", 0])
 def test_metadata_that_the_safetensors_library_refuses(damaged: Path, metadata: Any) -> None:
     write_raw(damaged / SHARD_1, {"__metadata__": metadata})
     with raises(damaged / SHARD_1, "__metadata__: expected an object of texts, got"):

@@ -187,10 +187,12 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
 
 def _check_metadata(file: Path, metadata: Any) -> None:
     """What the safetensors library demands of it."""
-    texts = [*metadata, *metadata.values()] if isinstance(metadata, dict) else [] if metadata is None else [metadata]
-    wrong = next((text for text in texts if not isinstance(text, str) or not _is_text(text)), None)
-    if wrong is not None or (metadata is not None and not isinstance(metadata, dict)):
-        raise CheckpointError(refusal(f"{file}: __metadata__", "an object of texts", shown(wrong)))
+    if metadata is None:
+        return
+    texts = [*metadata, *metadata.values()] if isinstance(metadata, dict) else [metadata]
+    wrong = [text for text in texts if not isinstance(text, str) or not _is_text(text)]
+    if wrong or not isinstance(metadata, dict):
+        raise CheckpointError(refusal(f"{file}: __metadata__", "an object of texts", shown((wrong or [metadata])[0])))
 
 
 def _is_text(text: str) -> bool:
