@@ -72,6 +72,19 @@ def test_split() -> None:
     assert ask(1, **one, features=64, hidden=64)["split"] == "k over 1 warps"
 
 
+def test_tables_of_many_experts_leave_room_for_three_stages() -> None:
+    """Two would wait for each other for ever."""
+    kimi = {"hidden": 3584, "features": 384, "top_k": 16}
+    answer = ask(8192, **kimi, experts=896)
+    assert answer["tile"] == "192 rows x at most 176 tokens (wide)"
+    assert answer["shared memory"].endswith(" 3 stages")
+    assert ask(6400, **kimi, experts=640)["tile"] == "192 rows x at most 192 tokens (wide)"
+    for experts in range(1, 2049, 31):
+        for tokens in (experts, 4 * experts, 8 * experts, 16 * experts):
+            shared = ask(tokens, **kimi, experts=experts)["shared memory"]
+            assert "stages" not in shared or int(shared.split()[-2]) >= 3
+
+
 def test_reasons() -> None:
     answer = ask(64)
     assert list(answer) == [

@@ -49,11 +49,11 @@ const char* against_wgmma(const Problem& problem, const Device& device, Choice& 
   if (problem.experts > kWgmmaMaxExperts) return "its shared memory holds the tables of at most 2048 experts";
   const WgmmaTiles tiles = wgmma_tiles(problem);
   choice.wgmma = plan_wgmma(tiles, wgmma_width(tiles, problem), problem.experts, device);
-  constexpr int kLeastStages = 2;
-  return choice.wgmma.stages >= kLeastStages ? nullptr : "a CTA's shared memory has no room for two of its stages";
+  return choice.wgmma.stages > 0 ? nullptr : "a CTA's shared memory has no room for three of its stages";
 }
 
-static_assert(kInlineSlots == 32 && kStreamSlotsPerExpert == 7 && kWgmmaMaxExperts == 2048,
+static_assert(kInlineSlots == 32 && kStreamSlotsPerExpert == 7 && kWgmmaMaxExperts == 2048 &&
+                  wgmma_experts::kMinStages == 3,
               "the reasons above name these numbers");
 
 // The fewer warps share an item, the rarer are reductions; but every warp should find work, several times over.
