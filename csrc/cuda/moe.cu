@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "aligned_rows.h"
+#include "kernels/combine.h"
 #include "kernels/few_slots_mlp/params.h"
 #include "kernels/route.h"
 #include "kernels/stream_gemm/params.h"
@@ -132,7 +133,7 @@ void sum(const MoeArgs& args, const Plan& plan, const Context& context) {
       .n = args.w2.n,
       .out = args.out,
   };
-  combine(combined, context);
+  combine(combined, /*routing_is_older=*/true, context);
 }
 
 }  // namespace
