@@ -60,11 +60,13 @@ def test_kernel_and_tile(tokens: int, changes: dict[str, Any], expected: str) ->
 
 
 def test_split() -> None:
-    # 132 x 16 = 2112 warps. 8 of them per item up to 264 items, 4 up to 4224, then 2; each with 4 blocks of k or more.
+    # 132 x 16 = 2112 warps. 8 of them per item up to 264 items, 4 up to 528, then 2; each with 4 blocks of k or more,
+    # and 2 only with 6.
     assert ask(6, experts=6)["split"] == "k over 4 warps in w13, over 4 in w2"
-    assert ask(8)["split"] == "k over 4 warps in w13, over 4 in w2"
-    assert ask(11)["split"] == "k over 4 warps in w13, over 4 in w2"
-    assert ask(12)["split"] == "k over 2 warps in w13, over 2 in w2"
+    assert ask(9, experts=8)["split"] == "k over 4 warps in w13, over 4 in w2"
+    assert ask(9, experts=9)["split"] == "k over 2 warps in w13, over 2 in w2"
+    assert ask(16, features=768)["split"] == "k over 2 warps in w13, over 2 in w2"
+    assert ask(16, features=704)["split"] == "k over 2 warps in w13, over 1 in w2"
     assert ask(64)["split"] == "k over 2 warps in w13, over 2 in w2"
     one = {"op": "linear", "experts": 1, "top_k": 1}
     assert ask(1, **one, features=64)["split"] == "k over 8 warps"

@@ -56,13 +56,15 @@ static_assert(kInlineSlots == 32 && kStreamSlotsPerExpert == 7 && kWgmmaMaxExper
                   wgmma_experts::kMinStages == 3,
               "the reasons above name these numbers");
 
-// The fewer warps share an item, the rarer are reductions; but every warp should find work, several times over.
+// The fewer warps share an item, the rarer are reductions; but some warps should be left to find work, and a warp that
+// shares an item should find more than a few blocks of it.
 int stream_k_ways(int64_t k_blocks, int64_t items, const Device& device) {
   const int64_t warps = int64_t{device.multiprocessors} * 16;
   int ways = 8;
   if (items * 8 > warps) ways = 4;
-  if (items * 2 > 4 * warps) ways = 2;
-  while (ways > 1 && k_blocks < 4 * ways) ways /= 2;
+  if (items * 4 > warps) ways = 2;
+  while (ways > 2 && k_blocks < 4 * ways) ways /= 2;
+  if (ways == 2 && k_blocks < 6 * ways) ways = 1;
   return ways;
 }
 
