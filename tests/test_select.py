@@ -74,6 +74,20 @@ def test_split() -> None:
     assert ask(1, **one, features=64, hidden=64)["split"] == "k over 1 warps"
 
 
+def test_who_sorts() -> None:
+    # An expert is 14.2 MB; 1.2 GB are 84 of them.
+    assert ask(14)["sort"] == "by every CTA"
+    assert ask(15)["sort"] == "by a launch before"
+    assert ask(14, A100)["sort"] == "by a launch before"
+    small = {"hidden": 2048, "features": 512, "top_k": 8}
+    assert ask(128, **small)["sort"] == "by every CTA"
+    assert ask(129, **small)["sort"] == "by a launch before"  # 1032 slots
+    assert ask(128, **small, experts=1023)["sort"] == "by a launch before"  # 1.8 GB
+    assert ask(128, **small | {"features": 128}, experts=1023)["sort"] == "by every CTA"
+    assert ask(128, **small | {"features": 128}, experts=1024)["sort"] == "by a launch before"
+    assert "sort" not in ask(16, op="linear", experts=1, top_k=1)
+
+
 def test_tables_of_many_experts_leave_room_for_three_stages() -> None:
     """Two would wait for each other for ever."""
     kimi = {"hidden": 3584, "features": 384, "top_k": 16}
@@ -90,7 +104,7 @@ def test_tables_of_many_experts_leave_room_for_three_stages() -> None:
 def test_reasons() -> None:
     answer = ask(64)
     assert list(answer) == [
-        "problem", "device", "kernel", "tile", "split", "not few_slots_mlp", "not wgmma_experts", "why",
+        "problem", "device", "kernel", "tile", "split", "sort", "not few_slots_mlp", "not wgmma_experts", "why",
     ]  # fmt: skip
     assert "384 slots, 1.5 per expert" in answer["problem"]
     assert answer["device"] == "compute capability 9.x, SM90 kernels, 132 SMs, 232448 bytes of shared memory per CTA"
