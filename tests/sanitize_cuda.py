@@ -12,11 +12,14 @@ from torch_nvfp4.testing import assert_accurate, random_routing, random_weight
 
 BF16, FP16 = torch.bfloat16, torch.float16
 LIMIT = 2.0
-# E, K, I, top_k, M, dtype: a single token; up to 32 slots, which are not sorted; narrow and wide tiles; a routing that
-# several blocks sort; wgmma with tall and with wide tiles, and its ring of stages when it wraps.
+# E, K, I, top_k, M, dtype: a single token; up to 32 slots, which are not sorted; slots that every CTA sorts on SM90;
+# narrow and wide tiles; a routing that several blocks sort; wgmma with tall and with wide tiles, and its ring of stages
+# when it wraps.
 MOE = [
     (8, 192, 96, 2, 1, BF16),
     (8, 192, 96, 2, 12, BF16),
+    (8, 192, 96, 2, 25, BF16),
+    (16, 192, 96, 2, 50, FP16),
     (8, 192, 96, 2, 40, BF16),
     (8, 192, 96, 2, 40, FP16),
     (8, 192, 96, 2, 90, BF16),
@@ -34,6 +37,7 @@ def check_moe(e: int, k: int, i: int, top_k: int, m: int, dtype: torch.dtype, de
     p13, p2 = torch_nvfp4.pack(w13, gated=True), torch_nvfp4.pack(w2)
     x = torch.randn(m, k, generator=generator).to(device, dtype)
     topk_weights, topk_ids = random_routing(m, e, top_k, generator=generator, device=device)
+    topk_ids[: m // 2, 0] = 1  # an expert of several tiles
     topk_ids[m // 2, 0] = -1
     expected = reference.moe(x, w13, w2, topk_weights, topk_ids, clamp_limit=LIMIT)
     weights = p13, w13.global_scale, p2, w2.global_scale

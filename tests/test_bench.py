@@ -48,6 +48,26 @@ def test_cases_differ_in_routing_and_repeat_with_the_seed():
     torch.testing.assert_close(first.topk_weights.sum(-1), torch.ones(8))
 
 
+def test_skewed_cases():
+    """Sigma 1.5: of 256 experts, 8 per token, the most popular one is an outlier; without skew none is."""
+    shape = bench.Shape(256, 32, 16, 8)
+    shares = {}
+    for skew in (0.0, 1.5):
+        ids = torch.cat([case.topk_ids for case in itertools.islice(bench.cases(shape, 2000, skew=skew), 1)])
+        assert all(row.unique().numel() == 8 for row in ids)
+        assert int(ids.min()) >= 0
+        assert int(ids.max()) < 256
+        shares[skew] = ids.flatten().bincount(minlength=256).sort(descending=True).values / ids.numel() * 256
+    # Log-normal popularity of sigma 1.5: its mean is 3.08 times its median, and a token's 8 experts are distinct.
+    assert shares[0.0][0] < 1.6
+    assert 8 < shares[1.5][0] <= 32
+    assert 0.2 < shares[1.5][128] < 0.6
+    first, second = itertools.islice(bench.cases(shape, 64, skew=1.5), 2)
+    assert not torch.equal(first.topk_ids.flatten().bincount(), second.topk_ids.flatten().bincount())
+    assert torch.equal(first.topk_ids, next(bench.cases(shape, 64, skew=1.5)).topk_ids)
+    torch.testing.assert_close(first.topk_weights.sum(-1), torch.ones(64))
+
+
 @pytest.mark.parametrize(("activation", "limit"), [("silu", 5.0), ("silu", None), ("swiglustep", 5.0), ("gelu", None)])
 def test_dequantize_then_matmul_is_the_layer(activation, limit):
     generator = torch.Generator().manual_seed(0)
@@ -312,6 +332,8 @@ def test_plot(tmp_path):
         (["--peer", "vllm"], "--peer: expected one of dequantize, transformers, compiled, none on cpu, got 'vllm'"),
         (["--clamp-limit", "-1"], "expected clamp_limit to be finite and positive"),
         (["--device", "tpu"], "--device: expected cpu or cuda, got 'tpu'"),
+        (["--skew", "-1"], "--skew: expected a finite sigma of at least 0, got -1"),
+        (["--skew", "nan"], "--skew: expected a finite sigma of at least 0, got nan"),
     ],
 )
 def test_errors(arguments, message):

@@ -25,6 +25,9 @@ LAYERS = {
     "dsv4-flash-tp8": (Shape(256, 4096, 256, 6), TOKENS),
     "qwen3-30b": (SHAPES["qwen3-30b"], TOKENS),
     "deepseek-r1": (SHAPES["deepseek-r1"], TOKENS),
+    "qwen3.6": (SHAPES["qwen3.6"], (*TOKENS, 128)),
+    "gemma-4": (SHAPES["gemma-4"], TOKENS),
+    "kimi-k3-tp8": (SHAPES["kimi-k3-tp8"], (1, 3, 16, 64, 200, 1024, 4096, 8192)),
 }
 
 
@@ -90,15 +93,21 @@ def test_accuracy(full: Full, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.usefixtures("_arch")
-def test_all_tokens_on_the_same_experts() -> None:
-    full = make_full(Shape(256, 4096, 256, 6), (1, 40, 700, 5000), one_expert_set=True)
+@pytest.mark.parametrize(
+    ("shape", "tokens"),
+    [(Shape(256, 4096, 256, 6), (1, 40, 700, 5000)), (SHAPES["qwen3.6"], (17, 128, 220))],
+    ids=["dsv4-flash-tp8", "qwen3.6"],
+)
+def test_all_tokens_on_the_same_experts(shape: Shape, tokens: tuple[int, ...]) -> None:
+    full = make_full(shape, tokens, one_expert_set=True)
     for m in full.tokens:
         full.check(m, torch.bfloat16)
 
 
 @pytest.mark.usefixtures("_arch")
-def test_20_runs_are_bit_equal() -> None:
-    full = make_full(SHAPES["dsv4-flash-tp4"], TOKENS)
+@pytest.mark.parametrize("shape", ["dsv4-flash-tp4", "qwen3.6"])
+def test_20_runs_are_bit_equal(shape: str) -> None:
+    full = make_full(SHAPES[shape], TOKENS)
     for m in full.tokens:
         first = full.run(m, torch.bfloat16)
         assert all(torch.equal(full.run(m, torch.bfloat16), first) for _ in range(19)), f"M = {m}"

@@ -60,11 +60,13 @@ def test_kernel_and_tile(tokens: int, changes: dict[str, Any], expected: str) ->
 
 
 def test_split() -> None:
-    # 132 x 16 = 2112 warps. 8 of them per item up to 264 items, 4 up to 4224, then 2; each with 4 blocks of k or more.
+    # 132 x 16 = 2112 warps. 8 of them per item up to 264 items, 4 up to 528, then 2; each with 4 blocks of k or more,
+    # and 2 only with 6.
     assert ask(6, experts=6)["split"] == "k over 4 warps in w13, over 4 in w2"
-    assert ask(8)["split"] == "k over 4 warps in w13, over 4 in w2"
-    assert ask(11)["split"] == "k over 4 warps in w13, over 4 in w2"
-    assert ask(12)["split"] == "k over 2 warps in w13, over 2 in w2"
+    assert ask(9, experts=8)["split"] == "k over 4 warps in w13, over 4 in w2"
+    assert ask(9, experts=9)["split"] == "k over 2 warps in w13, over 2 in w2"
+    assert ask(16, features=768)["split"] == "k over 2 warps in w13, over 2 in w2"
+    assert ask(16, features=704)["split"] == "k over 2 warps in w13, over 1 in w2"
     assert ask(64)["split"] == "k over 2 warps in w13, over 2 in w2"
     one = {"op": "linear", "experts": 1, "top_k": 1}
     assert ask(1, **one, features=64)["split"] == "k over 8 warps"
@@ -72,10 +74,37 @@ def test_split() -> None:
     assert ask(1, **one, features=64, hidden=64)["split"] == "k over 1 warps"
 
 
+def test_who_sorts() -> None:
+    # An expert is 14.2 MB; 1.2 GB are 84 of them.
+    assert ask(14)["sort"] == "by every CTA"
+    assert ask(15)["sort"] == "by a launch before"
+    assert ask(14, A100)["sort"] == "by a launch before"
+    small = {"hidden": 2048, "features": 512, "top_k": 8}
+    assert ask(128, **small)["sort"] == "by every CTA"
+    assert ask(129, **small)["sort"] == "by a launch before"  # 1032 slots
+    assert ask(128, **small, experts=1023)["sort"] == "by a launch before"  # 1.8 GB
+    assert ask(128, **small | {"features": 128}, experts=1023)["sort"] == "by every CTA"
+    assert ask(128, **small | {"features": 128}, experts=1024)["sort"] == "by a launch before"
+    assert "sort" not in ask(16, op="linear", experts=1, top_k=1)
+
+
+def test_tables_of_many_experts_leave_room_for_three_stages() -> None:
+    """Two would wait for each other for ever."""
+    kimi = {"hidden": 3584, "features": 384, "top_k": 16}
+    answer = ask(8192, **kimi, experts=896)
+    assert answer["tile"] == "192 rows x at most 176 tokens (wide)"
+    assert answer["shared memory"].endswith(" 3 stages")
+    assert ask(6400, **kimi, experts=640)["tile"] == "192 rows x at most 192 tokens (wide)"
+    for experts in range(1, 2049, 31):
+        for tokens in (experts, 4 * experts, 8 * experts, 16 * experts):
+            shared = ask(tokens, **kimi, experts=experts)["shared memory"]
+            assert "stages" not in shared or int(shared.split()[-2]) >= 3
+
+
 def test_reasons() -> None:
     answer = ask(64)
     assert list(answer) == [
-        "problem", "device", "kernel", "tile", "split", "not few_slots_mlp", "not wgmma_experts", "why",
+        "problem", "device", "kernel", "tile", "split", "sort", "not few_slots_mlp", "not wgmma_experts", "why",
     ]  # fmt: skip
     assert "384 slots, 1.5 per expert" in answer["problem"]
     assert answer["device"] == "compute capability 9.x, SM90 kernels, 132 SMs, 232448 bytes of shared memory per CTA"

@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "aligned_rows.h"
+#include "kernels/combine.h"
 #include "kernels/few_slots_mlp/params.h"
 #include "kernels/route.h"
 #include "kernels/stream_gemm/params.h"
@@ -18,10 +19,10 @@ struct Plan {
   void* aligned_x;   // [tokens, k of w13], for hidden_states that are not
   void* expert_out;  // [slots, n of w2], fp32 with few_slots_mlp
   void* hidden;      // [slots, k of w2], few_slots_mlp and stream_gemm
-  int32_t* order;    // these three sort: stream_gemm and wgmma_experts
+  int32_t* order;    // these three sort: wgmma_experts, and stream_gemm unless its CTAs do
   int32_t* offsets;  //
   void* sort;        //
-  int4* tile_table;  // stream_gemm
+  int4* tile_table;  // stream_gemm unless its CTAs sort
   void* wgmma;       // wgmma_experts
   size_t bytes;
 };
@@ -63,20 +64,23 @@ Plan plan_of(const MoeArgs& args, const Context& context) {
   if (plan.choice.kernel == Kernel::few_slots_mlp) {
     plan.expert_out = workspace.take<float>(plan.slots * args.w2.n);
     plan.hidden = workspace.take<uint16_t>(plan.slots * args.w2.k);
-  } else {
-    plan.expert_out = workspace.take<uint16_t>(plan.slots * args.w2.n);
+    plan.bytes = workspace.bytes();
+    return plan;
+  }
+  plan.expert_out = workspace.take<uint16_t>(plan.slots * args.w2.n);
+  const bool streams = plan.choice.kernel == Kernel::stream_gemm;
+  if (streams) plan.hidden = workspace.take<uint16_t>(plan.slots * args.w2.k);
+  if (!(streams && plan.choice.stream.sorting)) {
     plan.order = workspace.take<int32_t>(plan.slots);
     plan.offsets = workspace.take<int32_t>(args.routing.experts + 1);
     plan.sort = workspace.take<void>(static_cast<int64_t>(sort_workspace(args.routing)));
   }
-  if (plan.choice.kernel == Kernel::wgmma_experts) {
+  if (!streams) {
     plan.wgmma = workspace.take<void>(static_cast<int64_t>(wgmma_expert_mlp_workspace(wgmma_args(args, plan))));
-  }
-  if (plan.choice.kernel == Kernel::stream_gemm) {
+  } else if (!plan.choice.stream.sorting) {
     const int width = tile_width(plan.choice.stream.tiles);
     plan.tile_table = static_cast<int4*>(
         workspace.take<void>(static_cast<int64_t>(tile_table_bytes(plan.slots, args.routing.experts, width))));
-    plan.hidden = workspace.take<uint16_t>(plan.slots * args.w2.k);
   }
   plan.bytes = workspace.bytes();
   return plan;
@@ -108,6 +112,8 @@ void run_stream(const MoeArgs& args, const Plan& plan, void* stream) {
   gate_up.slots_per_row = static_cast<int>(args.routing.top_k);
   gate_up.tile_table = plan.tile_table;
   gate_up.order = plan.order;
+  gate_up.sorting = sizes.sorting;
+  gate_up.routing = args.routing;
   gate_up.slot_scale = args.apply_router_weight_on_input ? args.topk_weights : nullptr;
   gate_up.has_gate = true;
   gate_up.gate = args.gate;
@@ -118,6 +124,8 @@ void run_stream(const MoeArgs& args, const Plan& plan, void* stream) {
   down.x = plan.hidden;
   down.tile_table = plan.tile_table;
   down.order = plan.order;
+  down.sorting = sizes.sorting;
+  down.routing = args.routing;
   down.plan_is_older = true;
   down.out = plan.expert_out;
   stream_gemm(plan.choice.isa, args.dtype, sizes.tiles, down, stream);
@@ -132,7 +140,7 @@ void sum(const MoeArgs& args, const Plan& plan, const Context& context) {
       .n = args.w2.n,
       .out = args.out,
   };
-  combine(combined, context);
+  combine(combined, /*routing_is_older=*/true, context);
 }
 
 }  // namespace
@@ -155,7 +163,7 @@ void moe(const MoeArgs& original, const Context& context) {
       sum(args, plan, context);
       break;
     case Kernel::stream_gemm:
-      sort(args, plan, context.stream);
+      if (!plan.choice.stream.sorting) sort(args, plan, context.stream);
       run_stream(args, plan, context.stream);
       sum(args, plan, context);
       break;

@@ -49,25 +49,40 @@ const char* against_wgmma(const Problem& problem, const Device& device, Choice& 
   if (problem.experts > kWgmmaMaxExperts) return "its shared memory holds the tables of at most 2048 experts";
   const WgmmaTiles tiles = wgmma_tiles(problem);
   choice.wgmma = plan_wgmma(tiles, wgmma_width(tiles, problem), problem.experts, device);
-  constexpr int kLeastStages = 2;
-  return choice.wgmma.stages >= kLeastStages ? nullptr : "a CTA's shared memory has no room for two of its stages";
+  return choice.wgmma.stages > 0 ? nullptr : "a CTA's shared memory has no room for three of its stages";
 }
 
-static_assert(kInlineSlots == 32 && kStreamSlotsPerExpert == 7 && kWgmmaMaxExperts == 2048,
+static_assert(kInlineSlots == 32 && kStreamSlotsPerExpert == 7 && kWgmmaMaxExperts == 2048 &&
+                  wgmma_experts::kMinStages == 3,
               "the reasons above name these numbers");
 
-// The fewer warps share an item, the rarer are reductions; but every warp should find work, several times over.
+// The fewer warps share an item, the rarer are reductions; but some warps should be left to find work, and a warp that
+// shares an item should find more than a few blocks of it.
 int stream_k_ways(int64_t k_blocks, int64_t items, const Device& device) {
   const int64_t warps = int64_t{device.multiprocessors} * 16;
   int ways = 8;
   if (items * 8 > warps) ways = 4;
-  if (items * 2 > 4 * warps) ways = 2;
-  while (ways > 1 && k_blocks < 4 * ways) ways /= 2;
+  if (items * 4 > warps) ways = 2;
+  while (ways > 2 && k_blocks < 4 * ways) ways /= 2;
+  if (ways == 2 && k_blocks < 6 * ways) ways = 1;
   return ways;
+}
+
+// A CTA that sorts for itself spares a launch and the way of its table through memory, 2-3 us per call, and streams
+// weights 0.5 % slower. That pays while the weights of the experts hit take less than about 0.4 ms.
+bool stream_sorts(const Problem& problem, StreamTiles tiles, Isa isa) {
+  if (problem.op != Op::moe || isa != Isa::sm90 || tiles != StreamTiles::narrow) return false;
+  if (problem.slots() == 0 || problem.slots() > kCtaSortSlots || problem.experts > kCtaSortExperts) return false;
+  const int64_t experts_hit = std::min(problem.slots(), problem.experts);
+  constexpr double kMostBytes = 1.2e9;
+  double blocks = 0;  // of an expert
+  for (const GemmSize& gemm : problem.gemm) blocks += static_cast<double>(k_blocks_of(gemm.k)) * panels_of(gemm.n);
+  return static_cast<double>(experts_hit) * blocks * kBlockBytes <= kMostBytes;
 }
 
 const char* against_stream(const Problem& problem, const Device& device, Choice& choice) {
   choice.stream.tiles = problem.slots() <= kNarrowTile * problem.experts ? StreamTiles::narrow : StreamTiles::wide;
+  choice.stream.sorting = stream_sorts(problem, choice.stream.tiles, choice.isa);
   // How many tiles there will be is a guess: the routing is not known here. A dense layer has no routing.
   const int64_t tiles = problem.op == Op::linear ? ceil_div<int64_t>(problem.tokens, tile_width(choice.stream.tiles))
                                                  : std::min(problem.slots(), problem.experts);
@@ -149,6 +164,7 @@ void describe_plan(const Problem& problem, const Choice& c, std::string& text) {
            c.stream.tiles == StreamTiles::wide ? "wide" : "narrow");
       if (problem.op == Op::moe) {
         line(text, "split: k over %d warps in w13, over %d in w2", c.stream.k_ways[0], c.stream.k_ways[1]);
+        line(text, "sort: %s", c.stream.sorting ? "by every CTA" : "by a launch before");
       } else {
         line(text, "split: k over %d warps", c.stream.k_ways[0]);
       }

@@ -60,14 +60,21 @@ def last_level_cache_bytes() -> int:
 
 
 def measure_cpu(
-    shape: Shape, tokens: int, contenders: Sequence[Contender], probes: Probes, *, seconds: float, min_rounds: int = 5
+    shape: Shape,
+    tokens: int,
+    contenders: Sequence[Contender],
+    probes: Probes,
+    *,
+    seconds: float,
+    skew: float = 0.0,
+    min_rounds: int = 5,
 ) -> Row:
     """Times ``contenders`` (ours first) for about ``seconds``.
 
     Ours runs in every round. A peer so slow that it has used up its share of the time sits the other rounds out, once
     it has run twice.
     """
-    source = cases(shape, tokens)
+    source = cases(shape, tokens, skew=skew)
     ours, *peers = contenders
     for contender in contenders:
         contender.run(cast(next(source), contender))

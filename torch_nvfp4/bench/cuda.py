@@ -43,13 +43,14 @@ def measure_cuda(
     *,
     device: torch.device,
     seconds: float,
+    skew: float = 0.0,
     breakdown: bool = False,
     min_rounds: int = 5,
 ) -> Row:
     """Times one graph of 12, 5 or 3 calls of each contender (ours first), replayed in turns for about ``seconds``."""
     ours, *peers = contenders
     calls = _calls_per_graph(tokens)
-    source = cases(shape, tokens, device=device)
+    source = cases(shape, tokens, skew=skew, device=device)
     inputs = [next(source) for _ in range(calls)]
     # The inputs stay alive with the graphs that read them.
     prepared = {contender.name: [cast(case, contender) for case in inputs] for contender in contenders}

@@ -59,6 +59,9 @@ SHAPES = {
     "dsv4-flash-tp4": Shape(256, 4096, 512, 6),
     "qwen3-30b": Shape(128, 2048, 768, 8),
     "deepseek-r1": Shape(256, 7168, 2048, 8),
+    "qwen3.6": Shape(256, 2048, 512, 8),
+    "gemma-4": Shape(128, 2816, 704, 8),
+    "kimi-k3-tp8": Shape(896, 3584, 384, 16),
 }
 
 
@@ -127,13 +130,33 @@ class Layer:
         return cls(shape, w13, w2, clamp_limit)
 
 
-def cases(shape: Shape, tokens: int, *, device: torch.device | str = "cpu") -> Iterator[Case]:
-    """Inputs for call after call, each with other values and another routing: fp32, the same for a (shape, tokens)."""
+def cases(shape: Shape, tokens: int, *, skew: float = 0.0, device: torch.device | str = "cpu") -> Iterator[Case]:
+    """Inputs for call after call, each with other values and another routing: fp32, the same for the same arguments.
+
+    Experts are equally popular, or with ``skew`` their popularity is log-normal with this sigma, drawn anew for every
+    call as if it were another layer.
+    """
     generator = torch.Generator().manual_seed(1000 + tokens)
     while True:
-        topk_weights, topk_ids = random_routing(tokens, shape.experts, shape.top_k, generator=generator)
+        if skew > 0:
+            topk_weights, topk_ids = _skewed_routing(shape, tokens, skew, generator)
+        else:
+            topk_weights, topk_ids = random_routing(tokens, shape.experts, shape.top_k, generator=generator)
         hidden_states = torch.randn(tokens, shape.hidden, generator=generator)
         yield Case(hidden_states.to(device), topk_weights.to(device), topk_ids.to(device))
+
+
+def _skewed_routing(shape: Shape, tokens: int, sigma: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """(topk_weights that sum to 1 per token, int64 topk_ids), both [tokens, top_k].
+
+    A token draws its experts one after another without replacement, each in proportion to its popularity: those with
+    the largest sums of log-popularity and Gumbel noise.
+    """
+    log_popularity = sigma * torch.randn(shape.experts, generator=generator)
+    exponential = torch.empty(tokens, shape.experts).exponential_(generator=generator)
+    topk_ids = (log_popularity - exponential.log()).topk(shape.top_k, dim=-1).indices
+    topk_weights = torch.rand(tokens, shape.top_k, generator=generator)
+    return topk_weights / topk_weights.sum(-1, keepdim=True), topk_ids
 
 
 def cast(case: Case, contender: Contender) -> Case:

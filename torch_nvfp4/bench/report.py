@@ -54,6 +54,7 @@ class Report:
     dtype: str
     clamp_limit: float
     rows: list[Row] = field(default_factory=list)
+    skew: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         report = asdict(self)
@@ -75,9 +76,10 @@ def cpu_name() -> str:
 def title(report: Report) -> str:
     shape = Shape(**report.shape)
     threads = f", {report.threads} threads" if report.device == "cpu" else ""
+    skew = f", skew {report.skew:g}" if report.skew > 0 else ""
     return (
         f"MoE layer E={shape.experts} K={shape.hidden} I={shape.intermediate} top-k {shape.top_k}, {report.dtype} "
-        f"activations, clamp {report.clamp_limit:g}; {report.machine}{threads}"
+        f"activations, clamp {report.clamp_limit:g}{skew}; {report.machine}{threads}"
     )
 
 

@@ -20,7 +20,7 @@ CPU_LEVEL_VARIABLE = "TORCH_NVFP4_CPU_LEVEL"
 
 def run_cpu(
     shape: Shape, tokens: Sequence[int], *, dtype: torch.dtype, clamp_limit: float, peers: Sequence[str],
-    seconds: float, progress: Callable[[str], None] | None = None,
+    seconds: float, skew: float = 0.0, progress: Callable[[str], None] | None = None,
 ) -> Report:  # fmt: skip
     """The whole CPU run. ``peers`` are keys of ``CPU_PEERS``; ``progress`` is told what begins."""
     tell = progress or (lambda _: None)
@@ -31,19 +31,19 @@ def run_cpu(
         tell(f"weights for {peer}")
         contenders += CPU_PEERS[peer](layer, dtype)
     probes = Probes()
-    report = _report("cpu", shape, dtype, clamp_limit, peers)
+    report = _report("cpu", shape, dtype, clamp_limit, peers, skew)
     with torch.inference_mode():
         tell("do they agree?")
         check_agreement(contenders, next(cases(shape, 2)))
         for count in tokens:
             tell(f"M = {count}")
-            report.rows.append(measure_cpu(shape, count, contenders, probes, seconds=seconds))
+            report.rows.append(measure_cpu(shape, count, contenders, probes, seconds=seconds, skew=skew))
     return report
 
 
 def run_cuda(
     shape: Shape, tokens: Sequence[int], *, dtype: torch.dtype, clamp_limit: float, peers: Sequence[str],
-    seconds: float, breakdown: bool = False, progress: Callable[[str], None] | None = None,
+    seconds: float, skew: float = 0.0, breakdown: bool = False, progress: Callable[[str], None] | None = None,
 ) -> Report:  # fmt: skip
     """The whole run on the current CUDA device. ``peers`` are keys of ``CUDA_PEERS``."""
     tell = progress or (lambda _: None)
@@ -54,19 +54,21 @@ def run_cuda(
     for peer in peers:
         tell(f"weights for {peer}")
         contenders += CUDA_PEERS[peer](layer, dtype)
-    report = _report("cuda", shape, dtype, clamp_limit, peers)
+    report = _report("cuda", shape, dtype, clamp_limit, peers, skew)
     with torch.inference_mode():
         for count in tokens:
             tell(f"M = {count}")
             # A peer picks another kernel for another M.
             check_agreement(contenders, next(cases(shape, count, device=device)))
             report.rows.append(
-                measure_cuda(shape, count, contenders, device=device, seconds=seconds, breakdown=breakdown)
+                measure_cuda(shape, count, contenders, device=device, seconds=seconds, skew=skew, breakdown=breakdown)
             )
     return report
 
 
-def _report(device: str, shape: Shape, dtype: torch.dtype, clamp_limit: float, peers: Sequence[str]) -> Report:
+def _report(
+    device: str, shape: Shape, dtype: torch.dtype, clamp_limit: float, peers: Sequence[str], skew: float
+) -> Report:
     of_peers = {"humming": "humming-kernels", "transformers": "transformers", "vllm": "vllm"}
     packages = ["torch", *(of_peers[peer] for peer in peers if peer in of_peers)]
     return Report(
@@ -78,6 +80,7 @@ def _report(device: str, shape: Shape, dtype: torch.dtype, clamp_limit: float, p
         shape=shape._asdict(),
         dtype=dtype_name(dtype),
         clamp_limit=clamp_limit,
+        skew=skew,
     )
 
 

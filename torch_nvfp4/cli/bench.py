@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -54,6 +55,7 @@ class _Request(NamedTuple):
     tokens: Sequence[int]
     dtype: torch.dtype
     clamp_limit: float
+    skew: float
     peers: list[str]
 
 
@@ -72,6 +74,9 @@ def command(
     shape: ShapeOption = "",
     dtype: DtypeOption = "bf16",
     clamp_limit: Annotated[float, typer.Option(help="The SwiGLU clamp limit.")] = 10.0,
+    skew: Annotated[
+        float, typer.Option(metavar="SIGMA", help="Experts' popularity is log-normal with this sigma; 0: equal.")
+    ] = 0.0,
     peer: Annotated[
         list[str] | None,
         typer.Option(
@@ -97,7 +102,7 @@ def command(
     terminal = Terminal(json_file)
     if plot_file is not None and importlib.util.find_spec("matplotlib") is None:
         raise BenchError("--plot: expected matplotlib, which is not installed; pip install 'torch-nvfp4[bench]'")
-    request = _understand(device, tokens, shape, dtype, clamp_limit, peer)
+    request = _understand(device, tokens, shape, dtype, clamp_limit, skew, peer)
     with json_writer(json_file) as write_json, placed("--plot", plot_file) as plot_place:
         if peer is None and request.device == "cpu" and "transformers" not in request.peers:
             terminal.note("transformers is not installed, so it is not measured; pip install 'torch-nvfp4[bench]'")
@@ -115,7 +120,7 @@ def command(
 
 
 def _understand(
-    device: str, tokens: str, shape: str, dtype: str, clamp_limit: float, peer: list[str] | None
+    device: str, tokens: str, shape: str, dtype: str, clamp_limit: float, skew: float, peer: list[str] | None
 ) -> _Request:
     cuda_error = "a machine (or a torch) without one" if not torch.cuda.is_available() else None
     if cuda_error is None and not Libraries.detect().cuda_ops:
@@ -127,13 +132,15 @@ def _understand(
         raise BenchError(f"--device cuda: expected a CUDA device, got {cuda_error}")
     activations = parse_dtype(dtype, torch.device(device))
     Gate(clamp_limit=clamp_limit)  # raises
+    if not 0 <= skew < math.inf:
+        raise ValueError(f"--skew: expected a finite sigma of at least 0, got {skew:g}")
     table = CUDA_PEERS if device == "cuda" else CPU_PEERS
     peers = default_peers(device) if peer is None else [name for name in peer if name != "none"]
     for name in peers:
         if name not in table:
             raise ValueError(f"--peer: expected one of {', '.join((*table, 'none'))} on {device}, got {name!r}")
     sizes, counts = understand_sizes(device, shape, tokens)
-    return _Request(device, sizes, counts, activations, clamp_limit, peers)
+    return _Request(device, sizes, counts, activations, clamp_limit, skew, peers)
 
 
 def understand_sizes(device: str, shape: str, tokens: str) -> tuple[Shape, tuple[int, ...]]:
@@ -159,8 +166,8 @@ def _measure(terminal: Terminal, request: _Request, seconds: float, breakdown: b
             begun = True
 
         arguments: dict[str, Any] = {
-            "dtype": request.dtype, "clamp_limit": request.clamp_limit, "peers": request.peers, "seconds": seconds,
-            "progress": tell,
+            "dtype": request.dtype, "clamp_limit": request.clamp_limit, "skew": request.skew,
+            "peers": request.peers, "seconds": seconds, "progress": tell,
         }  # fmt: skip
         if request.device == "cuda":
             return run_cuda(request.shape, request.tokens, breakdown=breakdown, **arguments)

@@ -19,19 +19,27 @@ struct StreamStorage {
   PartialSums partial[2][kWarps];
 };
 
-template <class T, class Ring, int kMaxTiles, int kWarps>
+// Tiles of a table, once it is there.
+template <int kMaxTiles>
+__device__ __forceinline__ TileTable table_tiles(const StreamGemmParams& p) {
+  if (!p.plan_is_older) ptx::dependency_wait();
+  return TileTable(p.tile_table, p.order, p.rows, 8 * kMaxTiles);
+}
+
+template <class T, class Ring, class Tiles, int kMaxTiles, int kWarps>
 class StreamGemm {
   static_assert(Ring::kStages % kTurnBlocks == 0);
 
  public:
   using Storage = StreamStorage<Ring, kWarps>;
 
-  static __device__ __forceinline__ void run(const StreamGemmParams& p, Storage& storage) {
+  // make_tiles() waits for what the tiles come from, unless that is older than the previous launch.
+  template <class MakeTiles>
+  static __device__ __forceinline__ void run(const StreamGemmParams& p, Storage& storage, const MakeTiles& make_tiles) {
     const int team = threadIdx.x / kWarp / p.k_ways;
     const int item = blockIdx.x + gridDim.x * team;  // neighbours go to different CTAs: a few items spread evenly
     const Place place = locate(p, item);             // divides while there is time
-    if (!p.plan_is_older) ptx::dependency_wait();
-    StreamGemm(p, storage, TileTable(p.tile_table, p.order, p.rows, 8 * kMaxTiles), team).run(item, place);
+    StreamGemm(p, storage, make_tiles(), team).run(item, place);
   }
 
  private:
@@ -40,7 +48,7 @@ class StreamGemm {
     int panel;
   };
 
-  __device__ __forceinline__ StreamGemm(const StreamGemmParams& p, Storage& storage, const TileTable& tiles, int team)
+  __device__ __forceinline__ StreamGemm(const StreamGemmParams& p, Storage& storage, const Tiles& tiles, int team)
       : p_(p),
         storage_(storage),
         tiles_(tiles),
@@ -267,7 +275,7 @@ class StreamGemm {
 
   const StreamGemmParams& p_;
   Storage& storage_;
-  const TileTable tiles_;
+  const Tiles tiles_;
   const int lane_;
   const int way_;
   const int team_;

@@ -24,7 +24,9 @@ struct StreamGemmParams {
   const int4* tile_table;  // tiles of at most the kernel's width; null: tiles of `rows` dense rows
   const int32_t* order;    // null: slot = position
   int rows;
-  bool plan_is_older;       // tile_table and order were complete before the previous launch in the stream began
+  bool sorting;             // SM90, narrow: tiles are those of `routing`, whatever the table; every CTA sorts them
+  Routing routing;          // only if sorting
+  bool plan_is_older;       // what tiles come from was complete before the previous launch in the stream began
   const float* slot_scale;  // or null
   const void* bias;         // or null
   bool has_gate;

@@ -14,8 +14,13 @@ enum class StreamTiles {
 
 constexpr int tile_width(StreamTiles tiles) { return tiles == StreamTiles::wide ? kWideTile : kNarrowTile; }
 
+// What a CTA that sorts the slots for itself has room for.
+constexpr int kCtaSortSlots = 1024;
+constexpr int kCtaSortExperts = 1023;
+
 struct StreamPlan {
   StreamTiles tiles;
+  bool sorting;   // every CTA sorts the slots for itself: moe on SM90, narrow tiles
   int k_ways[2];  // of each GEMM: warps that share an item, each with every k_ways-th block; 1, 2, 4 or 8
 };
 

@@ -10,8 +10,8 @@ template <class T, int kMaxTiles, int kWarps, int kCtas>
 __global__ void __launch_bounds__(kWarps* kWarp, kCtas)
     stream_gemm_sm80_kernel(const __grid_constant__ StreamGemmParams p) {
   extern __shared__ __align__(128) uint8_t storage[];
-  using Gemm = StreamGemm<T, Ring, kMaxTiles, kWarps>;
-  Gemm::run(p, *reinterpret_cast<typename Gemm::Storage*>(storage));
+  using Gemm = StreamGemm<T, Ring, TileTable, kMaxTiles, kWarps>;
+  Gemm::run(p, *reinterpret_cast<typename Gemm::Storage*>(storage), [&] { return table_tiles<kMaxTiles>(p); });
 }
 
 template <class T, int kMaxTiles, int kWarps, int kCtas>

@@ -1,3 +1,4 @@
+#include "../../device/cta_sort.cuh"
 #include "launch.cuh"
 
 namespace nvfp4::cuda {
@@ -10,8 +11,37 @@ __global__ void __launch_bounds__(kWarps* kWarp, kCtas)
     stream_gemm_sm90_kernel(const __grid_constant__ StreamGemmParams p) {
 #if __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) uint8_t storage[];
-  using Gemm = StreamGemm<T, Ring, kMaxTiles, kWarps>;
-  Gemm::run(p, *reinterpret_cast<typename Gemm::Storage*>(storage));
+  using Gemm = StreamGemm<T, Ring, TileTable, kMaxTiles, kWarps>;
+  Gemm::run(p, *reinterpret_cast<typename Gemm::Storage*>(storage), [&] { return table_tiles<kMaxTiles>(p); });
+#endif
+}
+
+// Narrow tiles, sorted by every CTA.
+constexpr int kSortingWarps = 16;
+using SortedTiles = CtaSortedTiles<kSortingWarps>;
+static_assert(SortedTiles::kMaxSlots == kCtaSortSlots && SortedTiles::kMaxExperts == kCtaSortExperts,
+              "select() knows them from plan.h");
+static_assert(SortedTiles::kMaxTiles >= kCtaSortExperts + kCtaSortSlots / kNarrowTile);
+
+struct SortingStorage {
+  StreamStorage<Ring, kSortingWarps> gemm;
+  SortedTiles::Storage tiles;
+};
+
+template <class T>
+__global__ void __launch_bounds__(kSortingWarps* kWarp, 1)
+    stream_gemm_sorting_sm90_kernel(const __grid_constant__ StreamGemmParams p) {
+#if __CUDA_ARCH__ >= 900
+  extern __shared__ __align__(128) uint8_t storage[];
+  using Gemm = StreamGemm<T, Ring, SortedTiles, kNarrowTile / 8, kSortingWarps>;
+  SortingStorage& s = *reinterpret_cast<SortingStorage*>(storage);
+  static_assert(sizeof(s.gemm.partial) >= sizeof(SortedTiles::Scratch));
+  Gemm::run(p, s.gemm, [&] {
+    auto& scratch = *reinterpret_cast<SortedTiles::Scratch*>(s.gemm.partial);  // not in use yet
+    return SortedTiles(p.routing, kNarrowTile, s.tiles, scratch, [&] {
+      if (!p.plan_is_older) ptx::dependency_wait();
+    });
+  });
 #endif
 }
 
@@ -21,7 +51,8 @@ StreamGemmLaunch with() {
 }
 
 template <class T>
-StreamGemmLaunch choose(StreamTiles tiles) {
+StreamGemmLaunch choose(StreamTiles tiles, bool sorting) {
+  if (sorting) return {stream_gemm_sorting_sm90_kernel<T>, kSortingWarps, sizeof(SortingStorage)};
   switch (tiles) {
     // One CTA of 16 warps per multiprocessor, so that a few items spread evenly.
     case StreamTiles::narrow:
@@ -35,7 +66,8 @@ StreamGemmLaunch choose(StreamTiles tiles) {
 }  // namespace
 
 void stream_gemm_sm90(DType dtype, StreamTiles tiles, const StreamGemmParams& params, void* stream) {
-  launch_stream_gemm(dtype == DType::bf16 ? choose<bf16>(tiles) : choose<fp16>(tiles), params, stream);
+  const auto choose_for = dtype == DType::bf16 ? choose<bf16> : choose<fp16>;
+  launch_stream_gemm(choose_for(tiles, params.sorting), params, stream);
 }
 
 }  // namespace nvfp4::cuda

@@ -98,11 +98,11 @@ __global__ void __launch_bounds__(kThreads<S>, 1) expert_kernel(const __grid_con
       ptx::mbarrier_init(ptx::shared_address(&shared.empty[i]), kConsumerWarps<S> * kWarpArrivals);
     }
     for (int i = 0; i < kTileRing; ++i) {
+      ptx::mbarrier_init(ptx::shared_address(&shared.claim[i]), 1);
       ptx::mbarrier_init(ptx::shared_address(&shared.tile_full[i]), kWarp);
       ptx::mbarrier_init(ptx::shared_address(&shared.tile_empty[i]),
                          (kConsumerWarps<S> + 1 + kGatherWarps) * kWarpArrivals);
     }
-    ptx::mbarrier_init(ptx::shared_address(&shared.claim), 1);
     ptx::mbarrier_init(ptx::shared_address(&shared.stored), kConsumerWarps<S> * kWarpArrivals);
     ptx::fence_mbarrier_init();
   }

@@ -31,12 +31,18 @@ constexpr int kGatherWarps = 2;
 constexpr int kStageBlocks = 2;  // k-blocks; the last stage of a tile may hold one
 constexpr int kGatherLag = 1;    // stages whose gathered tokens may be in flight
 constexpr int kMaxStages = 8;
+// The tokens of a stage are announced once those of kGatherLag more stages are asked for, and consumers free a stage
+// when they have the next one. With fewer stages each would wait for the other for ever.
+constexpr int kMinStages = kGatherLag + 2;
 constexpr int kTokenBytes = 128;  // one token's 64 k
 constexpr int kPanelBytes = kStageBlocks * kBlockBytes;
 constexpr int kSwizzleAtom = 1024;   // a token tile is aligned to it
 constexpr int kStagingBytes = 8192;  // for each consumer
 constexpr int kTileRing = 4;
 constexpr int kClaimAhead = 8;  // stages before the end of a tile's weights at which the next tile is claimed
+// A tile of w2 that is shorter than that: its claim comes with its first stage, too late for the next tile's weights to
+// be there in time. So another tile is claimed ahead.
+constexpr bool is_short(int k_blocks) { return k_blocks < kClaimAhead * kStageBlocks; }
 
 // How a CTA shares its registers between weight rows and tokens. Its threads are launched with 96 or 128 registers,
 // which its warpgroups divide.
@@ -91,7 +97,7 @@ struct Shared {
   uint64_t empty[kMaxStages];  // behind `full`: Ring knows
   uint64_t tile_full[kTileRing];
   uint64_t tile_empty[kTileRing];
-  uint64_t claim;
+  uint64_t claim[kTileRing];
   uint64_t stored;
   Tile<S> tiles[kTileRing];
 };
@@ -108,12 +114,17 @@ NVFP4_SHARED_INLINE constexpr int fixed_bytes(int experts) {
          3 * (experts + 1) * static_cast<int>(sizeof(int));
 }
 
+// Tiles of at most max_width tokens; of fewer where the tables of many experts leave no room for kMinStages such
+// stages. No stages if no width leaves it.
 template <class S>
 WgmmaPlan plan(WgmmaTiles tiles, int max_width, int64_t experts, const Device& device) {
   const int fixed = fixed_bytes<S>(static_cast<int>(experts));
-  const int stage = stage_bytes<S>(max_width);
-  const int stages = std::min(kMaxStages, (device.shared_memory_per_cta - fixed) / stage);
-  return {tiles, max_width, stages, fixed + stages * stage};
+  for (int width = max_width; width > 0; width -= kTokenAtom) {
+    const int stage = stage_bytes<S>(width);
+    const int stages = std::min(kMaxStages, (device.shared_memory_per_cta - fixed) / stage);
+    if (stages >= kMinStages) return {tiles, width, stages, fixed + stages * stage};
+  }
+  return {tiles, 0, 0, 0};
 }
 
 }  // namespace wgmma_experts

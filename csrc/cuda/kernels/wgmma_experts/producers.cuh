@@ -77,7 +77,8 @@ __device__ __forceinline__ void schedule_tiles(const Params& p, Shared<S>& share
     }
     if (gemm_index < 0) break;
     previous_expert = p.mlp && gemm_index == 0 ? expert : -1;
-    ptx::mbarrier_wait(ptx::shared_address(&shared.claim), i & 1);
+    const int due = gemm_index == 1 ? i - p.extra_claims : i;
+    if (due >= 0) ptx::mbarrier_wait(ptx::shared_address(&shared.claim[due % kTileRing]), due / kTileRing & 1);
   }
 }
 
@@ -102,7 +103,7 @@ __device__ __forceinline__ void stream_weights(const Params& p, Shared<S>& share
       ring.wait_empty();
       if (lane == 0) {
         ptx::mbarrier_arrive_expect(ring.full_barrier(), panels * blocks * kBlockBytes);
-        if (s == claim_at) ptx::mbarrier_arrive(ptx::shared_address(&shared.claim));
+        if (s == claim_at) ptx::mbarrier_arrive(ptx::shared_address(&shared.claim[reader.index % kTileRing]));
       }
       __syncwarp();
       if (inside) {
