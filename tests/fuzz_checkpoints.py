@@ -285,8 +285,8 @@ def mutate_name(rng: random.Random, files: Files) -> None:
         header[new] = header.pop(name)
         index["weight_map"][new] = shard
         files[shard], files[INDEX] = join_shard(header, data), json.dumps(index).encode()
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, struct.error):
-        return
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, struct.error):
+        return  # an earlier mutation left no such name, or a list in the place of the map
 
 
 def mutate_tensor(rng: random.Random, files: Files) -> None:
