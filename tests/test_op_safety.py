@@ -86,9 +86,9 @@ def message_of(call: Callable[[], Any]) -> str:
     [
         pytest.param(
             lambda: torch_nvfp4.combine(
-                torch.zeros(0, 16), torch.zeros(2**40, 0), torch.zeros(2**40, 0, dtype=torch.int32), None, 1
+                torch.zeros(0, 16), torch.zeros(2**43, 0), torch.zeros(2**43, 0, dtype=torch.int32), None, 1
             ),
-            "nvfp4::combine: expected to allocate 70368744177664 bytes of memory for out [1099511627776, 16] on cpu, "
+            "nvfp4::combine: expected to allocate 562949953421312 bytes of memory for out [8796093022208, 16] on cpu, "
             "got none; use a smaller batch or free memory",
             id="out of memory",
         ),

@@ -155,7 +155,7 @@ void describe_plan(const Problem& problem, const Choice& c, std::string& text) {
       line(text, "tile: %d rows x at most %d tokens (%s)",
            (wide ? wgmma_experts::Wide::kConsumers : wgmma_experts::Tall::kConsumers) * kBlockRows, c.wgmma.max_width,
            wide ? "wide" : "tall");
-      line(text, "split: none");
+      line(text, "%s", "split: none");
       line(text, "shared memory: %d bytes, %d stages", c.wgmma.shared_bytes, c.wgmma.stages);
       break;
     }
