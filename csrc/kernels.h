@@ -3,6 +3,18 @@
 // csrc/ops/<op>.cpp checks the tensors, allocates outputs and workspace, fills one of these structs and calls the
 // backend's function of the same name. The CPU backend is namespace nvfp4::cpu (csrc/cpu), the CUDA backend is
 // nvfp4::cuda (csrc/cuda).
+//
+// The words of both backends:
+//   token        a row of hidden_states, m of M
+//   slot         a routed (token, j), numbered token * top_k + j; skipped if its id has no expert here
+//   row          of x: a token's, or a slot's where x already has one per slot; of a weight: an output feature
+//   expert       a local one: an index into the weights
+//   group        16 columns of a weight row, which share one block scale of the format
+//   panel        weight rows that lie packed together, along all of k: 16 rows on the CPU, 64 on CUDA
+//   block        64 columns of a panel: its codes, then its scales
+//   expert tile  slots of one expert that are multiplied together (ExpertTile)
+//   token tile   CPU: the activations of an expert tile, in the order in which they are multiplied (TokenTile)
+// csrc/cuda/device/common.cuh has those that only CUDA has.
 #pragma once
 
 #include <cstddef>

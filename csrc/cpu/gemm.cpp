@@ -22,7 +22,7 @@ int64_t bytes_of(DType dtype) { return dtype == DType::fp32 ? 4 : 2; }
 char* at(void* base, DType dtype, int64_t index) { return static_cast<char*>(base) + index * bytes_of(dtype); }
 
 // Some tokens of one expert: the slots order[begin .. begin + count).
-struct Chunk {
+struct ExpertTile {
   int64_t expert;
   int64_t begin;
   int64_t count;
@@ -31,9 +31,9 @@ struct Chunk {
 // What a thread writes while it multiplies.
 struct Scratch {
   TokenTile tile;
-  const Chunk* gathered;  // the chunk that is in the tile
-  int32_t* rows;          // [kMaxTileTokens]
-  float* sums;            // [kMaxTileTokens, 2, kPanelRows]
+  const ExpertTile* gathered;  // the expert tile whose tokens are in the tile
+  int32_t* rows;               // [kMaxTileTokens]
+  float* sums;                 // [kMaxTileTokens, 2, kPanelRows]
 };
 
 // A matrix product of gathered rows with one expert each: the common part of all ops of this file.
@@ -43,8 +43,8 @@ struct Product {
   int64_t slots_per_row;
   Weight weight;
   const int32_t* order;
-  const Chunk* chunks;
-  int64_t chunk_count;
+  const ExpertTile* expert_tiles;
+  int64_t expert_tile_count;
   Scratch* scratch;  // of each thread
   int64_t threads;
 
@@ -52,10 +52,10 @@ struct Product {
   int64_t pairs() const { return ceil_div<int64_t>(panels(), 2); }
 };
 
-int64_t most_chunks(int64_t slots, int64_t experts) { return std::min(slots, experts) + slots / kMaxTileTokens; }
+int64_t most_expert_tiles(int64_t slots, int64_t experts) { return std::min(slots, experts) + slots / kMaxTileTokens; }
 
-// Splits each expert's slots into chunks of equal size. Returns their number.
-int64_t make_chunks(const int32_t* offsets, int64_t experts, Chunk* chunks) {
+// Splits each expert's slots into expert tiles of equal size. Returns their number.
+int64_t cut_expert_tiles(const int32_t* offsets, int64_t experts, ExpertTile* expert_tiles) {
   int64_t made = 0;
   for (int64_t expert = 0; expert < experts; ++expert) {
     const int64_t begin = offsets[expert];
@@ -63,7 +63,7 @@ int64_t make_chunks(const int32_t* offsets, int64_t experts, Chunk* chunks) {
     const int64_t parts = ceil_div<int64_t>(count, kMaxTileTokens);
     for (int64_t part = 0; part < parts; ++part) {
       const int64_t first = begin + count * part / parts;
-      chunks[made++] = {expert, first, begin + count * (part + 1) / parts - first};
+      expert_tiles[made++] = {expert, first, begin + count * (part + 1) / parts - first};
     }
   }
   return made;
@@ -78,7 +78,7 @@ TokenTile take_tile(Workspace& space, int64_t k, int64_t tokens, bool exact) {
   return {0, 0, false, values, scale, space.take<int32_t>(rows)};
 }
 
-// A Scratch for each thread, for chunks of up to `slots` slots.
+// A Scratch for each thread, for expert tiles of up to `slots` slots.
 Scratch* take_scratch(Workspace& space, const Context& context, int64_t k, int64_t slots, bool exact) {
   const int64_t tokens = std::min<int64_t>(slots, kMaxTileTokens);
   auto* scratch = space.take<Scratch>(context.threads);
@@ -91,15 +91,15 @@ Scratch* take_scratch(Workspace& space, const Context& context, int64_t k, int64
   return scratch;
 }
 
-void gather_chunk(const LevelKernels& kernels, const Product& product, const Chunk& chunk, Scratch& scratch) {
-  if (scratch.gathered == &chunk) return;
-  for (int64_t i = 0; i < chunk.count; ++i) {
-    scratch.rows[i] = static_cast<int32_t>(product.order[chunk.begin + i] / product.slots_per_row);
+void gather_tile(const LevelKernels& kernels, const Product& product, const ExpertTile& expert_tile, Scratch& scratch) {
+  if (scratch.gathered == &expert_tile) return;
+  for (int64_t i = 0; i < expert_tile.count; ++i) {
+    scratch.rows[i] = static_cast<int32_t>(product.order[expert_tile.begin + i] / product.slots_per_row);
   }
-  scratch.tile.count = chunk.count;
+  scratch.tile.count = expert_tile.count;
   scratch.tile.blocks = blocks_of(product.weight.k);
   kernels.gather({product.dtype, product.x, product.weight.k, scratch.rows}, &scratch.tile);
-  scratch.gathered = &chunk;
+  scratch.gathered = &expert_tile;
 }
 
 // Multiplies panels 2 * pair and 2 * pair + 1 (if there is one) with a tile. Returns how many panels that are.
@@ -115,36 +115,37 @@ float panel_scale(const Weight& weight, int64_t expert, int64_t panel) {
   return weight.gated ? weight.global_scale[2 * expert + panel % 2] : weight.global_scale[expert];
 }
 
-// Calls body(thread, chunk, first, last) until every chunk has met all of its panels, counted in `units` of equal size,
-// in tasks of similar cost.
+// Calls body(thread, expert_tile, first, last) until every expert_tile has met all of its panels, counted in `units` of
+// equal size, in tasks of similar cost.
 template <class Body>
-void for_each_chunk_and_units(const Product& product, int64_t units, const Body& body) {
+void for_each_tile_and_units(const Product& product, int64_t units, const Body& body) {
   // Reading the weights costs about as much as multiplying them with four tokens.
-  auto cost = [&](const Chunk& chunk) { return std::max<int64_t>(chunk.count, 4) * units; };
+  auto cost = [&](const ExpertTile& expert_tile) { return std::max<int64_t>(expert_tile.count, 4) * units; };
   int64_t total = 0;
-  for (int64_t c = 0; c < product.chunk_count; ++c) total += cost(product.chunks[c]);
+  for (int64_t c = 0; c < product.expert_tile_count; ++c) total += cost(product.expert_tiles[c]);
   const int64_t wanted = std::max<int64_t>(total / (product.threads * kTasksPerThread), 1);
-  auto tasks_of = [&](const Chunk& chunk) { return std::min(units, ceil_div(cost(chunk), wanted)); };
+  auto tasks_of = [&](const ExpertTile& expert_tile) { return std::min(units, ceil_div(cost(expert_tile), wanted)); };
   int64_t tasks = 0;
-  for (int64_t c = 0; c < product.chunk_count; ++c) tasks += tasks_of(product.chunks[c]);
+  for (int64_t c = 0; c < product.expert_tile_count; ++c) tasks += tasks_of(product.expert_tiles[c]);
   for_each_task(product.threads, tasks, [&](int64_t thread, int64_t task) {
-    const Chunk* chunk = product.chunks;
-    for (; task >= tasks_of(*chunk); ++chunk) task -= tasks_of(*chunk);
-    const int64_t parts = tasks_of(*chunk);
-    body(thread, *chunk, units * task / parts, units * (task + 1) / parts);
+    const ExpertTile* expert_tile = product.expert_tiles;
+    for (; task >= tasks_of(*expert_tile); ++expert_tile) task -= tasks_of(*expert_tile);
+    const int64_t parts = tasks_of(*expert_tile);
+    body(thread, *expert_tile, units * task / parts, units * (task + 1) / parts);
   });
 }
 
-// Multiplies a gate and an up panel with the chunk in the tile; token i's 16 results go to row_of(i).
+// Multiplies a gate and an up panel with the tokens in the tile; token i's 16 results go to row_of(i).
 template <class RowOf>
 void multiply_gate_up(const LevelKernels& kernels, const Product& product, const Gate& gate, const float* slot_scale,
-                      const Chunk& chunk, int64_t pair, Scratch& scratch, DType out_dtype, const RowOf& row_of) {
+                      const ExpertTile& expert_tile, int64_t pair, Scratch& scratch, DType out_dtype,
+                      const RowOf& row_of) {
   const Weight& weight = product.weight;
-  multiply_pair(kernels, weight, chunk.expert, pair, scratch.tile, scratch.sums);
-  const float gate_scale = panel_scale(weight, chunk.expert, 0);
-  const float up_scale = panel_scale(weight, chunk.expert, 1);
-  for (int64_t i = 0; i < chunk.count; ++i) {
-    const float scale = slot_scale == nullptr ? 1.0f : slot_scale[product.order[chunk.begin + i]];
+  multiply_pair(kernels, weight, expert_tile.expert, pair, scratch.tile, scratch.sums);
+  const float gate_scale = panel_scale(weight, expert_tile.expert, 0);
+  const float up_scale = panel_scale(weight, expert_tile.expert, 1);
+  for (int64_t i = 0; i < expert_tile.count; ++i) {
+    const float scale = slot_scale == nullptr ? 1.0f : slot_scale[product.order[expert_tile.begin + i]];
     kernels.gate_panel(gate, scratch.sums + i * 2 * kPanelRows, scale * gate_scale, scale * up_scale, out_dtype,
                        row_of(i));
   }
@@ -154,14 +155,15 @@ void multiply_gate_up(const LevelKernels& kernels, const Product& product, const
 void multiply_gated(const LevelKernels& kernels, const Product& product, const Gate& gate, const float* slot_scale,
                     void* out) {
   const int64_t width = product.weight.n / 2;
-  for_each_chunk_and_units(
-      product, product.pairs(), [&](int64_t thread, const Chunk& chunk, int64_t first, int64_t last) {
+  for_each_tile_and_units(
+      product, product.pairs(), [&](int64_t thread, const ExpertTile& expert_tile, int64_t first, int64_t last) {
         Scratch& scratch = product.scratch[thread];
-        gather_chunk(kernels, product, chunk, scratch);
+        gather_tile(kernels, product, expert_tile, scratch);
         for (int64_t pair = first; pair < last; ++pair) {
-          multiply_gate_up(kernels, product, gate, slot_scale, chunk, pair, scratch, product.dtype, [&](int64_t i) {
-            return at(out, product.dtype, product.order[chunk.begin + i] * width + pair * kPanelRows);
-          });
+          multiply_gate_up(
+              kernels, product, gate, slot_scale, expert_tile, pair, scratch, product.dtype, [&](int64_t i) {
+                return at(out, product.dtype, product.order[expert_tile.begin + i] * width + pair * kPanelRows);
+              });
         }
       });
 }
@@ -170,20 +172,20 @@ void multiply_gated(const LevelKernels& kernels, const Product& product, const G
 void multiply_plain(const LevelKernels& kernels, const Product& product, const float* slot_scale, const void* bias,
                     void* out) {
   const Weight& weight = product.weight;
-  for_each_chunk_and_units(
-      product, product.pairs(), [&](int64_t thread, const Chunk& chunk, int64_t first, int64_t last) {
+  for_each_tile_and_units(
+      product, product.pairs(), [&](int64_t thread, const ExpertTile& expert_tile, int64_t first, int64_t last) {
         Scratch& scratch = product.scratch[thread];
-        gather_chunk(kernels, product, chunk, scratch);
+        gather_tile(kernels, product, expert_tile, scratch);
         for (int64_t pair = first; pair < last; ++pair) {
-          const int64_t count = multiply_pair(kernels, weight, chunk.expert, pair, scratch.tile, scratch.sums);
+          const int64_t count = multiply_pair(kernels, weight, expert_tile.expert, pair, scratch.tile, scratch.sums);
           for (int64_t panel = 2 * pair; panel < 2 * pair + count; ++panel) {
             const int64_t row = panel_first_row(panel, weight.n, weight.gated);
             const void* row_bias = bias == nullptr ? nullptr : at(const_cast<void*>(bias), product.dtype, row);
-            for (int64_t i = 0; i < chunk.count; ++i) {
-              const int64_t slot = product.order[chunk.begin + i];
+            for (int64_t i = 0; i < expert_tile.count; ++i) {
+              const int64_t slot = product.order[expert_tile.begin + i];
               const float scale = slot_scale == nullptr ? 1.0f : slot_scale[slot];
               kernels.store(scratch.sums + (i * 2 + panel % 2) * kPanelRows, kPanelRows,
-                            scale * panel_scale(weight, chunk.expert, panel), row_bias, product.dtype,
+                            scale * panel_scale(weight, expert_tile.expert, panel), row_bias, product.dtype,
                             at(out, product.dtype, slot * weight.n + row));
             }
           }
@@ -191,14 +193,15 @@ void multiply_plain(const LevelKernels& kernels, const Product& product, const f
       });
 }
 
-// The activated intermediate of all slots, chunk after chunk in the form in which the next product reads it.
+// The activated intermediate of all slots, expert tile after expert tile in the form in which the next product reads
+// it.
 struct HiddenTiles {
   TokenTile all;  // as if all slots were one tile
   int64_t k;
 
-  TokenTile of(const Chunk& chunk) const {
-    const int64_t first = chunk.begin * blocks_of(k);
-    TokenTile tile{chunk.count, blocks_of(k), all.exact, nullptr, nullptr, nullptr};
+  TokenTile of(const ExpertTile& expert_tile) const {
+    const int64_t first = expert_tile.begin * blocks_of(k);
+    TokenTile tile{expert_tile.count, blocks_of(k), all.exact, nullptr, nullptr, nullptr};
     if (all.exact) {
       tile.values = static_cast<float*>(all.values) + first * kBlockColumns;
     } else {
@@ -215,20 +218,20 @@ constexpr int64_t kPairsPerBlock = kBlockColumns / kPanelRows;
 // hidden = gate(x W^T). A task makes whole blocks of the hidden tiles: four panel pairs are 64 columns.
 void multiply_hidden(const LevelKernels& kernels, const Product& product, const Gate& gate, const float* slot_scale,
                      float* const* block_values, const HiddenTiles& hidden) {
-  for_each_chunk_and_units(
-      product, blocks_of(hidden.k), [&](int64_t thread, const Chunk& chunk, int64_t first, int64_t last) {
+  for_each_tile_and_units(
+      product, blocks_of(hidden.k), [&](int64_t thread, const ExpertTile& expert_tile, int64_t first, int64_t last) {
         Scratch& scratch = product.scratch[thread];
         float* values = block_values[thread];
-        TokenTile tile = hidden.of(chunk);
-        gather_chunk(kernels, product, chunk, scratch);
+        TokenTile tile = hidden.of(expert_tile);
+        gather_tile(kernels, product, expert_tile, scratch);
         for (int64_t block = first; block < last; ++block) {
           const int64_t pairs = std::min(product.pairs() - block * kPairsPerBlock, kPairsPerBlock);
           for (int64_t pair = 0; pair < pairs; ++pair) {
-            multiply_gate_up(kernels, product, gate, slot_scale, chunk, block * kPairsPerBlock + pair, scratch,
+            multiply_gate_up(kernels, product, gate, slot_scale, expert_tile, block * kPairsPerBlock + pair, scratch,
                              DType::fp32, [&](int64_t i) { return values + i * kBlockColumns + pair * kPanelRows; });
           }
           for (int64_t pair = pairs; pair < kPairsPerBlock; ++pair) {
-            for (int64_t i = 0; i < chunk.count; ++i) {
+            for (int64_t i = 0; i < expert_tile.count; ++i) {
               std::fill_n(values + i * kBlockColumns + pair * kPanelRows, kPanelRows, 0.0f);
             }
           }
@@ -257,16 +260,16 @@ void multiply_combine(const LevelKernels& kernels, const Product& product, const
     const int64_t first = task * pairs_per_task;
     const int64_t last = std::min(first + pairs_per_task, product.pairs());
     std::fill_n(sums, (last - first) * tokens * kPairRows, 0.0f);
-    for (int64_t c = 0; c < product.chunk_count; ++c) {
-      const Chunk& chunk = product.chunks[c];
-      const TokenTile tile = hidden.of(chunk);
+    for (int64_t c = 0; c < product.expert_tile_count; ++c) {
+      const ExpertTile& expert_tile = product.expert_tiles[c];
+      const TokenTile tile = hidden.of(expert_tile);
       for (int64_t pair = first; pair < last; ++pair) {
-        multiply_pair(kernels, weight, chunk.expert, pair, tile, scratch.sums);
-        for (int64_t i = 0; i < chunk.count; ++i) {
-          const int64_t slot = product.order[chunk.begin + i];
+        multiply_pair(kernels, weight, expert_tile.expert, pair, tile, scratch.sums);
+        for (int64_t i = 0; i < expert_tile.count; ++i) {
+          const int64_t slot = product.order[expert_tile.begin + i];
           const float scale = slot_weights == nullptr ? 1.0f : slot_weights[slot];
           kernels.accumulate(DType::fp32, scratch.sums + i * kPairRows, kPairRows,
-                             scale * weight.global_scale[chunk.expert],
+                             scale * weight.global_scale[expert_tile.expert],
                              sums + ((pair - first) * tokens + slot / product.slots_per_row) * kPairRows);
         }
       }
@@ -285,24 +288,25 @@ struct GroupedGemmWorkspace {
   uint8_t* seen;
   int32_t* order;
   int32_t* offsets;
-  Chunk* chunks;
+  ExpertTile* expert_tiles;
   Scratch* scratch;
 };
 
 GroupedGemmWorkspace lay_out(Workspace& space, const GroupedGemmArgs& args, const Context& context) {
   return {space.take<uint8_t>(args.slots), space.take<int32_t>(args.slots),
-          space.take<int32_t>(args.weight.experts + 1), space.take<Chunk>(most_chunks(args.slots, args.weight.experts)),
+          space.take<int32_t>(args.weight.experts + 1),
+          space.take<ExpertTile>(most_expert_tiles(args.slots, args.weight.experts)),
           take_scratch(space, context, args.weight.k, args.slots, multiplies_exactly(context, args.dtype))};
 }
 
 struct LinearWorkspace {
   int32_t* order;
-  Chunk* chunks;
+  ExpertTile* expert_tiles;
   Scratch* scratch;
 };
 
 LinearWorkspace lay_out(Workspace& space, const LinearArgs& args, const Context& context) {
-  return {space.take<int32_t>(args.rows), space.take<Chunk>(most_chunks(args.rows, 1)),
+  return {space.take<int32_t>(args.rows), space.take<ExpertTile>(most_expert_tiles(args.rows, 1)),
           take_scratch(space, context, args.weight.k, args.rows, multiplies_exactly(context, args.dtype))};
 }
 
@@ -310,7 +314,7 @@ struct MoeWorkspace {
   int32_t* expert_of;
   int32_t* order;
   int32_t* offsets;
-  Chunk* chunks;
+  ExpertTile* expert_tiles;
   Scratch* scratch;
   HiddenTiles hidden;
   float** block_values;  // of each thread: [kMaxTileTokens, kBlockColumns]
@@ -335,7 +339,7 @@ MoeWorkspace lay_out(Workspace& space, const MoeArgs& args, const Context& conte
   return {space.take<int32_t>(slots),
           space.take<int32_t>(slots),
           space.take<int32_t>(args.routing.experts + 1),
-          space.take<Chunk>(most_chunks(slots, args.routing.experts)),
+          space.take<ExpertTile>(most_expert_tiles(slots, args.routing.experts)),
           take_scratch(space, context, args.w13.k, slots, exact),
           {take_tile(space, args.w2.k, slots, exact), args.w2.k},
           take_per_thread(space, context, std::min<int64_t>(slots, kMaxTileTokens) * kBlockColumns),
@@ -357,9 +361,9 @@ void grouped_gemm(const GroupedGemmArgs& args, const Context& context) {
   const GroupedGemmWorkspace space = lay_out(workspace, args, context);
   copy_routing(args, space.seen, space.order, space.offsets);
   if (args.slots == 0) return;
-  const int64_t chunks = make_chunks(space.offsets, args.weight.experts, space.chunks);
-  const Product product{args.dtype,   args.x, args.slots / args.rows, args.weight,    space.order,
-                        space.chunks, chunks, space.scratch,          context.threads};
+  const int64_t expert_tiles = cut_expert_tiles(space.offsets, args.weight.experts, space.expert_tiles);
+  const Product product{args.dtype,         args.x,       args.slots / args.rows, args.weight,    space.order,
+                        space.expert_tiles, expert_tiles, space.scratch,          context.threads};
   const int64_t width = args.gate == nullptr ? args.weight.n : args.weight.n / 2;
   for (int64_t i = space.offsets[args.weight.experts]; i < args.slots; ++i) {
     char* row = at(args.out, args.dtype, space.order[i] * width);
@@ -379,8 +383,8 @@ void linear(const LinearArgs& args, const Context& context) {
   const LinearWorkspace space = lay_out(workspace, args, context);
   for (int64_t row = 0; row < args.rows; ++row) space.order[row] = static_cast<int32_t>(row);
   const int32_t offsets[] = {0, static_cast<int32_t>(args.rows)};
-  const int64_t chunks = make_chunks(offsets, 1, space.chunks);
-  const Product product{args.dtype,    args.x,         1, args.weight, space.order, space.chunks, chunks,
+  const int64_t expert_tiles = cut_expert_tiles(offsets, 1, space.expert_tiles);
+  const Product product{args.dtype,    args.x,         1, args.weight, space.order, space.expert_tiles, expert_tiles,
                         space.scratch, context.threads};
   multiply_plain(kernels, product, nullptr, args.bias, args.out);
 }
@@ -392,11 +396,11 @@ void moe(const MoeArgs& args, const Context& context) {
   Workspace workspace(context.workspace);
   const MoeWorkspace space = lay_out(workspace, args, context);
   sort_slots(routing, space.expert_of, space.order, space.offsets);
-  const int64_t chunks = make_chunks(space.offsets, routing.experts, space.chunks);
+  const int64_t expert_tiles = cut_expert_tiles(space.offsets, routing.experts, space.expert_tiles);
   const float* input_weights = args.apply_router_weight_on_input ? args.topk_weights : nullptr;
   const float* output_weights = args.apply_router_weight_on_input ? nullptr : args.topk_weights;
-  Product product{args.dtype, args.hidden_states, routing.top_k,  args.w13, space.order, space.chunks,
-                  chunks,     space.scratch,      context.threads};
+  Product product{args.dtype,         args.hidden_states, routing.top_k, args.w13,       space.order,
+                  space.expert_tiles, expert_tiles,       space.scratch, context.threads};
   multiply_hidden(kernels, product, args.gate, input_weights, space.block_values, space.hidden);
   product.weight = args.w2;
   multiply_combine(kernels, product, space.hidden, output_weights, routing.tokens, space.task_sums, args.out);

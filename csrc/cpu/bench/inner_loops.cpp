@@ -1,4 +1,4 @@
-// Cycles that one core needs for the candidate inner loops of avx512.cpp, and how fast both cores read memory.
+// Cycles that one core needs for the candidate inner loops of levels/avx512.cpp, and how fast both cores read memory.
 //
 // g++ -O3 -std=c++20 -mavx512f -mavx512bw -mavx512vnni -mavx512bf16 -pthread inner_loops.cpp -o inner_loops
 // ./inner_loops 3.5   (the clock in GHz)

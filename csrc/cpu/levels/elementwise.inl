@@ -5,8 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
-#include "layout.h"
-#include "level_kernels.h"
+#include "../layout.h"
+#include "../level_kernels.h"
 
 #pragma GCC optimize("no-trapping-math,no-math-errno")
 
