@@ -351,7 +351,8 @@ def test_select_on_a_gpu_that_is_not_here(device, kernels):
 
 def test_select_knows_the_numbers_of_the_kernels():
     folder = Path(__file__).parent.parent / "csrc" / "cpu"
+    levels = folder / "levels"
     for level, tokens in FEW_TOKENS.items():
-        assert f"constexpr int kFewTokens = {tokens};" in (folder / f"{level}.cpp").read_text()
+        assert f"constexpr int kFewTokens = {tokens};" in (levels / f"{level}.cpp").read_text()
     assert f"constexpr int kMaxTileTokens = {TILE_TOKENS};" in (folder / "level_kernels.h").read_text()
-    assert "kFewTokens" not in (folder / "portable.cpp").read_text()
+    assert "kFewTokens" not in (levels / "portable.cpp").read_text()

@@ -14,7 +14,7 @@ from torch_nvfp4.bench import CPU_LEVEL_VARIABLE, Shape, dtype_name
 from torch_nvfp4.ops import library_paths
 from torch_nvfp4.ops.select import CudaDevice, explain_select
 
-# kFewTokens in csrc/cpu/avx512.cpp and avx2.cpp; the portable level has one way.
+# kFewTokens in csrc/cpu/levels/avx512.cpp and avx2.cpp; the portable level has one way.
 FEW_TOKENS = {"avx512": 8, "avx2": 4}
 LEVELS = ("avx512", "avx2", "portable")
 # Levels whose way for few tokens takes fp32 activations too.

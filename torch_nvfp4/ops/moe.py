@@ -50,6 +50,8 @@ def moe(
         apply_router_weight_on_input: topk_weights scale the pre-activations (before the clamp), not the output.
 
     Returns [M, K] in hidden_states' dtype. A token with NaN or infinity comes out as NaN.
+    No tensor may change while the op runs: on CUDA, another stream that writes topk_ids or expert_map meanwhile leads
+    to no access outside the tensors, but to undefined values or, up to 32 slots, to a call that does not end.
 
     Raises RuntimeError (expected and got) for a wrong dtype, device, shape, layout or gate parameter, ValueError for an
     unknown activation name.
