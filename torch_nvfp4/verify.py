@@ -23,7 +23,6 @@ __all__ = [
     "checked_top_k",
     "covering_routing",
     "relative_error",
-    "router_weight_on_input",
     "verify_layer",
 ]
 
@@ -191,13 +190,8 @@ def _reference(
         topk_weights,
         topk_ids,
         **checkpoint.gate(layer).kwargs(),
-        apply_router_weight_on_input=router_weight_on_input(checkpoint),
+        apply_router_weight_on_input=checkpoint.apply_router_weight_on_input(layer),
     )
-
-
-def router_weight_on_input(checkpoint: Checkpoint) -> bool:
-    """Whether the model scales an expert's input by its router weight, not the output."""
-    return bool(checkpoint.layers) and checkpoint.apply_router_weight_on_input(checkpoint.layers[0])
 
 
 def _problem(expected: Tensor, experts_hit: int, error: float, tolerance: float) -> str | None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from torch_nvfp4.backends import MoEBackend, MoEBackendConfig, select_moe_backend
 from torch_nvfp4.checkpoint import variants, write_checkpoint
 from torch_nvfp4.checkpoint.synthetic import LayoutName
 from torch_nvfp4.cli import app
@@ -48,3 +49,19 @@ def test_inspect_names_what_loading_refuses(leaf: str, value: float, tmp_path: P
     refused = json.loads((tmp_path / "facts.json").read_text())["refused"]
     assert [entry["tensor"] for entry in refused] == ["layer 0", "layer 1"]
     assert run("verify", tmp_path, "--device", "cpu").exit_code == 2
+
+
+def test_inspect_asks_for_a_backend_that_scales_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend that cannot put the router's weight on the input must not be promised for Llama 4."""
+    make(tmp_path, "modelopt")
+    asked = []
+
+    def select(config: MoEBackendConfig, backend: str | None = None) -> MoEBackend:
+        asked.append(config)
+        return select_moe_backend(config, backend)
+
+    monkeypatch.setattr("torch_nvfp4.cli.inspect.select_moe_backend", select)
+    assert run("inspect", tmp_path, "--device", "cpu").exit_code == 0
+    variants.change_config(tmp_path, model_type="llama4_text")
+    assert run("inspect", tmp_path, "--device", "cpu").exit_code == 0
+    assert [config.apply_router_weight_on_input for config in asked] == [False, True]

@@ -19,7 +19,7 @@ from torch_nvfp4.cli.terminal import Terminal
 from torch_nvfp4.format import NVFP4Weight, dequantize
 from torch_nvfp4.gate import Gate
 from torch_nvfp4.nn import NVFP4Experts
-from torch_nvfp4.verify import checked_top_k, relative_error, router_weight_on_input
+from torch_nvfp4.verify import checked_top_k, relative_error
 
 _Model = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -124,7 +124,7 @@ def run_demo(
         progress.stage(len(layers))
         for index, part in enumerate(loaded):
             progress.begin(f"checking layer {part.layer} against fp64")
-            _check(part, index, runs, len(layers), router_weight_on_input(checkpoint))
+            _check(part, index, runs, len(layers), checkpoint.apply_router_weight_on_input(part.layer))
             progress.advance()
     return [run.row for run in runs]
 

@@ -56,7 +56,7 @@ def collect_checkpoint(checkpoint: Checkpoint, device: torch.device, backend: st
     for layer in checkpoint.layers:
         gates.setdefault(str(checkpoint.gate(layer)), []).append(layer)
     summary["gates"] = [{"gate": gate, "layers": layers} for gate, layers in gates.items()]
-    summary["refused"] = refused_tensors(checkpoint)
+    summary["refused"] = [{"tensor": part.what, "reason": part.reason} for part in summary.pop("refusals")]
     summary["device"] = str(device)
     summary["backend"], summary["passed_over"] = None, {}
     if checkpoint.layers and not summary["refused"]:
@@ -72,15 +72,12 @@ def collect_checkpoint(checkpoint: Checkpoint, device: torch.device, backend: st
     return summary
 
 
-def refused_tensors(checkpoint: Checkpoint) -> list[dict[str, str]]:
-    """Every layer (or linear) that loading would refuse, with the reason, which names the tensor."""
-    return [{"tensor": refusal.what, "reason": refusal.reason} for refusal in checkpoint.refusals()]
-
-
 def _backend_config(checkpoint: Checkpoint, layer: int, device: torch.device) -> MoEBackendConfig:
+    facts = checkpoint.layer_config(layer)
     return MoEBackendConfig.for_device(
-        device, checkpoint.hidden_size, checkpoint.intermediate_size, gate=checkpoint.gate(layer)
-    )
+        device, facts.hidden_size, facts.intermediate_size, gate=facts.gate,
+        apply_router_weight_on_input=facts.apply_router_weight_on_input,
+    )  # fmt: skip
 
 
 def print_checkpoint(terminal: Terminal, facts: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from torch_nvfp4 import errors
 from torch_nvfp4.cli.memory import memory_error
 
 _LONGEST_CELL, _LONGEST_LINE = 300, 4000
@@ -34,9 +35,7 @@ def printable(text: str, limit: int = _LONGEST_LINE) -> str:
     if len(text) > limit:
         half = limit // 2
         text = f"{text[:half]} ... {text[-half:]} ({len(text):,} characters)"
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    return errors.printable(text)
 
 
 def make_streams_total() -> None:
