@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 RUN_CXX = CXX="$$($(BIN)/python build_tools.py)"
 CXX_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inl')
 
-.PHONY: help library install demo test lint format bench gpu-test gpu-sanitize cuda-build wheel sanitize fuzz fuzz-checkpoints clean
+.PHONY: help library install demo test test-sglang lint format bench gpu-test gpu-sanitize cuda-build wheel sanitize fuzz fuzz-checkpoints clean
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -54,6 +54,18 @@ bench: install  ## the README's table for this machine
 
 gpu-test: install  ## the whole suite on a GPU
 	$(BIN)/python -m pytest --gpu
+
+# SGLang wants its own torch and libraries for GPUs: it is installed without what it asks for, beside this torch and what
+# its MoE layers import.
+SGLANG_VENV ?= .venv-sglang
+
+test-sglang: library  ## SGLang's own MoE layer with the plug-in, on the CPU, in an environment of its own
+	@test -x $(SGLANG_VENV)/bin/python || $(PYTHON) -m venv $(SGLANG_VENV)
+	$(SGLANG_VENV)/bin/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) setuptools torch
+	$(SGLANG_VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps sglang==0.5.23
+	$(SGLANG_VENV)/bin/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -r engine_tests/sglang_requirements.txt
+	$(SGLANG_VENV)/bin/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) --no-build-isolation -e .
+	$(SGLANG_VENV)/bin/python -m pytest -c pyproject.toml -W ignore engine_tests/test_sglang_layers.py engine_tests/test_sglang_failures.py
 
 fuzz-checkpoints: install  ## 100000 mutated checkpoints through the reader
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tests/fuzz_checkpoints.py --cases 100000

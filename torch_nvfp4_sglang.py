@@ -21,7 +21,10 @@ MODES = ("auto", "require", "off")
 _QUANTIZATION = "sglang.srt.layers.quantization"
 NVFP4_CLASSES = (
     (f"{_QUANTIZATION}.modelopt_quant", "ModelOptNvFp4FusedMoEMethod"),
-    (f"{_QUANTIZATION}.compressed_tensors.schemes.compressed_tensors_w4a16_nvfp4_moe", "CompressedTensorsW4A16Nvfp4MoE"),
+    (
+        f"{_QUANTIZATION}.compressed_tensors.schemes.compressed_tensors_w4a16_nvfp4_moe",
+        "CompressedTensorsW4A16Nvfp4MoE",
+    ),
     (f"{_QUANTIZATION}.compressed_tensors.schemes.compressed_tensors_w4a4_nvfp4_moe", "CompressedTensorsW4A4Nvfp4MoE"),
 )
 """SGLang's classes for NVFP4 experts, as (module, class); it makes one object per layer."""
@@ -86,7 +89,9 @@ def _fail_with_the_first_layer(error: Exception) -> None:
         cls.__init__ = _raising(cls.__init__, error)
         found += 1
     if not found:  # no layer could raise, and SGLang catches every Exception: only this stops it
-        raise SystemExit(f"{error} (SGLang has no class that torch_nvfp4 knows, so nothing could fail later)") from error
+        raise SystemExit(
+            f"{error} (SGLang has no class that torch_nvfp4 knows, so nothing could fail later)"
+        ) from error
 
 
 def _raising(original: Callable[..., Any], error: Exception) -> Callable[..., Any]:

@@ -82,7 +82,8 @@ def quant_config(layout: str) -> Any:
     if layout == "modelopt":
         from sglang.srt.layers.quantization.modelopt_quant import ModelOptFp4Config
 
-        return ModelOptFp4Config.from_config({"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16, "ignore": []})  # fmt: skip
+        modelopt = {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16, "ignore": []}
+        return ModelOptFp4Config.from_config(modelopt)
     if layout == "mixed":
         from sglang.srt.layers.quantization.modelopt_quant import ModelOptMixedPrecisionConfig
 
@@ -90,7 +91,7 @@ def quant_config(layout: str) -> Any:
         names = [f"{PREFIX}.{e}.{p}_proj" for e in range(EXPERTS) for p in ("gate", "up", "down")]
         return ModelOptMixedPrecisionConfig.from_config({
             "quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "ignore": [],
-            "quantized_layers": {name: algo for name in [PREFIX, *names]},
+            "quantized_layers": dict.fromkeys([PREFIX, *names], algo),
         })  # fmt: skip
     from sglang.srt.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 

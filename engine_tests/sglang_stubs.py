@@ -1,7 +1,8 @@
 """Lets SGLang's modules be imported without a GPU: stand-ins for two libraries of others, none for SGLang's own code.
 
 - ``sgl_kernel``: CUDA kernels, which has no build that loads without a GPU. SGLang imports names from it.
-- ``torchvision``: PyPI's build is for CUDA's torch and does not load beside torch for CPUs. SGLang imports it for images.
+- ``torchvision``: PyPI's build is for CUDA's torch and does not load beside torch for CPUs. SGLang imports it for
+  images.
 
 Nothing that the tests run calls into either.
 """

@@ -1,4 +1,4 @@
-"""SGLang's own layer with torch_nvfp4's runner, against the layer in fp64. Runs where SGLang is installed, see Makefile."""
+"""SGLang's own layer with torch_nvfp4's runner, against the layer in fp64: ``make test-sglang``."""
 
 from __future__ import annotations
 
@@ -77,8 +77,11 @@ GATES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"alpha": 1.702, "limit": LIMIT},
     ),
     "gelu": ({"activation": "gelu"}, {"activation": "gelu"}),
-    "router weight on the input": ({"apply_router_weight_on_input": True, "swiglu_limit": LIMIT}, {"on_input": True, "limit": LIMIT}),
-}  # fmt: skip
+    "router weight on the input": (
+        {"apply_router_weight_on_input": True, "swiglu_limit": LIMIT},
+        {"on_input": True, "limit": LIMIT},
+    ),
+}
 
 
 @pytest.mark.parametrize("case", GATES)
@@ -98,7 +101,9 @@ def test_two_ranks_add_up(kind: str, layout: str) -> None:
     experts, inputs = random_experts(), random_inputs()
     total = torch.zeros(inputs[0].shape)
     for rank in range(2):
-        with sglang_process(**{f"moe_{kind}_size": 2, f"moe_{kind}_rank": rank, "tp_size": 2, "tp_rank": rank, "attn_tp_size": 2}):
+        with sglang_process(
+            **{f"moe_{kind}_size": 2, f"moe_{kind}_rank": rank, "tp_size": 2, "tp_rank": rank, "attn_tp_size": 2}
+        ):
             layer = make_layer(layout, swiglu_limit=LIMIT)
             load(layer, experts, layout)
             part = run(layer, *inputs)
@@ -137,7 +142,11 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "two limits": ({"swiglu_limit": 7.0, "gemm1_clamp_limit": 8.0}, {}, "expected one limit per layer, got .* 7 .* 8"),
     "not gated": ({"is_gated": False}, {}, "expected gated experts, got some without a gate"),
     "situ": ({"activation": "situ"}, {}, "expected an activation of silu, gelu, gelu_tanh, got situ"),
-    "interleaved": ({"gemm1_alpha": 1.7, "gemm1_clamp_limit": 7.0}, {}, "expected gate rows first .* got gate_up_inter"),
+    "interleaved": (
+        {"gemm1_alpha": 1.7, "gemm1_clamp_limit": 7.0},
+        {},
+        "expected gate rows first .* got gate_up_inter",
+    ),
     "no combine": ({"no_combine": True}, {}, "expected no outputs per expert"),
     "EPLB": ({}, {"enable_eplb": True}, "expected no load balancing of experts"),
     "LoRA": ({}, {"enable_lora": True}, "expected no LoRA"),

@@ -48,7 +48,9 @@ class NVFP4RunnerCore(DispatchMoeRunnerCore):  # type: ignore[misc]
         if hooks is not None:
             raise RuntimeError("torch_nvfp4: expected no LoRA hooks, got some")
         if not dispatch_output.format.is_standard():
-            raise RuntimeError(f"torch_nvfp4: expected the standard dispatch format, got {dispatch_output.format.value}")
+            raise RuntimeError(
+                f"torch_nvfp4: expected the standard dispatch format, got {dispatch_output.format.value}"
+            )
         topk_output, hidden_states = dispatch_output.topk_output, dispatch_output.hidden_states
         if not TopKOutputChecker.format_is_standard(topk_output):
             raise RuntimeError(f"torch_nvfp4: expected topk_weights and topk_ids, got {type(topk_output).__name__}")

@@ -131,7 +131,5 @@ def _backend_error(
         got = "{}.{}".format(*capability)
         return f"expected a GPU without FP4 tensor cores, for which SGLang has kernels, got compute capability {got}"
     libraries = Libraries.detect() if process.libraries is None else process.libraries
-    config = MoEBackendConfig(
-        process.device_type, hidden, intermediate, capability, dtype, gate, libraries=libraries
-    )
+    config = MoEBackendConfig(process.device_type, hidden, intermediate, capability, dtype, gate, libraries=libraries)
     return explain_moe_backends(config)[backend]

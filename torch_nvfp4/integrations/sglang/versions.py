@@ -103,9 +103,7 @@ def unmet(version: str, load: Callable[[str], Any] = importlib.import_module) ->
             yield f"{module}.{name}: expected {', '.join(wanted)}, got {got_text}"
 
 
-def check_installed(
-    version: str | None = None, load: Callable[[str], Any] = importlib.import_module
-) -> None:
+def check_installed(version: str | None = None, load: Callable[[str], Any] = importlib.import_module) -> None:
     """Raises RuntimeError with every difference between the SGLang of this process and the known one.
 
     Args:

@@ -16,7 +16,7 @@ PACKED = ("nvfp4_w13", "nvfp4_w13_global_scale", "nvfp4_w2", "nvfp4_w2_global_sc
 """The parameters of a layer whose weights are packed, in the op's order."""
 
 
-def pack_layer(layer: torch.nn.Module, names: tuple[str, str], scale_2: tuple[Tensor, Tensor], factor: float) -> None:
+def pack_layer(layer: Any, names: tuple[str, str], scale_2: tuple[Tensor, Tensor], factor: float) -> None:
     """Packs a layer's weights into the parameters ``PACKED`` and frees what SGLang loaded.
 
     Of every parameter that was loaded an empty one stays behind, whose ``weight_loader`` raises: SGLang's models look
@@ -55,6 +55,6 @@ def _free(layer: torch.nn.Module, *names: str) -> None:
 
 def _refuse(*args: Any, **kwargs: Any) -> NoReturn:
     raise RuntimeError(
-        "torch_nvfp4: expected no new weights after loading, got some: the experts' weights are packed once. Restart the "
-        "server to serve others, or set TORCH_NVFP4_SGLANG=off."
+        "torch_nvfp4: expected no new weights after loading, got some: the experts' weights are packed once. Restart "
+        "the server to serve others, or set TORCH_NVFP4_SGLANG=off."
     )
