@@ -28,7 +28,7 @@ def command(
     select: Annotated[
         str,
         typer.Option(
-            metavar="M,M,...", show_default=False,
+            "--select", metavar="M,M,...", show_default=False,
             help="Instead: which way the kernels take for a layer at these numbers of tokens, and why.",
         ),
     ] = "",
@@ -37,7 +37,7 @@ def command(
     device: Annotated[
         str,
         typer.Option(
-            metavar="DEVICE", show_default=False,
+            "--device", metavar="DEVICE", show_default=False,
             help=f"cpu, cuda, cuda:N, or a GPU that need not be here: {', '.join(GPUS)}.",
         ),
     ] = "",
