@@ -59,6 +59,7 @@ class _Request(NamedTuple):
     peers: list[str]
 
 
+# Over 60 lines: two thirds of it are its options and their help.
 def command(
     device: Annotated[
         str,
