@@ -1,4 +1,4 @@
-"""torch.library.opcheck of every op: schema, autograd registration, fake against kernel, AOT dispatch."""
+"""torch.library.opcheck of every overload of every op: schema, autograd registration, fake against kernel, AOT dispatch."""
 
 from __future__ import annotations
 
@@ -104,21 +104,30 @@ class Samples:
 
 
 OPS = [name for name in vars(Samples) if name in torch_nvfp4.__all__]
+OUTS = ["moe"]  # ops with an out overload; their result is as their first argument
 
 
 def test_every_op_is_checked() -> None:
     registered = {
-        str(schema.name).removeprefix("nvfp4::")
+        (str(schema.name).removeprefix("nvfp4::"), str(schema.overload_name))
         for schema in torch._C._jit_get_all_schemas()
         if schema.name.startswith("nvfp4::")
     }
-    assert registered == set(OPS)
+    assert registered == {(op, "") for op in OPS} | {(op, "out") for op in OUTS}
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_opcheck(op: str, device: str) -> None:
     for args, kwargs in getattr(Samples(device), op)():
         result = torch.library.opcheck(getattr(torch.ops.nvfp4, op).default, args, kwargs, test_utils=UTILS)
+        assert result == dict.fromkeys(UTILS, "SUCCESS")
+
+
+@pytest.mark.parametrize("op", OUTS)
+def test_opcheck_of_out(op: str, device: str) -> None:
+    for args, kwargs in getattr(Samples(device), op)():
+        kwargs = {**kwargs, "out": torch.zeros_like(args[0])}
+        result = torch.library.opcheck(getattr(torch.ops.nvfp4, op).out, args, kwargs, test_utils=UTILS)
         assert result == dict.fromkeys(UTILS, "SUCCESS")
 
 

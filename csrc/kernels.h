@@ -122,7 +122,7 @@ struct MoeArgs {
   Routing routing;
   Gate gate;
   bool apply_router_weight_on_input;  // scale GEMM1's pre-activations instead of the output
-  void* out;                          // [tokens, w13.k]
+  void* out;                          // [tokens, w13.k]; may be hidden_states
 };
 
 struct LinearArgs {

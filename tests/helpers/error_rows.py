@@ -373,8 +373,25 @@ UNPACK = [
     cuda("packed must hold at least one expert, got 0", packed=shape(0, 2, 32, 72)),
 ]
 
+# Of a buffer for the result of `like`'s shape.
+BUFFER = "that is not; take one from torch.empty"
+
+
+def out_rows(sizes: tuple[int, ...]) -> list[Row]:
+    """The rows of an out overload whose result has these sizes."""
+    more = [size + 1 for size in sizes]
+    return [
+        bad("out must be bfloat16, got float16", out=dtype(torch.float16)),
+        bad("out must be on {device} like hidden_states, got {elsewhere}", out=elsewhere),
+        bad(f"out must be contiguous, got a tensor of shape {list(sizes)} {BUFFER}", out=strided),
+        bad(f"out must have shape {list(sizes)}, got {more}", out=shape(*more)),
+        bad(f"out must have shape {list(sizes)}, got {list(sizes[1:])}", out=shape(*sizes[1:])),
+    ]
+
+
 ROWS: dict[str, list[Row]] = {
     "moe": [*MOE, *GATE],
+    "moe.out": [*MOE, *GATE, *out_rows((5, 80))],
     "route": ROUTE,
     "grouped_gemm": GROUPED_GEMM,
     "grouped_gemm_swiglu": [*GROUPED_GEMM_SWIGLU, *GATE],

@@ -33,6 +33,9 @@ def good_arguments(op: str, device: str) -> dict[str, Any]:
     x = torch.randn(M, K, generator=generator).to(device, torch.bfloat16)
     weights, ids = random_routing(M, 2 * E, TOP_K, generator=generator, device=device)
     expert_map = torch.tensor([0, -1, 1, -1, 2, -1], dtype=torch.int32, device=device)
+    if op.endswith(".out"):
+        good = good_arguments(op.removesuffix(".out"), device)
+        return {**good, "out": torch.zeros_like(good["hidden_states"])}
     if op == "moe":
         (w13, g13), (w2, g2) = packed(E, 2 * I, K, gated=True), packed(E, K, I)
         tensors = {"hidden_states": x, "w13": w13, "w13_global_scale": g13, "w2": w2, "w2_global_scale": g2}
@@ -63,7 +66,8 @@ def good_arguments(op: str, device: str) -> dict[str, Any]:
 
 
 def call(op: str, arguments: dict[str, Any]) -> Any:
-    return getattr(torch.ops.nvfp4, op)(**arguments)
+    name, _, overload = op.partition(".")
+    return getattr(getattr(torch.ops.nvfp4, name), overload or "default")(**arguments)
 
 
 def map_tensors(arguments: dict[str, Any], change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
@@ -197,6 +201,20 @@ def test_backward_names_the_alternative(op: str, device: str) -> None:
     assert activations.grad is None
     with torch.no_grad():
         assert not call(op, arguments).requires_grad
+
+
+@pytest.mark.parametrize("op", [op for op in ROWS if op.endswith(".out")])
+def test_out_has_no_gradient(op: str, device: str) -> None:
+    """It raises at once: a result that is the caller's buffer could not raise in backward."""
+    name = op.removesuffix(".out")
+    words = rf"^nvfp4::{re.escape(op)} has no gradient.*torch_nvfp4\.reference\.{name} "
+    for needs_grad in ("hidden_states", "out"):
+        arguments = good_arguments(op, device)
+        arguments[needs_grad] = arguments[needs_grad].requires_grad_()
+        with pytest.raises(NotImplementedError, match=words):
+            call(op, arguments)
+        with torch.no_grad():
+            call(op, arguments)
 
 
 @pytest.mark.parametrize("op", ["moe", "grouped_gemm", "grouped_gemm_swiglu", "linear"])
