@@ -29,7 +29,23 @@ def moe(tokens: int, device: str) -> tuple[Tensor, Call]:
     return x, lambda x, **options: torch_nvfp4.moe(x, *packed, *routing, clamp_limit=0.5, **options)
 
 
-OPS = {"moe": moe}
+def batched_moe(tokens: int, device: str) -> tuple[Tensor, Call]:
+    """The same of torch_nvfp4.batched_moe, with so many tokens in all."""
+    generator = torch.Generator().manual_seed(tokens)
+    w13 = random_weight((E, 2 * I, K), gated=True, generator=generator, device=device)
+    w2 = random_weight((E, K, I), generator=generator, device=device)
+    packed = (torch_nvfp4.pack(w13, gated=True), w13.global_scale, torch_nvfp4.pack(w2), w2.global_scale)
+    counts = torch.tensor([tokens - tokens // 2, 0, tokens // 2, 0], dtype=torch.int32, device=device)
+    # All rows: what lies behind the counts of the functional op is 0, of a buffer what was there.
+    x = torch.zeros(E, tokens, K)
+    for rows, count in zip(x, counts.tolist(), strict=True):
+        rows[:count] = torch.randn(count, K, generator=generator)
+    return x.to(device, torch.bfloat16), lambda x, **options: torch_nvfp4.batched_moe(
+        x, *packed, counts, clamp_limit=0.5, **options
+    )
+
+
+OPS = {"moe": moe, "batched_moe": batched_moe}
 
 
 def compiled_code(function: Call, *args: Any) -> tuple[Any, str]:

@@ -168,8 +168,8 @@ void check_apart(const char* op, const Tensor& out, const char* name, const Tens
   const auto begin = reinterpret_cast<uintptr_t>(out.data_ptr());
   const auto other = reinterpret_cast<uintptr_t>(tensor.data_ptr());
   if (begin >= other + bytes(tensor) || other >= begin + bytes(out) || (whole && begin == other)) return;
-  fail(op, "out must ", whole ? "be " : "share no memory with ", name, whole ? " itself or share no memory with it" : "",
-       ", got one that overlaps it; take one from torch.empty");
+  fail(op, "out must ", whole ? "be " : "share no memory with ", name,
+       whole ? " itself or share no memory with it" : "", ", got one that overlaps it; take one from torch.empty");
 }
 
 void check_activations(const char* op, const char* name, const Tensor& tensor, const Dims& dims) {

@@ -79,7 +79,8 @@ void check_tensor(const char* op, const char* name, const Tensor& tensor, const 
 // Checks a buffer for the result, which the caller gives: of dtype and device of `like`, of this shape, and 16-byte
 // aligned on CUDA.
 void check_out(const char* op, const Tensor& out, const char* like_name, const Tensor& like, const Dims& dims);
-// What the op reads must not lie in the buffer that it writes. `whole`: it may be the buffer itself, from its first byte.
+// What the op reads must not lie in the buffer that it writes. `whole`: it may be the buffer itself, from its first
+// byte.
 void check_apart(const char* op, const Tensor& out, const char* name, const Tensor& tensor, bool whole = false);
 
 // check_tensor with the dtypes that activations may have on this backend.

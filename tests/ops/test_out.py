@@ -17,6 +17,8 @@ E, K, I, TOP_K = 4, 192, 96, 2  # noqa: E741
 # the result or (K = 192) in the workspace.
 TOKENS = [0, 1, 12, 40, 200]
 
+ops = pytest.mark.parametrize("op", ["moe", "batched_moe"])
+
 
 def guarded(like: Tensor) -> tuple[Tensor, Callable[[], bool]]:
     """A buffer as ``like`` inside a larger one, and whether all around it is as it was."""
@@ -60,6 +62,10 @@ def test_moe_in_place(m: int, k: int, target: str, dtype: torch.dtype) -> None:
 
 def arguments_of(op: str, device: str) -> dict[str, Any]:
     layer = make_layer(E, K, I, seed=7).packed(device)
+    if op == "batched_moe":
+        counts = torch.tensor([1, 0, 2, 2], dtype=torch.int32, device=device)
+        x = activations(E, 2, K, seed=9) * (torch.arange(2)[:, None] < counts.cpu()[:, None, None])
+        return {"hidden_states": x.to(device, BF16), **layer._asdict(), "expert_num_tokens": counts}
     topk_weights, topk_ids, _, _ = routed(6, E, TOP_K, seed=8)
     arguments: dict[str, Any] = layer._asdict()
     x = activations(6, K, seed=9).to(device, BF16)
@@ -68,20 +74,20 @@ def arguments_of(op: str, device: str) -> dict[str, Any]:
     return {"hidden_states": x, **arguments, **routing}
 
 
-def message_of(call: Callable[[], Any]) -> str:
+def message_of(call: Callable[..., Any], **arguments: Any) -> str:
     with pytest.raises(RuntimeError) as raised:
-        call()
+        call(**arguments)
     return str(raised.value)
 
 
-@pytest.mark.parametrize("op", ["moe"])
+@ops
 def test_out_may_share_memory_with_no_argument(op: str, device: str) -> None:
     arguments = arguments_of(op, device)
     size = arguments["hidden_states"].numel() * 2
     overload = getattr(torch.ops.nvfp4, op).out
     for name, good in arguments.items():
         length = good.numel() * good.element_size()
-        for distance in (-size + 16, -16, 16, length - 16):  # of out from the argument, overlapping its begin or its end
+        for distance in (-size + 16, -16, 16, length - 16):  # from the argument to out, which overlaps either end of it
             if not -size < distance < length:
                 continue
             memory = torch.zeros(2 * size + length, dtype=torch.uint8, device=device)
@@ -90,7 +96,7 @@ def test_out_may_share_memory_with_no_argument(op: str, device: str) -> None:
             rule = f"be {name} itself or share no memory with it" if name == "hidden_states" else (
                 f"share no memory with {name}"
             )  # fmt: skip
-            assert message_of(lambda: overload(**{**arguments, name: argument}, out=out)) == (
+            assert message_of(overload, **{**arguments, name: argument}, out=out) == (
                 f"nvfp4::{op}.out: out must {rule}, got one that overlaps it; take one from torch.empty"
             )
         # Side by side is apart.
@@ -101,7 +107,7 @@ def test_out_may_share_memory_with_no_argument(op: str, device: str) -> None:
         assert torch.equal(out, getattr(torch.ops.nvfp4, op)(**arguments))
 
 
-@pytest.mark.parametrize("op", ["moe"])
+@ops
 def test_out_that_begins_between_elements(op: str, device: str) -> None:
     arguments = arguments_of(op, device)
     x = arguments["hidden_states"]
@@ -112,13 +118,13 @@ def test_out_that_begins_between_elements(op: str, device: str) -> None:
         out = torch.frombuffer(memory.numpy(), dtype=BF16, offset=begin, count=x.numel()).view(x.shape)
     else:
         out = memory[distance:][: x.numel() * 2].view(BF16).view(x.shape)
-    assert message_of(lambda: getattr(torch.ops.nvfp4, op).out(**arguments, out=out)) == (
+    assert message_of(getattr(torch.ops.nvfp4, op).out, **arguments, out=out) == (
         f"nvfp4::{op}.out: out must begin at a multiple of {multiple} bytes in memory, got a view that does not; "
         "take one from torch.empty"
     )
 
 
-@pytest.mark.parametrize("op", ["moe"])
+@ops
 def test_a_backward_that_saved_the_buffer_notices(op: str, device: str) -> None:
     arguments = arguments_of(op, device)
     out = torch.ones_like(arguments["hidden_states"])
