@@ -56,18 +56,6 @@ static_assert(kInlineSlots == 32 && kStreamSlotsPerExpert == 7 && kWgmmaMaxExper
                   wgmma_experts::kMinStages == 3,
               "the reasons above name these numbers");
 
-// The fewer warps share an item, the rarer are reductions; but some warps should be left to find work, and a warp that
-// shares an item should find more than a few blocks of it.
-int stream_k_ways(int64_t k_blocks, int64_t items, const Device& device) {
-  const int64_t warps = int64_t{device.multiprocessors} * 16;
-  int ways = 8;
-  if (items * 8 > warps) ways = 4;
-  if (items * 4 > warps) ways = 2;
-  while (ways > 2 && k_blocks < 4 * ways) ways /= 2;
-  if (ways == 2 && k_blocks < 6 * ways) ways = 1;
-  return ways;
-}
-
 // A CTA that sorts for itself spares a launch and the way of its table through memory, 2-3 us per call, and streams
 // weights 0.5 % slower. That pays while the weights of the experts hit take less than about 0.4 ms.
 bool stream_sorts(const Problem& problem, StreamTiles tiles, Isa isa) {
@@ -88,7 +76,7 @@ const char* against_stream(const Problem& problem, const Device& device, Choice&
                                                  : std::min(problem.slots(), problem.experts);
   for (int i = 0; i < 2; ++i) {
     const GemmSize& gemm = problem.gemm[i];
-    choice.stream.k_ways[i] = stream_k_ways(k_blocks_of(gemm.k), tiles * panels_of(gemm.n), device);
+    choice.stream.k_ways[i] = stream_k_ways(k_blocks_of(gemm.k), tiles * panels_of(gemm.n), device.multiprocessors);
   }
   return nullptr;
 }
@@ -197,16 +185,10 @@ BatchedChoice select_batched(const Problem& problem, const Device& device, Isa i
     if (before < most) choice.paths[choice.count++] = path;
   };
   const auto add_stream = [&](StreamTiles tiles, int64_t most_per_expert) {
-    BatchedPath path{.most_per_expert = most_per_expert, .kernel = Kernel::stream_gemm, .stream = {}, .wgmma = {}};
-    path.stream.tiles = tiles;
-    for (int i = 0; i < 2; ++i) {
-      const GemmSize& gemm = problem.gemm[i];
-      path.stream.k_ways[i] = stream_k_ways(k_blocks_of(gemm.k), problem.experts * panels_of(gemm.n), device);
-    }
-    add(path);
+    add({.most_per_expert = most_per_expert, .kernel = Kernel::stream_gemm, .tiles = tiles, .wgmma = {}});
   };
   const auto add_wgmma = [&](WgmmaPlan plan, int64_t most_per_expert) {
-    add({.most_per_expert = most_per_expert, .kernel = Kernel::wgmma_experts, .stream = {}, .wgmma = plan});
+    add({.most_per_expert = most_per_expert, .kernel = Kernel::wgmma_experts, .tiles = {}, .wgmma = plan});
   };
   const WgmmaPlan tall = plan_wgmma(WgmmaTiles::tall, wgmma_experts::Tall::kMaxWidth, problem.experts, device);
   if (isa == Isa::sm90 && problem.experts <= kWgmmaMaxExperts && tall.stages > 0) {
@@ -214,6 +196,7 @@ BatchedChoice select_batched(const Problem& problem, const Device& device, Isa i
     add_wgmma(plan_wgmma(WgmmaTiles::tall, kNarrowWgmmaWidth, problem.experts, device), kNarrowWgmmaSlotsPerExpert);
     add_wgmma(tall, most);
   } else {
+    choice.isa = Isa::sm80;  // whose kernels run everywhere, and are the only ones with wide tiles of a batch
     add_stream(StreamTiles::narrow, kNarrowTile);
     add_stream(StreamTiles::wide, most);
   }

@@ -36,8 +36,8 @@ Choice select(const Problem& problem, const Device& device, Isa isa);
 // A way through the MLPs of a batch, for up to so many tokens per expert that has any.
 struct BatchedPath {
   int64_t most_per_expert;
-  Kernel kernel;  // stream_gemm or wgmma_experts
-  StreamPlan stream;
+  Kernel kernel;      // stream_gemm or wgmma_experts
+  StreamTiles tiles;  // the device chooses the k_ways too
   WgmmaPlan wgmma;
 };
 
