@@ -56,5 +56,6 @@ BatchedChoice select_batched(const Problem& problem, const Device& device, Isa i
 // The same choice as lines of "name: text": the problem, the device, the kernel, its tile and split, and for each row
 // of the table why it was taken or passed over.
 std::string explain(const Problem& problem, const Device& device);
+std::string explain_batched(const Problem& problem, const Device& device);
 
 }  // namespace nvfp4::cuda
