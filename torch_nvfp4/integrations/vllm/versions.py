@@ -152,6 +152,8 @@ def _find(load: Callable[[str], Any], module: str, name: str) -> Any:
         return None
     for part in name.split("."):
         found = getattr(found, part, None)
+        if found is None:
+            break
     return found
 
 
