@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import math
 import shutil
 import sys
 import tempfile
@@ -21,7 +22,7 @@ from torch_nvfp4.bench.report import cpu_name
 from torch_nvfp4.bench.vllm.engine import Job
 from torch_nvfp4.bench.vllm.model import TINY, Sizes, write_model
 from torch_nvfp4.bench.vllm.report import OURS, THEIRS, table
-from torch_nvfp4.bench.vllm.serve import run_pairs, score, summary
+from torch_nvfp4.bench.vllm.serve import Pair, run_pair, score, summary
 
 _SCORED = (16,) * 8 + (64,) * 4 + (256,)
 _TINY_JOB: dict[str, Any] = {"decode": (1, 4), "prefill": ((2, 128),), "max_model_len": 1024}
@@ -35,7 +36,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, to try the benchmark itself; also on a CPU")
     serve = parser.add_argument_group("serve")
     serve.add_argument("--layers", type=int, help=f"default {Sizes.layers}")
-    serve.add_argument("--pairs", type=int, default=2, help="pairs of processes that count; default 2")
+    serve.add_argument(
+        "--pairs", type=int, default=2, help="pairs of processes that count (one goes before them); default 2"
+    )
+    serve.add_argument("--seconds", type=float, default=math.inf, help="start no pair that would end later")
     serve.add_argument("--dir", type=Path, help="where the model and the logs go; default: shared memory, else /tmp")
     serve.add_argument("--no-scores", action="store_true", help="times only, no log-probabilities")
     serve.add_argument("--tensor-parallel-size", type=int, default=1)
@@ -56,8 +60,11 @@ class _Progress:
     def __init__(self) -> None:
         self.begin = time.perf_counter()
 
+    def seconds(self) -> float:
+        return time.perf_counter() - self.begin
+
     def __call__(self, text: str) -> None:
-        print(f"[{time.perf_counter() - self.begin:6.1f} s] {text}", file=sys.stderr, flush=True)
+        print(f"[{self.seconds():6.1f} s] {text}", file=sys.stderr, flush=True)
 
 
 def _versions() -> dict[str, str]:
@@ -89,22 +96,39 @@ def _serve(options: argparse.Namespace, progress: _Progress) -> dict[str, Any]:
     directory = _directory(options.dir, 0.36 * sizes.layers)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = write_model(directory / "model", sizes, device=device, progress=progress)
-    progress("the model is there")
+    progress(f"the model is in {model}")
     job = Job(
         str(model), vocab=sizes.vocab, scored=() if options.no_scores else _SCORED, repeats=options.repeats,
         dtype=options.dtype, tensor_parallel_size=options.tensor_parallel_size, memory=options.memory,
         attention_backend=options.attention_backend, options=options.options, **(_TINY_JOB if options.tiny else {}),
     )  # fmt: skip
-    pairs, files = run_pairs(job, options.pairs, directory, timeout=options.timeout, progress=progress)
-    result: dict[str, Any] = {**_machine(), "sizes": asdict(sizes), "job": asdict(job), "pairs": pairs}
-    if pairs:
-        result["rows"] = summary(pairs, job)
-        print(table(result["rows"]), flush=True)
-        print(f"experts run by {pairs[-1][OURS]['experts']} and {pairs[-1][THEIRS]['experts']}", flush=True)
-    if files:
-        result["scores"] = score(job, files, device, progress)
-        _print_scores(result["scores"])
+    result: dict[str, Any] = {**_machine(), "sizes": asdict(sizes), "job": asdict(job), "pairs": []}
+    counted: list[Pair] = result["pairs"]
+    longest = 0.0
+    for number in range(options.pairs + 1):
+        if number and progress.seconds() + longest > options.seconds:
+            progress(f"no time for pair {number} within {options.seconds:g} s")
+            break
+        begin = progress.seconds()
+        torch.cuda.empty_cache()  # the processes want the memory
+        pair, files = run_pair(job, number, directory, timeout=options.timeout, progress=progress)
+        longest = max(longest, progress.seconds() - begin)
+        if files:
+            result["scores"] = score(job, files, device, progress)
+            _print_scores(result["scores"])
+        if number:
+            counted.append(pair)
+            result["rows"] = summary(counted, job)
+            print(table(result["rows"]), flush=True)
+        _write(options.json, result)
+    if counted:
+        print(f"experts run by {counted[-1][OURS]['experts']} and {counted[-1][THEIRS]['experts']}", flush=True)
     return result
+
+
+def _write(file: Path | None, result: dict[str, Any]) -> None:
+    if file is not None:
+        file.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def _print_scores(scores: dict[str, Any]) -> None:
@@ -133,8 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BenchError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    _write(options.json, result)
     progress("done")
     return 0
 

@@ -19,7 +19,7 @@ from torch_nvfp4.bench.vllm.engine import Job, scored_prompts
 from torch_nvfp4.bench.vllm.reference import closer, distance, reference_log_probs
 from torch_nvfp4.bench.vllm.report import OURS, THEIRS, ratios
 
-__all__ = ["MODES", "run_pairs", "score", "summary"]
+__all__ = ["MODES", "Pair", "run_pair", "score", "summary"]
 
 MODES = {OURS: "require", THEIRS: "off"}
 """What TORCH_NVFP4_VLLM is on each side."""
@@ -35,33 +35,28 @@ _SHOWN = 40  # lines of the log of a process that failed
 Pair = dict[str, dict[str, Any]]
 
 
-def run_pairs(
-    job: Job, pairs: int, directory: Path, *, timeout: float, progress: Callable[[str], None]
-) -> tuple[list[Pair], dict[str, Path]]:
-    """Runs ``pairs`` pairs of processes and one before them, which scores the tokens and fills the caches.
+def run_pair(
+    job: Job, number: int, directory: Path, *, timeout: float, progress: Callable[[str], None]
+) -> tuple[Pair, dict[str, Path]]:
+    """Runs one process per side; from pair to pair the sides change places.
 
-    Sides change places from pair to pair. Jobs, results and logs stand in ``directory``.
+    Pair 0 does not count: it fills the caches, times everything once, and alone scores the tokens that the job names.
+    Jobs, results and logs stand in ``directory``.
 
-    Returns the pairs that count, and the files with each side's log-probabilities (none without scored prompts).
+    Returns the results, and the files with each side's log-probabilities (none without scores).
 
     Raises BenchError where a process fails or takes longer than ``timeout`` seconds, or the experts of a side are not
     run by what that side stands for.
     """
-    counted: list[Pair] = []
+    this = dataclasses.replace(job, scored=()) if number else dataclasses.replace(job, repeats=1)
+    pair: Pair = {}
     scores: dict[str, Path] = {}
-    for number in range(pairs + 1):
-        pair: Pair = {}
-        for side in (OURS, THEIRS) if number % 2 == 0 else (THEIRS, OURS):
-            progress(f"pair {number} of {pairs}{' (not counted)' if number == 0 else ''}: {side}")
-            this = job if number else dataclasses.replace(job, repeats=1)
-            if number:
-                this = dataclasses.replace(this, scored=())
-            elif job.scored:
-                scores[side] = directory / f"log_probs-{MODES[side]}.pt"
-            pair[side] = _run(this, side, directory / f"{number}-{MODES[side]}", scores.get(side), timeout)
-        if number:
-            counted.append(pair)
-    return counted, scores
+    for side in (OURS, THEIRS) if number % 2 == 0 else (THEIRS, OURS):
+        progress(f"pair {number}{'' if number else ' (not counted)'}: {side}")
+        if this.scored:
+            scores[side] = directory / f"log_probs-{MODES[side]}.pt"
+        pair[side] = _run(this, side, directory / f"{number}-{MODES[side]}", scores.get(side), timeout)
+    return pair, scores
 
 
 def _run(job: Job, side: str, stem: Path, scores: Path | None, timeout: float) -> dict[str, Any]:
@@ -69,7 +64,7 @@ def _run(job: Job, side: str, stem: Path, scores: Path | None, timeout: float) -
     job.save(job_file)
     out_file.unlink(missing_ok=True)
     command = [sys.executable, "-m", "torch_nvfp4.bench.vllm.engine", str(job_file), str(out_file)]
-    if job.scored and scores is not None:
+    if scores is not None:
         command.append(str(scores))
     environment = {**os.environ, **_ENVIRONMENT, "TORCH_NVFP4_VLLM": MODES[side]}
     with log_file.open("w") as log:
