@@ -186,6 +186,40 @@ Choice select(const Problem& problem, const Device& device, Isa isa) {
   return choice;
 }
 
+BatchedChoice select_batched(const Problem& problem, const Device& device, Isa isa) {
+  constexpr int64_t kNarrowWgmmaSlotsPerExpert = 32;  // as in wgmma_width()
+  constexpr int kNarrowWgmmaWidth = 64;
+  BatchedChoice choice{};
+  choice.isa = isa;
+  const int64_t most = problem.tokens / problem.experts;
+  const auto add = [&](const BatchedPath& path) {
+    const int64_t before = choice.count == 0 ? 0 : choice.paths[choice.count - 1].most_per_expert;
+    if (before < most) choice.paths[choice.count++] = path;
+  };
+  const auto add_stream = [&](StreamTiles tiles, int64_t most_per_expert) {
+    BatchedPath path{.most_per_expert = most_per_expert, .kernel = Kernel::stream_gemm, .stream = {}, .wgmma = {}};
+    path.stream.tiles = tiles;
+    for (int i = 0; i < 2; ++i) {
+      const GemmSize& gemm = problem.gemm[i];
+      path.stream.k_ways[i] = stream_k_ways(k_blocks_of(gemm.k), problem.experts * panels_of(gemm.n), device);
+    }
+    add(path);
+  };
+  const auto add_wgmma = [&](WgmmaPlan plan, int64_t most_per_expert) {
+    add({.most_per_expert = most_per_expert, .kernel = Kernel::wgmma_experts, .stream = {}, .wgmma = plan});
+  };
+  const WgmmaPlan tall = plan_wgmma(WgmmaTiles::tall, wgmma_experts::Tall::kMaxWidth, problem.experts, device);
+  if (isa == Isa::sm90 && problem.experts <= kWgmmaMaxExperts && tall.stages > 0) {
+    add_stream(StreamTiles::narrow, kStreamSlotsPerExpert);
+    add_wgmma(plan_wgmma(WgmmaTiles::tall, kNarrowWgmmaWidth, problem.experts, device), kNarrowWgmmaSlotsPerExpert);
+    add_wgmma(tall, most);
+  } else {
+    add_stream(StreamTiles::narrow, kNarrowTile);
+    add_stream(StreamTiles::wide, most);
+  }
+  return choice;
+}
+
 std::string explain(const Problem& problem, const Device& device) {
   Choice choice{};
   const Row& chosen = choose(problem, device, isa_of(device), choice);

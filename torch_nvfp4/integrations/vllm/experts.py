@@ -21,7 +21,11 @@ __all__ = ["NVFP4BatchedExperts", "NVFP4Experts"]
 
 
 class _Experts(mk.FusedMoEExpertsModular):  # type: ignore[misc]
-    """What both formats share. Activations stay in 16 bits: a W4A4 checkpoint runs as W4A16, as with Marlin."""
+    """What both formats share.
+
+    Activations stay in 16 bits, so a W4A4 checkpoint runs as W4A16, as it does with Marlin: the quantization config of
+    ``oracle`` names no dtype for them, and vLLM's prepare() leaves them as they are.
+    """
 
     def __init__(
         self,
@@ -53,10 +57,6 @@ class _Experts(mk.FusedMoEExpertsModular):  # type: ignore[misc]
     def _supports_parallel_config(moe_parallel_config: Any) -> bool:
         return True
 
-    @property
-    def expects_unquantized_inputs(self) -> bool:
-        return True
-
     def moe_problem_size(self, a1: Tensor, w1: Tensor, w2: Tensor, topk_ids: Tensor) -> tuple[int, int, int, int, int]:
         """E, M, N, K, top_k; the shapes of packed weights name their layout and not N and K."""
         n = 2 * self.moe_config.intermediate_size_per_partition
@@ -64,7 +64,7 @@ class _Experts(mk.FusedMoEExpertsModular):  # type: ignore[misc]
 
 
 class NVFP4Experts(_Experts):
-    """hidden_states [M, K] and global ids: ``torch_nvfp4.moe`` writes vLLM's output, weighted and summed."""
+    """hidden_states [M, K] and global ids: ``moe`` writes vLLM's buffer, weighted and summed."""
 
     @staticmethod
     def activation_format() -> Any:
@@ -87,30 +87,24 @@ class NVFP4Experts(_Experts):
     ) -> None:  # fmt: skip
         if apply_router_weight_on_input:  # vLLM's prepare() has multiplied the input
             topk_weights = torch.ones_like(topk_weights)
-        output.copy_(
-            torch.ops.nvfp4.moe(
-                hidden_states,
-                w1,
-                self.g1_alphas,
-                w2,
-                self.g2_alphas,
-                topk_weights.to(torch.float32),
-                topk_ids,
-                expert_map,
-                **self._gate_kwargs,
-            )
-        )
+        torch.ops.nvfp4.moe.out(
+            hidden_states, w1, self.g1_alphas, w2, self.g2_alphas, topk_weights.to(torch.float32), topk_ids, expert_map,
+            **self._gate_kwargs, out=output,
+        )  # fmt: skip
 
 
 class NVFP4BatchedExperts(_Experts):
-    """hidden_states [E, T, K], of which the first ``expert_num_tokens[e]`` rows of expert e hold tokens (DeepEP)."""
+    """hidden_states [E, T, K], of which the first ``expert_num_tokens[e]`` rows of expert e hold tokens.
+
+    This is what DeepEP's and NIXL's low-latency dispatch bring, which also weight and sum afterwards.
+    """
 
     @staticmethod
     def activation_format() -> Any:
         return mk.FusedMoEActivationFormat.BatchedExperts
 
     def finalize_weight_and_reduce_impl(self) -> Any:
-        return TopKWeightAndReduceDelegate()  # the all-to-all weights and sums
+        return TopKWeightAndReduceDelegate()
 
     def workspace_shapes(
         self, M: int, N: int, K: int, topk: int, global_num_experts: int, local_num_experts: int,
@@ -127,15 +121,9 @@ class NVFP4BatchedExperts(_Experts):
         counts = None if expert_tokens_meta is None else expert_tokens_meta.expert_num_tokens
         if counts is None:
             raise RuntimeError("expected expert_num_tokens with batched activations, got none")
-        experts, rows, k = hidden_states.shape
-        expert = torch.arange(experts, device=counts.device, dtype=torch.int32).view(experts, 1)
-        row = torch.arange(rows, device=counts.device, dtype=torch.int32).view(1, rows)
-        ids = torch.where(row < counts.view(experts, 1), expert, -1).view(-1, 1)
-        ones = torch.ones(ids.shape, device=ids.device, dtype=torch.float32)
-        result = torch.ops.nvfp4.moe(
-            hidden_states.reshape(-1, k), w1, self.g1_alphas, w2, self.g2_alphas, ones, ids, None, **self._gate_kwargs
+        torch.ops.nvfp4.batched_moe.out(
+            hidden_states, w1, self.g1_alphas, w2, self.g2_alphas, counts, **self._gate_kwargs, out=output
         )
-        output.copy_(result.view(experts, rows, k))
 
 
 def _gate(moe_config: Any, quant_config: Any) -> Gate:

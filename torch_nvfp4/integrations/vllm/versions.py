@@ -80,7 +80,7 @@ ATTRIBUTES: dict[tuple[str, str], tuple[str, ...]] = {
     (f"{_MOE}.modular_kernel", "ExpertTokensMetadata"): ("expert_num_tokens",),
     (f"{_MOE}.modular_kernel", "FusedMoEActivationFormat"): ("Standard", "BatchedExperts"),
     (f"{_MOE}.modular_kernel", "FusedMoEExperts"): (
-        "activation_format", "expects_unquantized_inputs", "g1_alphas", "g2_alphas", "_supports_current_device",
+        "activation_format", "g1_alphas", "g2_alphas", "_supports_current_device",
         "_supports_no_act_and_mul", "_supports_quant_scheme", "_supports_activation", "_supports_parallel_config",
     ),
     (f"{_MOE}.activation", "MoEActivation"): (
@@ -152,6 +152,8 @@ def _find(load: Callable[[str], Any], module: str, name: str) -> Any:
         return None
     for part in name.split("."):
         found = getattr(found, part, None)
+        if found is None:
+            break
     return found
 
 
