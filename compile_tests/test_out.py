@@ -11,7 +11,8 @@ from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
 import torch_nvfp4
-from torch_nvfp4.testing import random_routing, random_weight
+from torch_nvfp4 import reference
+from torch_nvfp4.testing import assert_accurate, random_routing, random_weight
 
 E, K, I, TOP_K = 4, 256, 96, 2  # noqa: E741
 
@@ -103,6 +104,35 @@ def test_in_place_where_the_old_values_are_wanted_again(op: str, device: str) ->
     assert torch.equal(values, expected)
     assert torch.equal(got_before, before)
     assert torch.equal(got_sum, expected + before)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("into", [False, True], ids=["functional", "out"])
+@pytest.mark.parametrize("arch", ["", "80"])
+def test_each_replay_follows_the_counts(into: bool, arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One captured call takes another way through the kernels when the counts change, and other rows."""
+    monkeypatch.setenv("TORCH_NVFP4_ARCH", arch)
+    rows = 200
+    generator = torch.Generator().manual_seed(0)
+    w13 = random_weight((E, 2 * I, K), gated=True, generator=generator, device="cuda")
+    w2 = random_weight((E, K, I), generator=generator, device="cuda")
+    packed = (torch_nvfp4.pack(w13, gated=True), w13.global_scale, torch_nvfp4.pack(w2), w2.global_scale)
+    x = torch.randn(E, rows, K, generator=generator).to("cuda", torch.bfloat16)
+    counts = torch.zeros(E, dtype=torch.int32, device="cuda")
+    buffer = torch.empty_like(x)
+    call = lambda: torch_nvfp4.batched_moe(x, *packed, counts, clamp_limit=0.5, out=buffer if into else None)  # noqa: E731
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+    for values in ([0, 0, 0, 0], [1, 0, 0, 0], [0, 7, 3, 0], [20, 20, 1, 40], [200, 0, 0, 1], [0, 0, 2, 0], [90] * E):
+        counts.copy_(torch.tensor(values))
+        buffer.fill_(3.0)
+        graph.replay()
+        expected = reference.batched_moe(x, w13, w2, counts, clamp_limit=0.5)
+        for got, wanted, count in zip(out, expected, values, strict=True):
+            assert_accurate(got[:count], wanted[:count])
+            assert bool((got[count:] == (3.0 if into else 0.0)).all())
 
 
 @pytest.mark.gpu

@@ -205,6 +205,31 @@ def gated_error(pre: Tensor, error: Tensor, gate: Arguments) -> Tensor:
     return furthest
 
 
+class Terms(NamedTuple):
+    """The rows that experts give, in fp64: their values, errors that are allowed, and whether an intermediate may
+    have overflowed."""
+
+    rows: Tensor
+    errors: Tensor
+    overflow: Tensor
+
+
+def mlp_terms(
+    x: Tensor, dtype: torch.dtype, w13: Weight, w2: Weight, order: Tensor, offsets: Tensor, on_input: Tensor | None,
+    gate: Arguments,
+) -> Terms:  # fmt: skip
+    clean = finite(x)
+    pre = reference.grouped_gemm(clean, w13.dense, order, offsets, on_input)
+    pre_error = reference.grouped_gemm(input_error(clean, dtype), w13.dense.abs(), order, offsets, on_input).abs()
+    hidden = reference.swiglu(pre, **gate)
+    hidden_error = gated_error(pre, pre_error, gate) + ROUNDING[dtype] * hidden.abs() + input_error(hidden, dtype)
+    return Terms(
+        reference.grouped_gemm(hidden, w2.dense, order, offsets),
+        reference.grouped_gemm(hidden_error, w2.dense.abs(), order, offsets),
+        torch.maximum(pre.abs().amax(-1), hidden.abs().amax(-1)) > LARGEST[dtype],
+    )
+
+
 # ---- one case of every op
 
 
@@ -226,21 +251,15 @@ def moe(r: Random) -> Case:
     def check(out: Tensor) -> None:
         weights, ids, expert_map = routing.values()
         order, offsets = reference.route(ids, expert_map, e)
-        clean, plain = finite(x), finite(weights)
+        plain = finite(weights)
         on_input, on_output = (plain, torch.ones_like(plain)) if weigh_input else (None, plain)
-        pre = reference.grouped_gemm(clean, w13.dense, order, offsets, on_input)
-        pre_error = reference.grouped_gemm(input_error(clean, dtype), w13.dense.abs(), order, offsets, on_input).abs()
-        hidden = reference.swiglu(pre, **gate)
-        hidden_error = gated_error(pre, pre_error, gate) + ROUNDING[dtype] * hidden.abs() + input_error(hidden, dtype)
-        terms = reference.grouped_gemm(hidden, w2.dense, order, offsets)
-        errors = reference.grouped_gemm(hidden_error, w2.dense.abs(), order, offsets)
-        expected = reference.combine(terms, on_output, ids, expert_map, e)
-        error = reference.combine(errors, on_output.abs(), ids, expert_map, e)
+        terms = mlp_terms(x, dtype, w13, w2, order, offsets, on_input, gate)
+        expected = reference.combine(terms.rows, on_output, ids, expert_map, e)
+        error = reference.combine(terms.errors, on_output.abs(), ids, expert_map, e)
         local = reference.local_experts(ids, expert_map, e)
         used = local < e
         hostile = torch.cat((w13.hostile | w2.hostile, torch.zeros(1, dtype=torch.bool)))[local].any(1)
-        overflow = torch.maximum(pre.abs().amax(-1), hidden.abs().amax(-1)) > LARGEST[dtype]
-        unclear = skip | hostile | overflow.view(tokens, top_k).any(1)
+        unclear = skip | hostile | terms.overflow.view(tokens, top_k).any(1)
         compare(out, expected, error, unclear, bad & used.any(1))
 
     return Case("moe", arguments, check if moderate else None)
@@ -274,16 +293,9 @@ def batched_moe(r: Random) -> Case:
         require(clean_rest, "rows behind the counts are neither zeros nor what the buffer held")
         order = torch.cat((used.nonzero(), (~used).nonzero())).flatten().int()
         offsets = torch.cat((torch.zeros(1), counts.cumsum(0))).int()
-        clean = finite(x)
-        pre = reference.grouped_gemm(clean, w13.dense, order, offsets)
-        pre_error = reference.grouped_gemm(input_error(clean, dtype), w13.dense.abs(), order, offsets).abs()
-        hidden = reference.swiglu(pre, **gate)
-        hidden_error = gated_error(pre, pre_error, gate) + ROUNDING[dtype] * hidden.abs() + input_error(hidden, dtype)
-        expected = reference.grouped_gemm(hidden, w2.dense, order, offsets)
-        errors = reference.grouped_gemm(hidden_error, w2.dense.abs(), order, offsets)
-        overflow = torch.maximum(pre.abs().amax(-1), hidden.abs().amax(-1)) > LARGEST[dtype]
-        unclear = extreme | overflow | (w13.hostile | w2.hostile)[expert_of_row] | ~used
-        compare(rows, expected, errors, unclear, bad & used)
+        terms = mlp_terms(x, dtype, w13, w2, order, offsets, None, gate)
+        unclear = extreme | terms.overflow | (w13.hostile | w2.hostile)[expert_of_row] | ~used
+        compare(rows, terms.rows, terms.errors, unclear, bad & used)
 
     return Case("batched_moe", arguments, check if moderate else None, error)
 

@@ -53,7 +53,7 @@ Plan plan_of(const BatchedMoeArgs& args, const Context& context) {
     BatchPath& path = plan.path[i];
     path.most_per_expert = chosen.most_per_expert;
     if (chosen.kernel == Kernel::stream_gemm) {
-      path.tile_width = tile_width(chosen.stream.tiles);
+      path.tile_width = tile_width(chosen.tiles);
       path.tile_table = workspace.take<int4>(1 + experts * ceil_div<int64_t>(args.rows_per_expert, path.tile_width));
     } else {
       has_wgmma = true;
@@ -83,6 +83,12 @@ void begin(const BatchedMoeArgs& args, const Plan& plan, void* stream) {
   p.rows_per_expert = static_cast<int>(args.rows_per_expert);
   p.paths = plan.choice.count;
   for (int i = 0; i < p.paths; ++i) p.path[i] = plan.path[i];
+  p.multiprocessors = device().multiprocessors;
+  const Weight* weights[] = {&args.w13, &args.w2};
+  for (int i = 0; i < 2; ++i) {
+    p.k_blocks[i] = k_blocks_of(weights[i]->k);
+    p.panels[i] = panels_of(weights[i]->n);
+  }
   p.order = plan.order;
   p.x = static_cast<const uint16_t*>(args.hidden_states);
   p.k = static_cast<int>(args.w13.k);
@@ -94,21 +100,24 @@ void begin(const BatchedMoeArgs& args, const Plan& plan, void* stream) {
 
 // Tiles name rows, which are slots, so there is no order and nothing to combine.
 void run_stream(const BatchedMoeArgs& args, const Plan& plan, int index, void* stream) {
-  const StreamPlan& sizes = plan.choice.paths[index].stream;
-  StreamGemmParams gate_up = stream_gemm_params(args.w13, sizes.k_ways[0]);
+  const StreamTiles tiles = plan.choice.paths[index].tiles;
+  StreamGemmParams gate_up = stream_gemm_params(args.w13, /*k_ways=*/0);
+  gate_up.batched = true;
   gate_up.x = args.hidden_states;
   gate_up.tile_table = plan.path[index].tile_table;
   gate_up.has_gate = true;
   gate_up.gate = args.gate;
   gate_up.out = plan.hidden;
-  stream_gemm(plan.choice.isa, args.dtype, sizes.tiles, gate_up, stream);
+  stream_gemm(plan.choice.isa, args.dtype, tiles, gate_up, stream);
 
-  StreamGemmParams down = stream_gemm_params(args.w2, sizes.k_ways[1]);
+  StreamGemmParams down = stream_gemm_params(args.w2, /*k_ways=*/0);
+  down.batched = true;
+  down.gemm_index = 1;
   down.x = plan.hidden;
   down.tile_table = plan.path[index].tile_table;
   down.plan_is_older = true;
   down.out = args.out;
-  stream_gemm(plan.choice.isa, args.dtype, sizes.tiles, down, stream);
+  stream_gemm(plan.choice.isa, args.dtype, tiles, down, stream);
 }
 
 void run_wgmma(const BatchedMoeArgs& args, const Plan& plan, int index, void* stream) {

@@ -36,8 +36,8 @@ Choice select(const Problem& problem, const Device& device, Isa isa);
 // A way through the MLPs of a batch, for up to so many tokens per expert that has any.
 struct BatchedPath {
   int64_t most_per_expert;
-  Kernel kernel;  // stream_gemm or wgmma_experts
-  StreamPlan stream;
+  Kernel kernel;      // stream_gemm or wgmma_experts
+  StreamTiles tiles;  // the device chooses the k_ways too
   WgmmaPlan wgmma;
 };
 
@@ -56,5 +56,6 @@ BatchedChoice select_batched(const Problem& problem, const Device& device, Isa i
 // The same choice as lines of "name: text": the problem, the device, the kernel, its tile and split, and for each row
 // of the table why it was taken or passed over.
 std::string explain(const Problem& problem, const Device& device);
+std::string explain_batched(const Problem& problem, const Device& device);
 
 }  // namespace nvfp4::cuda

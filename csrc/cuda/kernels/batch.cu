@@ -6,6 +6,7 @@
 #include "../device/ragged_tiles.cuh"
 #include "../launch.h"
 #include "batch.h"
+#include "stream_gemm/plan.h"
 
 namespace nvfp4::cuda {
 namespace {
@@ -72,7 +73,10 @@ __device__ __forceinline__ void write_tiles(const BatchParams& p, const Batch& b
     const int done = (i - first_tile[e]) * width;
     path.tile_table[1 + i] = make_int4(e, e * p.rows_per_expert + done, min(width, batch.tokens[e] - done), 0);
   }
-  if (threadIdx.x == 0) path.tile_table[0] = make_int4(tiles, 0, 0, 0);
+  if (threadIdx.x == 0) {
+    path.tile_table[0] = make_int4(tiles, stream_k_ways(p.k_blocks[0], int64_t{tiles} * p.panels[0], p.multiprocessors),
+                                   stream_k_ways(p.k_blocks[1], int64_t{tiles} * p.panels[1], p.multiprocessors), 0);
+  }
 }
 
 // What launches behind this one may find, by one CTA: their memory is safe because all of it comes from one copy of the
@@ -89,7 +93,7 @@ __device__ __forceinline__ void write_plan(const BatchParams& p, const Batch& ba
     } else if (taken) {
       write_tiles(p, batch, path, shared);
     } else if (threadIdx.x == 0) {
-      path.tile_table[0] = make_int4(0, 0, 0, 0);
+      path.tile_table[0] = make_int4(0, 1, 1, 0);  // warps divide by the number of ways
     }
   }
   if (p.path[batch.path].offsets == nullptr) return;

@@ -11,7 +11,9 @@ namespace nvfp4::cuda {
 // One way through the MLPs, enqueued in any case: the device takes one of them, and the others find no tile to do.
 struct BatchPath {
   int64_t most_per_expert;  // tokens per expert that has any, up to which it is taken; the last path takes more too
-  int4* tile_table;         // for stream_gemm: a table of tiles of `tile_width` tokens, whose slots are rows; or null
+  // For stream_gemm: a table of tiles of `tile_width` tokens, whose slots are rows, and in its head the k_ways; or
+  // null.
+  int4* tile_table;
   int tile_width;
   int32_t*
       offsets;   // for wgmma_experts: [experts + 1], none of its experts having tokens where it is not taken; or null
@@ -26,6 +28,10 @@ struct BatchParams {
   int rows_per_expert;
   int paths;
   BatchPath path[kMaxBatchPaths];
+  // For stream_gemm: of w13 and of w2.
+  int multiprocessors;
+  int k_blocks[2];
+  int panels[2];
   // For wgmma_experts.
   int32_t* order;     // [experts * rows_per_expert] rows that hold tokens, expert after expert
   const uint16_t* x;  // [experts, rows_per_expert, k]
