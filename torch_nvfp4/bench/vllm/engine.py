@@ -166,4 +166,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    # Under its own name, by which vLLM's workers import what the engine sends to them.
+    from torch_nvfp4.bench.vllm import engine
+
+    engine.main(sys.argv[1:])
