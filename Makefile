@@ -57,7 +57,7 @@ test-vllm: install vllm-environment  ## tiny models inside vLLM on the CPU, and 
 	TORCH_NVFP4_TORCH_ROOT="$$($(BIN)/python -c 'import os, torch; print(os.path.dirname(torch.__file__))')" \
 	  TORCH_NVFP4_BUILD_CUDA=0 $(VLLM_VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps \
 	  --no-build-isolation -e .
-	$(RUN_CXX) $(VLLM_VENV)/bin/python -m pytest engine_tests/test_vllm_classes.py engine_tests/test_vllm_models.py
+	$(RUN_CXX) $(VLLM_VENV)/bin/python -m pytest engine_tests/test_vllm_classes.py engine_tests/test_vllm_models.py engine_tests/test_vllm_bench.py
 
 lint: install  ## formatting, types and the direction of imports
 	$(BIN)/ruff check .

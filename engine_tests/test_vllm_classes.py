@@ -24,6 +24,7 @@ from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEKernel
 from vllm.model_executor.layers.fused_moe.oracle import nvfp4 as oracle
 from vllm.model_executor.layers.fused_moe.prepare_finalize.batched import BatchedPrepareAndFinalize
 from vllm.model_executor.layers.quantization.utils.quant_utils import kNvfp4Dynamic, kNvfp4Static
+from vllm.v1.worker.workspace import init_workspace_manager
 
 import torch_nvfp4
 from helpers.layers import activations, make_layer, routed
@@ -38,6 +39,7 @@ EXPERTS, HIDDEN, INTERMEDIATE, TOP_K, LIMIT = 4, 64, 32, 2, 0.7
 def _vllm_as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("TORCH_NVFP4_VLLM", raising=False)
     vllm.plugins.plugins_loaded = False
+    init_workspace_manager(torch.device("cpu"))  # which the kernels' buffers come from before vLLM 0.31
     yield
     for module in [module for name, module in list(sys.modules.items()) if name.split(".")[0] == "vllm"]:
         for name, original in ORIGINALS.items():

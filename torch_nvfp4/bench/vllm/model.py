@@ -20,8 +20,9 @@ __all__ = ["TINY", "Sizes", "config_of", "write_model"]
 _SCALES = (60.0, 260.0)
 _CODE_RMS, _SCALE_RMS = 2.93, 170.0
 _GAIN = 2.0  # by which the experts' matrices enlarge an input
-_ROUTER_STD = 0.3  # of router logits over the root of their fan-in: experts that are told apart, as in trained models
-_HEAD_STD = 0.05  # logits with a standard deviation of about 2: neither flat nor certain
+# Standard deviations of logits: of the router, so that the last expert of a token weighs some percent and another in
+# its place changes little; of the vocabulary, so that a token is neither certain nor as likely as all others.
+_ROUTER_LOGITS, _LOGITS = 4.0, 2.2
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def _shards(
         "outer.safetensors",
         {
             "model.embed_tokens.weight": _normal(generator, sizes.vocab, sizes.hidden, std=1.0),
-            "lm_head.weight": _normal(generator, sizes.vocab, sizes.hidden, std=_HEAD_STD),
+            "lm_head.weight": _normal(generator, sizes.vocab, sizes.hidden, std=_LOGITS * sizes.hidden**-0.5),
             "model.norm.weight": _ones(sizes.hidden),
         },
     )
@@ -153,7 +154,10 @@ def _layer(sizes: Sizes, layer: int, generator: torch.Generator) -> Iterator[tup
     shapes = {"q": (attention, sizes.hidden), "k": (key_value, sizes.hidden), "v": (key_value, sizes.hidden)}
     for name, (rows, columns) in {**shapes, "o": (sizes.hidden, attention)}.items():
         yield f"{prefix}.self_attn.{name}_proj.weight", _normal(generator, rows, columns, std=columns**-0.5)
-    yield f"{prefix}.mlp.gate.weight", _normal(generator, sizes.experts, sizes.hidden, std=_ROUTER_STD)
+    yield (
+        f"{prefix}.mlp.gate.weight",
+        _normal(generator, sizes.experts, sizes.hidden, std=_ROUTER_LOGITS * sizes.hidden**-0.5),
+    )
     expert = {"gate_proj": (sizes.intermediate, sizes.hidden), "up_proj": (sizes.intermediate, sizes.hidden)}
     for name, (rows, columns) in {**expert, "down_proj": (sizes.hidden, sizes.intermediate)}.items():
         yield from _projection(sizes.experts, rows, columns, f"{prefix}.mlp.experts.{{}}.{name}", generator)
