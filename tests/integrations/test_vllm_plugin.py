@@ -23,6 +23,7 @@ from torch_nvfp4 import reference
 from torch_nvfp4.backends import Libraries
 from torch_nvfp4.format import NVFP4Weight
 from torch_nvfp4.gate import Gate
+from torch_nvfp4.integrations.vllm import versions
 from torch_nvfp4.integrations.vllm.support import device_error, layer_error, layer_gate
 from torch_nvfp4.integrations.vllm.weights import gate_up_scales
 
@@ -83,7 +84,9 @@ def vllm_layer(layer: Any, layout: str) -> tuple[SimpleNamespace, dict[str, Tens
 
 def build(plugin: Plugin, layer: Any, layout: str, config: SimpleNamespace) -> tuple[Any, Tensor, Tensor]:
     """The experts that vLLM makes of a layer, and the two weights it calls them with."""
-    backend, cls = plugin.user.select_nvfp4_moe_backend(config, "static", "dynamic")
+    backend = plugin.module.Backend.TORCH_NVFP4
+    batched_format = config.moe_parallel_config.use_batched_activation_format
+    cls = plugin.module.NVFP4BatchedExperts if batched_format else plugin.module.NVFP4Experts
     held, handed = vllm_layer(layer, layout)
     w13, w13_scale, w13_scale_2, a13_scale, w2, w2_scale, w2_scale_2, a2_scale = (
         plugin.user.convert_to_nvfp4_moe_kernel_format(
@@ -97,9 +100,7 @@ def build(plugin: Plugin, layer: Any, layout: str, config: SimpleNamespace) -> t
         backend=backend, w13_scale=w13_scale, w2_scale=w2_scale, w13_scale_2=w13_scale_2, w2_scale_2=w2_scale_2,
         a13_scale=None, a2_scale=None, swiglu_limit=config.swiglu_limit,
     )  # fmt: skip
-    batched = (
-        {"max_num_tokens": 8, "num_dispatchers": 1} if config.moe_parallel_config.use_batched_activation_format else {}
-    )
+    batched = {"max_num_tokens": 8, "num_dispatchers": 1} if batched_format else {}
     return cls(config, quant, **batched), w13, w2
 
 
@@ -134,6 +135,19 @@ def test_values_in_every_version(make_plugin: Callable[..., Plugin], version: st
     close(output, expected)
     unclamped = reference.moe(x.double(), *layer, weights, ids)
     assert float((expected - unclamped).abs().max()) > 0.1 * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_selected_in_every_version(make_plugin: Callable[..., Plugin], version: str) -> None:
+    """On a CPU from 0.30 on: vLLM's buffers need an accelerator before."""
+    plugin = make_plugin(version)
+    plugin.mode = "require"
+    if versions.release(version) >= (0, 30):
+        assert select(plugin) == (plugin.module.Backend.TORCH_NVFP4, plugin.module.NVFP4Experts)
+        assert select(plugin, batched=True)[1] is plugin.module.NVFP4BatchedExperts
+        return
+    with pytest.raises(ValueError, match=f"expected vllm 0.30 or later on a CPU, got {version}"):
+        select(plugin)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
