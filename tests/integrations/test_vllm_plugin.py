@@ -371,6 +371,9 @@ def test_global_scales_off_the_layer() -> None:
     inverse = torch.tensor([[3.0, 7.0], [0.1, 11.0]])
     got = gate_up_scales(SimpleNamespace(w13_weight_global_scale=inverse), 1.0 / inverse[:, 0].contiguous())
     assert torch.equal(got, 1.0 / inverse)
+    # Loaded again: the layer of compressed-tensors keeps what the first load was converted to.
+    again = SimpleNamespace(w13_weight_global_scale=inverse, w13_weight_scale_2=both)
+    assert torch.equal(gate_up_scales(again, 1.0 / inverse[:, 0].contiguous()), 1.0 / inverse)
     for layer, words in (
         (SimpleNamespace(), r"w13_weight_global_scale \[2, 2\] \(gate, up\), got neither"),
         (SimpleNamespace(w13_weight_scale_2=gate), r"got shape \[2\]"),
