@@ -108,6 +108,8 @@ def test_values_through_the_kernel_interface(batched: bool, on_input: bool) -> N
     made, w13, w2 = kernel(layer, moe_config(swiglu_limit=LIMIT), batched_rows=16 if batched else 0)
     x = activations(9, HIDDEN, seed=2).float()
     weights, ids, _, _ = routed(9, EXPERTS, 1 if on_input else TOP_K, seed=3)
+    if on_input:
+        weights = torch.linspace(0.1, 0.9, 9).unsqueeze(1)
     if batched:  # vLLM's batched prepare takes neither ids that are not there nor the same one twice
         ids = torch.rand(ids.shape[0], EXPERTS).topk(ids.shape[1]).indices
     output = made.apply(
@@ -116,6 +118,25 @@ def test_values_through_the_kernel_interface(batched: bool, on_input: bool) -> N
     )  # fmt: skip
     options: dict[str, Any] = {"clamp_limit": LIMIT, "apply_router_weight_on_input": on_input}
     close(output, reference.moe(x.double(), *layer, weights, ids, **options))
+
+
+@pytest.mark.parametrize(("name", "of_vllm", "of_reference"), [
+    ("SWIGLUSTEP", {}, {"activation": "swiglustep", "clamp_limit": 7.0}),
+    ("SWIGLUOAI_UNINTERLEAVE", {"swiglu_limit": 7.0, "swiglu_alpha": 1.702, "swiglu_beta": 1.0},
+     {"clamp_limit": 7.0, "alpha": 1.702, "beta": 1.0}),
+    ("GELU_TANH", {}, {"activation": "gelu_tanh"}),
+])  # fmt: skip
+def test_activations(name: str, of_vllm: dict[str, float], of_reference: dict[str, Any]) -> None:
+    load_plugins()
+    layer = make_layer(EXPERTS, HIDDEN, INTERMEDIATE, seed=1)
+    made, w13, w2 = kernel(layer, moe_config(activation=MoEActivation[name], **of_vllm))
+    x = activations(9, HIDDEN, seed=2, scale=3.0).float()
+    weights, ids, _, _ = routed(9, EXPERTS, TOP_K, seed=3)
+    output = made.apply(
+        x, w13, w2, topk_weights=weights, topk_ids=ids.to(torch.int32), activation=MoEActivation[name],
+        global_num_experts=EXPERTS, expert_map=None, apply_router_weight_on_input=False,
+    )  # fmt: skip
+    close(output, reference.moe(x.double(), *layer, weights, ids, **of_reference))
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -172,11 +172,42 @@ def test_router_weight_on_the_input(make_plugin: Callable[..., Plugin]) -> None:
     layer = make_layer(EXPERTS, HIDDEN, INTERMEDIATE, seed=1)
     experts, w13, w2 = build(plugin, layer, "modelopt", moe_config(in_dtype=torch.float32, swiglu_limit=0.7))
     x = activations(9, HIDDEN, seed=2).float()
-    weights, ids, _, _ = routed(9, EXPERTS, 1, seed=3)
+    _, ids, _, _ = routed(9, EXPERTS, 1, seed=3)
+    weights = torch.linspace(0.1, 0.9, 9).unsqueeze(1)
     output = torch.full((9, HIDDEN), torch.nan)
     apply(experts, output, x * weights, w13, w2, weights, ids, on_input=True)
     options = {"clamp_limit": 0.7, "apply_router_weight_on_input": True}
     close(output, reference.moe(x.double(), *layer, weights, ids, **options))
+
+
+ACTIVATIONS: list[tuple[str, dict[str, float], dict[str, Any]]] = [
+    ("SILU", {}, {}),
+    ("SILU", {"swiglu_limit": 2.0}, {"clamp_limit": 2.0}),
+    ("SWIGLUOAI_UNINTERLEAVE", {"swiglu_limit": 7.0, "swiglu_alpha": 1.702, "swiglu_beta": 1.0},
+     {"clamp_limit": 7.0, "alpha": 1.702, "beta": 1.0}),
+    ("SWIGLUSTEP", {}, {"activation": "swiglustep", "clamp_limit": 7.0}),
+    ("GELU", {}, {"activation": "gelu"}),
+    ("GELU_TANH", {}, {"activation": "gelu_tanh"}),
+    ("RELU2", {}, {"activation": "relu2"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "of_vllm", "of_reference"), ACTIVATIONS)
+@pytest.mark.parametrize("version", ["0.24.0", "0.28.0", "0.33.0"])
+def test_every_activation(
+    make_plugin: Callable[..., Plugin], version: str, name: str, of_vllm: dict[str, float], of_reference: dict[str, Any]
+) -> None:
+    """alpha and beta reach the experts in versions whose quantization config does not carry them, too."""
+    layer = make_layer(EXPERTS, HIDDEN, INTERMEDIATE, seed=1)
+    config = moe_config(in_dtype=torch.float32, activation=name, **of_vllm)
+    experts, w13, w2 = build(make_plugin(version), layer, "modelopt", config)
+    x = activations(9, HIDDEN, seed=2, scale=3.0).float()
+    weights, ids, _, _ = routed(9, EXPERTS, TOP_K, seed=3)
+    output = torch.full((9, HIDDEN), torch.nan)
+    apply(experts, output, x, w13, w2, weights, ids)
+    result = reference.moe_with_clamped_share(x.double(), *layer, weights, ids, **of_reference)
+    close(output, result.output)
+    assert (result.clamped_share > 0.01) is ("clamp_limit" in of_reference)
 
 
 @pytest.mark.parametrize("version", ["0.24.0", "0.33.0"])
