@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import torch_nvfp4
-from conftest import LEVELS
+from helpers.levels import LEVELS
 from torch_nvfp4 import reference
 from torch_nvfp4.testing import assert_accurate, random_routing, random_weight
 
