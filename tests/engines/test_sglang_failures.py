@@ -34,7 +34,7 @@ def site(tmp_path: Path) -> Path:
 
 
 def start(site: Path, layout: str, fault: str, mode: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(site), str(FOLDER), str(FOLDER.parent)])
+    path = os.pathsep.join([str(site), str(FOLDER.parents[1]), str(FOLDER.parent)])
     environment = os.environ | {"PYTHONPATH": path, "TORCH_NVFP4_SGLANG": mode, "SGLANG_PLUGINS": "under_test"}
     command = [sys.executable, str(FOLDER / "run_sglang.py"), layout, *([fault] if fault else [])]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
