@@ -117,7 +117,7 @@ def test_a_checkpoint_on_a_full_disk(server, tmp_path):
     limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (10000, 10000))"
     code, _, err = server.run("demo", "--keep", tmp_path / "kept", before=small_checkpoint() + limit)
     assert code == 2
-    assert_error(err, "expected 60 MiB that can be written, got ")
+    assert_error(err, "expected 130 MiB that can be written, got ")
     assert os.listdir(tmp_path) == []
 
 

@@ -47,7 +47,7 @@ def command(
 ) -> None:
     """The whole way: write a checkpoint in DeepSeek-V4-Flash's layout, load it, check it, compile it, time it.
 
-    Exit code 1 if a layer's error is above the tolerance. It takes about a minute and writes 60 MiB, to $TMPDIR without
+    Exit code 1 if a layer's error is above the tolerance. It takes about a minute and writes 130 MiB, to $TMPDIR without
     --keep.
 
     \b
@@ -137,7 +137,7 @@ def _write(path: Path) -> None:
     try:
         write_checkpoint(path)
     except (OSError, SafetensorError) as problem:
-        raise OutputError(refusal(path, "60 MiB that can be written", str(problem))) from problem
+        raise OutputError(refusal(path, "130 MiB that can be written", str(problem))) from problem
 
 
 def _print_rows(terminal: Terminal, rows: Sequence[DemoRow], tolerance: float) -> None:
