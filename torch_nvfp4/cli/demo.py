@@ -47,8 +47,8 @@ def command(
 ) -> None:
     """The whole way: write a checkpoint in DeepSeek-V4-Flash's layout, load it, check it, compile it, time it.
 
-    Exit code 1 if a layer's error is above the tolerance. It takes about a minute and writes 130 MiB, to $TMPDIR without
-    --keep.
+    Exit code 1 if a layer's error is above the tolerance. It takes about a minute and writes 130 MiB, to $TMPDIR
+    without --keep.
 
     \b
     Examples:
