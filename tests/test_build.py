@@ -341,6 +341,27 @@ def test_lost_object_and_lost_library(tree: Tree) -> None:
     assert tree.build() == {"cxx link"}
 
 
+@pytest.mark.parametrize(
+    ("file", "expected"),
+    [
+        ("_C/cpu/rows.cpp.o", cxx("csrc/cpu/rows.cpp")),
+        ("_C/_C.so", cxx("link")),
+        ("_C_cuda-80_90a_90+PTX/cuda/kernels/moe.cu.o", nvcc("csrc/cuda/kernels/moe.cu")),
+    ],
+)
+@pytest.mark.parametrize("kept", [0.0, 0.5])
+def test_damaged_output_is_made_again(tree: Tree, file: str, expected: set[str], kept: float) -> None:
+    """As after a full disk or a power cut. ld takes an object of 0 bytes for an empty script, and links on."""
+    library = (tree.folder / "torch_nvfp4/_C.so").read_bytes()
+    damaged = tree.folder / "build/objects" / file
+    whole = damaged.read_bytes()
+    os.truncate(damaged, int(len(whole) * kept))
+    assert tree.build() == expected
+    assert damaged.read_bytes() == whole
+    assert (tree.folder / "torch_nvfp4/_C.so").read_bytes() == library
+    assert tree.build() == set()
+
+
 def test_interrupted_compile_leaves_no_object(tree: Tree) -> None:
     """A compiler killed in the middle, with half an object written; what was finished before stays."""
     logging_cxx(tree.cxx, 'case "$what" in *rows.cpp) echo half > "$output"; kill -9 $$;; esac')
