@@ -721,6 +721,47 @@ def test_a_wheel_says_whether_it_holds_the_cuda_library(tree: Tree) -> None:
     assert files == package
 
 
+def test_two_wheels_at_once(tree: Tree) -> None:
+    """The second waits for the first, and each is whole."""
+    folders = [tree.folder / "first", tree.folder / "second"]
+    with build_tools.exclusive(tree.folder / "build/wheels", print):
+        running = [
+            subprocess.Popen(
+                [sys.executable, "setup.py", "-q", "bdist_wheel", "-d", str(folder)], cwd=tree.folder,
+                env=clean_environment(**tree.variables()), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            )
+            for folder in folders
+        ]  # fmt: skip
+        for process in running:
+            assert process.stdout is not None
+            assert process.stdout.readline().startswith("torch_nvfp4: waiting for another build in ")
+    package = {f"torch_nvfp4/{name}" for name in ("__init__.py", "_version.py", "py.typed", "_C.so", "_C_cuda.so")}
+    for process, folder in zip(running, folders, strict=True):
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, output
+        (wheel,) = folder.iterdir()
+        with zipfile.ZipFile(wheel) as content:
+            assert content.testzip() is None
+            assert {path for path in content.namelist() if path.startswith("torch_nvfp4/")} == package
+
+
+def test_a_wheel_that_cannot_be_finished_is_not_there(tree: Tree) -> None:
+    """Nor does anything of it come into the next one."""
+    line = "            super().run()\n            self.dist_dir"
+    tree.edit("setup.py", line, line.replace("self", "1 / 0; self"))
+    broken = tree.setup("bdist_wheel", "-d", "broken", "--keep-temp")
+    assert broken.returncode == 1
+    assert "ZeroDivisionError" in broken.stderr
+    assert not (tree.folder / "broken").exists()
+    write(tree.folder / "build/wheels/tree/torch_nvfp4/of_a_killed_build.py", "")
+    write(tree.folder / "build/wheels/dist/partial.whl", "")
+    tree.edit("setup.py", "1 / 0; ", "")
+    assert tree.setup("bdist_wheel", "-d", "whole").returncode == 0
+    (wheel,) = (tree.folder / "whole").iterdir()
+    with zipfile.ZipFile(wheel) as content:
+        assert "torch_nvfp4/of_a_killed_build.py" not in content.namelist()
+
+
 def test_cuda_torch_without_nvcc_is_told(tree: Tree) -> None:
     """The build goes on for the CPU; nobody is left to find out at run time why."""
     tree.edit("setup.py", '"/usr/local/cuda/bin"', '"/nowhere"')
