@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -294,6 +295,41 @@ def test_every_command_tries_the_json_file_first(command, checkpoint, monkeypatc
     assert result.exit_code == 2
     assert result.stdout == ""
     assert_error(result.stderr, "--json", "No such file or directory")
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify", "demo"])
+def test_json_replaces_no_file_of_the_checkpoint(command, checkpoint, tmp_path):
+    """Whatever it is called: the shards in a download cache are links to files elsewhere."""
+    path, blob, link = tmp_path / "checkpoint", tmp_path / "blob", tmp_path / "link.json"
+    shutil.copytree(checkpoint, path)
+    shard = sorted(path.glob("*.safetensors"))[0]
+    shard.rename(blob)
+    (path / "hf_quant_config.json").unlink()
+    shard.symlink_to(blob)
+    link.symlink_to(path / "config.json")
+    (tmp_path / "hard").hardlink_to(path / "config.json")
+    (tmp_path / "dangling").symlink_to(path / "new.safetensors")
+    (path / "tokenizer.json").write_text("{}")
+    before = {file: file.read_bytes() for file in (blob, shard, *path.glob("*.json"))}
+    arguments = ["--checkpoint", path] if command == "demo" else [path]
+    own = [shard, blob, path / "config.json", path / "tokenizer.json", link, tmp_path / "hard"]
+    new = [path / "new.safetensors", path / "hf_quant_config.json", tmp_path / "dangling"]
+    names = sorted(os.listdir(path))
+    for file in (*own, *new):
+        result = run(command, *arguments, "--json", file)
+        assert (result.exit_code, result.stdout) == (2, "")
+        got = "one of its files" if file in own else "one that would be read as part of it"
+        assert_error(
+            result.stderr, f"--json {file}: expected a file that does not belong to the checkpoint {path}, got {got}"
+        )
+    assert {file: file.read_bytes() for file in before} == before
+    assert sorted(os.listdir(path)) == names
+
+
+def test_json_beside_the_files_of_a_checkpoint(checkpoint, tmp_path):
+    path = shutil.copytree(checkpoint, tmp_path / "checkpoint")
+    assert run("inspect", path, "--device", "cpu", "--json", path / "facts.json").exit_code == 0
+    assert json.loads((path / "facts.json").read_text())["path"] == str(path)
 
 
 def test_keep_takes_a_new_or_an_empty_directory(tmp_path, monkeypatch):
