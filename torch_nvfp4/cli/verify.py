@@ -61,7 +61,7 @@ def command(
         where = parse_device(device)
         activations = parse_dtype(dtype, where)
         opened = open_checkpoint(terminal, checkpoint)
-        layers = opened.layers if layer is None else tuple(layer)
+        layers = opened.layers if layer is None else tuple(dict.fromkeys(layer))  # each once
         if not layers:
             expected = "a checkpoint with NVFP4 experts"
             raise CheckpointError(refusal(checkpoint, expected, "none in its headers"))
