@@ -276,17 +276,17 @@ def test_demo_of_layers_that_differ(tmp_path, monkeypatch):
         return baseline(*args, **kwargs)
 
     monkeypatch.setattr(bench, "dequantize_then_matmul", recorded)
-    monkeypatch.setattr(demo, "DEMO_TOKENS", (16,))
+    monkeypatch.setattr(demo, "DEMO_TOKENS", (1, 16))
     monkeypatch.setattr(torch, "compile", lambda model, **_: model)
     result = run("demo", "--checkpoint", path, "--device", "cpu", "--json", "-")
     assert result.exit_code == 0, result.output
-    assert on_input == [True] * 4  # two layers, timed twice
-    hit = sum(
-        len(set(next(bench.cases(bench.Shape(experts, HIDDEN, INTERMEDIATE, 1), 16)).topk_ids.flatten().tolist()))
-        for experts in (32, 2)
-    )
+    assert on_input == [True] * 8  # two layers, timed twice at each number of tokens
     for row in json.loads(result.stdout)["rows"]:
         assert 0 < row["relative_l2"] <= 4e-3
+        hit = sum(
+            next(bench.cases(bench.Shape(experts, HIDDEN, INTERMEDIATE, 1), row["tokens"])).topk_ids.unique().numel()
+            for experts in (32, 2)
+        )
         assert row["touched_bytes"] == hit * (3 * HIDDEN * INTERMEDIATE * 9 // 16 + 12) // 2
 
 
