@@ -147,6 +147,11 @@ void check_tensor(const char* op, const char* name, const Tensor& tensor, const 
   if (device_name(tensor) != expected_device) {
     fail(op, name, " must be on ", expected_device, " like ", like_name, ", got ", device_name(tensor));
   }
+  // storage.resize_(0) frees memory under a tensor, as sharded data parallelism does between uses of a parameter.
+  if (tensor.data_ptr() == nullptr && tensor.numel() > 0) {
+    fail(op, name, " must have its memory, got a tensor whose storage was freed; give the storage its size and ",
+         "contents back first");
+  }
   if (!matches(tensor, dims)) {
     fail(op, name, " must have shape ", describe(dims), note, ", got ", shape_of(tensor));
   }

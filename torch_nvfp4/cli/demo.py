@@ -62,7 +62,7 @@ def command(
         raise ValueError("expected --checkpoint or --keep, got both")
     where = parse_device(device)
     activations = parse_dtype(dtype, where)
-    with json_writer(json_file) as write_json, _checkpoint(terminal, checkpoint, keep) as path:
+    with json_writer(json_file, checkpoint) as write_json, _checkpoint(terminal, checkpoint, keep) as path:
         opened = open_checkpoint(terminal, path)
         if not opened.layers:
             raise CheckpointError(refusal(path, "a checkpoint with NVFP4 experts", "none in its headers"))

@@ -223,7 +223,11 @@ class NVFP4Experts(PackedModule):
         """hidden_states [..., K], topk_weights and topk_ids [..., top_k] -> [..., K] in hidden_states' dtype.
 
         topk_weights of another floating point dtype are taken as float32.
+
+        Raises ValueError where leading dimensions differ: a token would get another one's routing. A matrix beside a
+        batch of sequences holds the tokens in the same order.
         """
+        _check_leading_dimensions(hidden_states=hidden_states, topk_weights=topk_weights, topk_ids=topk_ids)
         output = moe_backend(self.backend).apply(
             {name: self._buffer(name) for name in self._packed_names},
             self.quant_config,
@@ -277,9 +281,19 @@ class NVFP4Experts(PackedModule):
         return {"w13_": w13, "w2_": w2}
 
 
+def _check_leading_dimensions(**tensors: Tensor) -> None:
+    """Tensors of a batch of sequences have the same ones. A matrix holds all tokens in rows, which the ops count."""
+    batched = [(name, tensor.shape) for name, tensor in tensors.items() if tensor.dim() > 2]
+    if any(shape[:-1] != batched[0][1][:-1] for _, shape in batched):
+        got = ", ".join(f"{name} {list(shape)}" for name, shape in batched)
+        raise ValueError(f"NVFP4Experts: expected the same dimensions before the last one, got {got}")
+
+
 def _as_matrix(tensor: Tensor) -> Tensor:
     """Contiguous, leading dimensions as one."""
-    return (tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])).contiguous()
+    if tensor.dim() != 2:
+        tensor = tensor.flatten(0, -2) if tensor.dim() > 2 else tensor.unsqueeze(0)
+    return tensor.contiguous()
 
 
 def _one_gate(parameters: Gate, gate: Gate | None, quant_config: MoEQuantConfig | None) -> MoEQuantConfig:
