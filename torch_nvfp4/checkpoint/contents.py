@@ -26,6 +26,7 @@ from torch_nvfp4.checkpoint.layouts import (
     stored,
     with_num,
 )
+from torch_nvfp4.checkpoint.leftovers import Leftover, leftovers
 from torch_nvfp4.errors import CheckpointError, refusal, shown
 from torch_nvfp4.model_config import ModelConfig
 
@@ -58,11 +59,15 @@ class Expert(NamedTuple):
 
 
 class LayerExperts(NamedTuple):
-    """The routed experts of one layer, checked: gate and up [I, K], down [K, I] each."""
+    """The routed experts of one layer, checked: gate and up [I, K], down [K, I] each.
+
+    leftovers: the tensors among them that belong to none of their modules, for which loading refuses the layer.
+    """
 
     experts: list[Expert]
     hidden_size: int
     intermediate_size: int
+    leftovers: tuple[Leftover, ...] = ()
 
 
 class _Module(NamedTuple):
@@ -104,8 +109,10 @@ class Contents:
         self._config = config
         self._counts: dict[str, tuple[set[str], list[TensorInfo]]] = {}
         self._nodes: dict[str, _Node] = {}
+        self._outside: list[TensorInfo] = []  # of no node of experts and no linear
         self._sort(tensors)
         self._find_layers()
+        self._find_leftovers()
         self._check_across_layers()
 
     def categories(self) -> tuple[Category, ...]:
@@ -131,8 +138,10 @@ class Contents:
             module, leaf = split_name(info.name)
             if self._config.is_ignored(info.name):
                 self._count(_IGNORED, module, [info])
+                self._outside.append(info)
             elif leaf in _KV_CACHE_LEAVES:
                 self._count(_KV_SCALES, module, [info])
+                self._outside.append(info)
             else:
                 modules.setdefault(module, {})[leaf] = info
         for module, leaves in modules.items():
@@ -145,6 +154,8 @@ class Contents:
                 self._count(CATEGORY_OF_SCHEME[kind], module, leaves.values())
                 if kind == "nvfp4":
                     self.linears[module] = stored(self.path, module, leaves, spelling_of(leaves), "matrix")
+                else:
+                    self._outside += leaves.values()
                 continue
             self._count(_EXPERTS if kind == "nvfp4" else CATEGORY_OF_SCHEME[kind], module, leaves.values())
             self._add(name, _Module(module, leaves, kind))
@@ -192,6 +203,20 @@ class Contents:
         elif self.linears:
             spelling = next(iter(self.linears.values())).spelling
             self.layout = "compressed-tensors" if spelling.reciprocal else "modelopt"
+
+    def _find_leftovers(self) -> None:
+        """Gives tensors inside loadable experts and linears that no module has to these, which refuse them."""
+        layers = {node.root: node.layer for node in self._nodes.values() if node.layer in self.layers}
+        inside = [
+            info for module in self.linears.values() for info in (module.data, module.scale)
+        ]  # NVFP4, as a fourth projection
+        for root, found in leftovers(layers, [*self._outside, *inside]).items():
+            self.layers[layers[root]] = self.layers[layers[root]]._replace(leftovers=tuple(found))
+        for root, found in leftovers((f"{name}." for name in self.linears), self._outside).items():
+            # A scale of the KV cache beside a linear's leaves is not the linear's.
+            others = [(leaf, info) for leaf, info in found if f".{leaf}" not in _KV_CACHE_LEAVES]
+            linear = self.linears[root[:-1]]
+            self.linears[root[:-1]] = linear._replace(others=(*linear.others, *others))
 
     def _layer(self, node: _Node, layout: Layout) -> LayerExperts:
         if len({expert is None for expert in node.slots}) > 1:

@@ -247,8 +247,8 @@ class Checkpoint:
 
         Raises:
             CheckpointError: a layer without NVFP4 experts or one that `refusals` names, a slice that does not fit, a
-                NaN scale, a global scale that is not finite, an expert leaf (bias, pre_quant_scale other than one) that
-                `moe` could not apply.
+                NaN scale, a global scale that is not finite, a tensor of the experts (bias, adapter, pre_quant_scale
+                other than one) that `moe` could not apply.
         """
         content = self._layer(layer)
         i, k = content.intermediate_size, content.hidden_size
@@ -256,7 +256,7 @@ class Checkpoint:
         experts = content.experts[self._rank_part("ep", ep_rank, ep_size, "number of experts", len(content.experts))]
         num, i, every_k = len(experts), rows.stop - rows.start, slice(0, k)
         with Shards() as shards:
-            self._check_leaves(shards, experts)
+            self._check_leaves(shards, content, experts)
             w13 = NVFP4Weight(
                 empty_bytes(num, 2, i, k // 2), empty_bytes(num, 2, i, k // GROUP_SIZE), torch.empty(num, 2)
             )
@@ -297,7 +297,7 @@ class Checkpoint:
         if matrix is None:
             raise CheckpointError(refusal(self.path, "the name of an NVFP4 module", shown(name)))
         with Shards() as shards:
-            check_other_leaves(shards, matrix.stored, allowed=(".bias",))
+            check_other_leaves(shards, matrix.stored.others, allowed=(".bias",))
             return read_matrix(shards, matrix)
 
     def tensor(self, name: str) -> Tensor:
@@ -317,13 +317,14 @@ class Checkpoint:
         with Shards() as shards:
             for layer in self.layers:
                 try:
-                    self._check_leaves(shards, self._layer(layer).experts)
+                    content = self._layer(layer)
+                    self._check_leaves(shards, content, content.experts)
                     self.gate(layer)
                 except CheckpointError as error:
                     result.append(Refusal(f"layer {layer}", str(error)))
             for name, module in self._contents.linears.items():
                 try:
-                    check_other_leaves(shards, module, allowed=(".bias",))
+                    check_other_leaves(shards, module.others, allowed=(".bias",))
                 except CheckpointError as error:
                     result.append(Refusal(name, str(error)))
         return tuple(result)
@@ -372,14 +373,15 @@ class Checkpoint:
             raise CheckpointError(refusal(self.path, expected, shown(layer)))
         return self._contents.layers[layer]
 
-    def _check_leaves(self, shards: Shards, experts: list[Any]) -> None:
+    def _check_leaves(self, shards: Shards, content: LayerExperts, experts: list[Any]) -> None:
         """Refuses experts with leaves that `moe` could not apply; a stack is looked at once."""
+        check_other_leaves(shards, content.leftovers)
         seen: set[str] = set()
         for expert in experts:
             for matrix in expert:
                 if matrix.stored.name not in seen:
                     seen.add(matrix.stored.name)
-                    check_other_leaves(shards, matrix.stored)
+                    check_other_leaves(shards, matrix.stored.others)
 
     def _rank_part(self, kind: str, rank: int, size: int, what: str, total: int, multiple: int = 1) -> slice:
         if size < 1 or not 0 <= rank < size:

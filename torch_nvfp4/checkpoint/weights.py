@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from torch_nvfp4.checkpoint.headers import TensorInfo, read_header, tensor_error
-from torch_nvfp4.checkpoint.layouts import UNIT_LEAVES, Matrix, Stored, Unsupported
+from torch_nvfp4.checkpoint.layouts import UNIT_LEAVES, Matrix, Unsupported
 from torch_nvfp4.errors import CheckpointError, shown
 from torch_nvfp4.format import GROUP_SIZE, NVFP4Weight, reciprocal_global_scale
 
@@ -54,11 +55,11 @@ class Shards:
         return tensor_error(info.file, info.name, expected, str(error))
 
 
-def check_other_leaves(shards: Shards, module: Stored, allowed: tuple[str, ...] = ()) -> None:
+def check_other_leaves(shards: Shards, others: Iterable[tuple[str, TensorInfo]], allowed: tuple[str, ...] = ()) -> None:
     """Refuses leaves that `moe` could not apply. Activation scales (AWQ) that are all ones change nothing."""
     refused = []
-    for leaf, info in module.others:
-        if leaf in UNIT_LEAVES:
+    for leaf, info in others:
+        if leaf.endswith(UNIT_LEAVES):
             got = _other_than_ones(shards, info)
             if got is not None:
                 expected = "ones, since nothing would apply other activation scales (AWQ)"
@@ -69,7 +70,9 @@ def check_other_leaves(shards: Shards, module: Stored, allowed: tuple[str, ...] 
     if refused:
         info, names = refused[0][1], " and ".join(shown(leaf) for leaf, _ in refused[:4])
         got = f"{'a leaf' if len(refused) == 1 else 'leaves'} {names} that nothing would apply"
-        advice = "biases of experts are not supported" if any("bias" in leaf for leaf, _ in refused) else ""
+        advice = "fold what they stand for into the weights before they are quantized"
+        if any("bias" in leaf for leaf, _ in refused):
+            advice = "biases of experts are not supported"
         raise tensor_error(info.file, info.name, "only codes, scales and input scales", got, advice, kind=Unsupported)
 
 
