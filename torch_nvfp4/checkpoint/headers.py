@@ -7,12 +7,14 @@ the size of its file.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
+import re
 import stat
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any, BinaryIO, NamedTuple
 
@@ -70,6 +72,8 @@ def tensor_error(
 def collect_tensors(path: Path) -> Tensors:
     """Every tensor that the index names, in the shard that it names; without an index, every tensor of the directory.
 
+    Without an index, shards whose names count them (model-00001-of-00002) must all be there.
+
     The index is the authority: a tensor that a shard holds and the index does not name is not part of the checkpoint,
     and of two shards that hold a name the one that the index names counts.
     """
@@ -85,6 +89,7 @@ def collect_tensors(path: Path) -> Tensors:
                 f"{listing(path)} (pickled checkpoints are not read: convert them to safetensors)",
             )
         )
+    _check_complete(path, shards)
     tensors: dict[str, TensorInfo] = {}
     for shard in shards:
         for name, info in read_header(shard).items():
@@ -92,6 +97,21 @@ def collect_tensors(path: Path) -> Tensors:
                 raise tensor_error(shard, name, "each tensor in one shard", f"it in {tensors[name].file.name} too")
             tensors[name] = info
     return Tensors(tensors, 0)
+
+
+def _check_complete(path: Path, shards: Iterable[Path]) -> None:
+    """Of shards that count themselves (model-00001-of-00002), all must be there: a download may have stopped."""
+    numbers: dict[tuple[str, str], set[int]] = {}
+    for shard in shards:
+        match = re.fullmatch(r"(.*?)(\d+)-of-(\d+)\.safetensors", shard.name, re.DOTALL | re.ASCII)
+        if match is not None:
+            numbers.setdefault((match[1], match[3]), set()).add(int(match[2]))
+    for (prefix, last), there in numbers.items():
+        if len(there) < int(last):
+            number = next(number for number in itertools.count(0 if 0 in there else 1) if number not in there)
+            file = path / f"{prefix}{number:0{len(last)}}-of-{last}.safetensors"
+            got = f"no such file; {len(there)} of {int(last)} shards are there, and no {INDEX_NAME}"
+            raise CheckpointError(refusal(file, "every shard that the names of the others count", got, "download it"))
 
 
 def _indexed_tensors(path: Path, weight_map: Mapping[str, str]) -> Tensors:
