@@ -253,8 +253,5 @@ def test_replaced_after_opening(damaged: Path) -> None:
     save_file(
         {name: tensor[:1] if tensor.dim() == 2 else tensor for name, tensor in tensors.items()}, damaged / SHARD_1
     )
-    name = "layers.0.ffn.experts.0.w1.weight"
-    with raises(
-        damaged / SHARD_1, f"'{name}'", "expected U8 [96, 32] as when it was opened", "got torch.uint8 [1, 32]"
-    ):
+    with raises(damaged / SHARD_1, "expected the file as it was when it was opened, got", "bytes where"):
         checkpoint.experts(0)

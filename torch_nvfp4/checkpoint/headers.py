@@ -7,6 +7,7 @@ the size of its file.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
@@ -15,6 +16,7 @@ import re
 import stat
 import struct
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path, PureWindowsPath
 from typing import Any, BinaryIO, NamedTuple
 
@@ -46,14 +48,24 @@ _KINDS = (
 )
 
 
+class Stamp(NamedTuple):
+    """What tells a shard from another one that takes its place: size, time of change (ns), digest of the header."""
+
+    size: int
+    changed: int
+    header: bytes
+
+
 class TensorInfo(NamedTuple):
-    """One tensor as the header of its shard declares it."""
+    """One tensor as the header of its shard declares it; `begin` is where its data begins in the file."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
     file: Path
+    begin: int = 0
+    stamp: Stamp | None = None
 
 
 class Tensors(NamedTuple):
@@ -163,7 +175,7 @@ def listing(path: Path) -> str:
     return (", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")) or "an empty directory"
 
 
-def open_regular(file: Path) -> BinaryIO:
+def open_regular(file: Path, buffering: int = -1) -> BinaryIO:
     """Opens a regular file for reading. CheckpointError for anything else; never waits for a pipe's other end."""
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
     try:
@@ -179,7 +191,7 @@ def open_regular(file: Path) -> BinaryIO:
         os.close(descriptor)
         got = next((name for is_kind, name in _KINDS if is_kind(mode)), "something else")
         raise CheckpointError(refusal(file, "a regular file", got))
-    return os.fdopen(descriptor, "rb")
+    return os.fdopen(descriptor, "rb", buffering)
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
@@ -198,11 +210,51 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         if 8 + length > size:
             got = f"{size - 8} bytes after its length: the file is truncated, download it again"
             raise CheckpointError(refusal(file, f"a header of {length} bytes", got))
-        header = _parse_json(file, stream.read(length), "header")
+        content = stream.read(length)
+        stamp = Stamp(size, os.fstat(stream.fileno()).st_mtime_ns, _digest(prefix + content))
+    header = _parse_json(file, content, "header")
+    del content
     _check_metadata(file, header.pop("__metadata__", None))
-    tensors = {name: _tensor_info(file, name, entry) for name, entry in header.items()}
+    tensors = {name: _tensor_info(file, name, entry, 8 + length, stamp) for name, entry in header.items()}
     _check_offsets(file, header, size, 8 + length)
     return tensors
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=16).digest()
+
+
+def open_again(file: Path, stamp: Stamp) -> BinaryIO:
+    """Opens a shard whose header was read before, unbuffered. CheckpointError where it is not the same file any more.
+
+    Size, time of change and the bytes of the header must be those of the stamp. The inode may be another one, since
+    file systems in user space give a file a new one when they like.
+    """
+    with ExitStack() as stack:
+        stream = stack.enter_context(open_regular(file, buffering=0))
+        check_stamp(file, stream, stamp)
+        header = stream.read(8)
+        if len(header) == 8:
+            header += stream.read(min(struct.unpack("<Q", header)[0], _MAX_HEADER_BYTES, stamp.size))
+        if _digest(header) != stamp.header:
+            raise _changed(file, "another header")
+        stack.pop_all()
+        return stream
+
+
+def check_stamp(file: Path, stream: BinaryIO, stamp: Stamp) -> None:
+    """Raises CheckpointError where the open file's size or time of change is not that of the stamp."""
+    status = os.fstat(stream.fileno())
+    if status.st_size != stamp.size:
+        raise _changed(file, f"{status.st_size} bytes where {stamp.size} were")
+    if status.st_mtime_ns != stamp.changed:
+        raise _changed(file, "one that was written since")
+
+
+def _changed(file: Path, got: str) -> CheckpointError:
+    return CheckpointError(
+        refusal(file, "the file as it was when it was opened", got, "open the checkpoint again when it is complete")
+    )
 
 
 def _check_metadata(file: Path, metadata: Any) -> None:
@@ -236,7 +288,7 @@ def _check_offsets(file: Path, header: Mapping[str, Any], size: int, data_start:
         raise CheckpointError(refusal(file, f"{position} bytes of tensor data", f"{size - data_start}"))
 
 
-def _tensor_info(file: Path, name: str, entry: Any) -> TensorInfo:
+def _tensor_info(file: Path, name: str, entry: Any, data_start: int, stamp: Stamp) -> TensorInfo:
     if not _is_text(name):
         raise tensor_error(file, name, "a name that UTF-8 can hold", "a lone surrogate in it")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
@@ -253,7 +305,7 @@ def _tensor_info(file: Path, name: str, entry: Any) -> TensorInfo:
     nbytes = offsets[1] - offsets[0]
     if nbytes * 8 != math.prod(shape) * _DTYPE_BITS[dtype]:
         raise tensor_error(file, name, f"as many bytes as {dtype} {shape} has", f"data_offsets {offsets}")
-    return TensorInfo(name, dtype, tuple(shape), nbytes, file)
+    return TensorInfo(name, dtype, tuple(shape), nbytes, file, data_start + offsets[0], stamp)
 
 
 def _are_sizes(value: Any) -> bool:

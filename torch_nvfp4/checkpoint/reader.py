@@ -305,7 +305,7 @@ class Checkpoint:
         if name not in self.tensors:
             raise CheckpointError(refusal(self.path, f"the name of one of {len(self.tensors)} tensors", shown(name)))
         with Shards() as shards:
-            return shards.tensor(self.tensors[name]).clone()
+            return shards.tensor(self.tensors[name])
 
     def refusals(self) -> tuple[Refusal, ...]:
         """Every layer and linear that loading would refuse for what it holds, in the words in which it would.
