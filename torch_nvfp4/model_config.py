@@ -17,7 +17,7 @@ from torch_nvfp4.config_sections import TEXT_SECTIONS, Key, keys_of, text_chain
 from torch_nvfp4.errors import CheckpointError, refusal, shown
 from torch_nvfp4.gate import Activation, Gate
 
-__all__ = ["TEXT_SECTIONS", "ModelConfig"]
+__all__ = ["MAX_COUNT", "TEXT_SECTIONS", "ModelConfig"]
 
 _TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "top_k_experts")
 _NUM_EXPERTS_KEYS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
@@ -25,7 +25,7 @@ _INTERMEDIATE_KEYS = ("moe_intermediate_size",)
 _HIDDEN_ACT_KEYS = ("hidden_act", "hidden_activation", "mlp_hidden_act", "activation_function")
 _MTP_KEYS = ("num_nextn_predict_layers", "num_mtp_modules", "mtp_num_hidden_layers")
 # Tensor names carry ids of at most six digits; sizes are those of a matrix that fits into memory.
-_MAX_COUNT = 1_000_000
+MAX_COUNT = 1_000_000
 _MAX_SIZE = 2**31 - 1
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 _FLOAT32_TINY = torch.finfo(torch.float32).tiny
@@ -71,12 +71,12 @@ class ModelConfig:
             if (model_type := self._as_string(f"{prefix}model_type", section.get("model_type"))) is not None
         ]
         self.model_type = self._model_types[0] if self._model_types else None
-        self.num_layers = self._integer(("num_hidden_layers",), _MAX_COUNT)
+        self.num_layers = self._integer(("num_hidden_layers",), MAX_COUNT)
         self.hidden_size = self._integer(("hidden_size",), _MAX_SIZE)
-        self._top_k = self._integers(_TOP_K_KEYS, _MAX_COUNT)
-        self._num_experts = self._integers(_NUM_EXPERTS_KEYS, _MAX_COUNT)
+        self._top_k = self._integers(_TOP_K_KEYS, MAX_COUNT)
+        self._num_experts = self._integers(_NUM_EXPERTS_KEYS, MAX_COUNT)
         self._intermediate_size = self._integers(_INTERMEDIATE_KEYS, _MAX_SIZE)
-        self._mtp = bool(self._integer(_MTP_KEYS, _MAX_COUNT))
+        self._mtp = bool(self._integer(_MTP_KEYS, MAX_COUNT))
         self._hidden_acts = self._all(_HIDDEN_ACT_KEYS, self._as_string)
         self.hidden_act = next(reversed(self._hidden_acts.values()), None)
         self._unread: list[Key] = []  # what reads like a part of the gate

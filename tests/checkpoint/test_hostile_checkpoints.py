@@ -150,6 +150,45 @@ def test_names_without_quadratic_time(damaged: Path) -> None:
     assert time.perf_counter() - started < 5.0
 
 
+def write_stacks(path: Path, count: int, layers: int) -> None:
+    """Sparse files of some KB that declare stacks of so many experts."""
+    header: dict[str, Any] = {}
+    position = 0
+    for layer in range(layers):
+        for projection in ("gate_proj", "up_proj", "down_proj"):
+            for leaf, dtype, shape in (("", "U8", [16, 8]), ("_scale", "F8_E4M3", [16, 1]), ("_scale_2", "F32", [])):
+                size = 4 if dtype == "F32" else count * shape[0] * shape[1]
+                name = f"layers.{layer}.mlp.experts.{projection}.weight{leaf}"
+                header[name] = entry(position, position + size, dtype, [count, *shape] if shape else [1])
+                position += size
+    write_raw(path / "model.safetensors", header)
+    os.truncate(path / "model.safetensors", (path / "model.safetensors").stat().st_size + position)
+    (path / "config.json").write_text("{}")
+
+
+def test_stacks_of_very_many_experts(tmp_path: Path) -> None:
+    write_stacks(tmp_path, 1_000_001, 1)
+    with raises("down_proj.weight'", "expected at most 1000000 experts in a layer, got 1000001"):
+        Checkpoint.open(tmp_path)
+
+
+def test_experts_of_stacks_take_no_memory(tmp_path: Path) -> None:
+    write_stacks(tmp_path, 1_000_000, 20)
+    started = time.perf_counter()
+    tracemalloc.start()
+    try:
+        checkpoint = Checkpoint.open(tmp_path)
+        assert checkpoint.summary().expert_counts == dict.fromkeys(range(20), 1_000_000)
+        assert tracemalloc.get_traced_memory()[1] < 2e6
+    finally:
+        tracemalloc.stop()
+    assert time.perf_counter() - started < 2.0
+    w13, w2 = checkpoint.experts(7, ep_rank=999, ep_size=1000)
+    assert (w13.data.shape, w2.data.shape) == ((1000, 32, 8), (1000, 16, 8))
+    with raises("expected the name of an NVFP4 module"):
+        checkpoint.linear("layers.7.mlp.experts.down_proj")
+
+
 def test_header_as_long_as_the_file(damaged: Path) -> None:
     (damaged / SHARD_1).write_bytes(struct.pack("<Q", 2**63))
     with raises(damaged / SHARD_1, "expected a header of at most 100000000 bytes, got 9223372036854775808"):

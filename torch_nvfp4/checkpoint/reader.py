@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torch_nvfp4.checkpoint.contents import Category, Contents, LayerExperts, id_spans
+from torch_nvfp4.checkpoint.contents import Category, Contents, Expert, LayerExperts, id_spans
 from torch_nvfp4.checkpoint.headers import collect_tensors, listing, load_json
 from torch_nvfp4.checkpoint.weights import Shards, check_other_leaves, copy_matrix, empty_bytes, read_matrix
 from torch_nvfp4.errors import CheckpointError, refusal, shown
@@ -373,15 +373,12 @@ class Checkpoint:
             raise CheckpointError(refusal(self.path, expected, shown(layer)))
         return self._contents.layers[layer]
 
-    def _check_leaves(self, shards: Shards, content: LayerExperts, experts: list[Any]) -> None:
+    def _check_leaves(self, shards: Shards, content: LayerExperts, experts: Sequence[Expert]) -> None:
         """Refuses experts with leaves that `moe` could not apply; a stack is looked at once."""
         check_other_leaves(shards, content.leftovers)
-        seen: set[str] = set()
-        for expert in experts:
-            for matrix in expert:
-                if matrix.stored.name not in seen:
-                    seen.add(matrix.stored.name)
-                    check_other_leaves(shards, matrix.stored.others)
+        for expert in content.kinds(experts):
+            for others in dict.fromkeys(matrix.stored.others for matrix in expert):
+                check_other_leaves(shards, others)
 
     def _rank_part(self, kind: str, rank: int, size: int, what: str, total: int, multiple: int = 1) -> slice:
         if size < 1 or not 0 <= rank < size:
