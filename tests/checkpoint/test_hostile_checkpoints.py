@@ -280,14 +280,24 @@ def test_top_k_that_no_token_can_have(damaged: Path, top_k: Any, words: str) -> 
     (damaged / "config.json").write_text(json.dumps(CONFIG | {"num_experts_per_tok": top_k}))
     checkpoint = Checkpoint.open(damaged)
     checkpoint.experts(0)
-    with raises(damaged / "config.json", words):
+    with raises(damaged / "config.json", words) as caught:
         _ = checkpoint.top_k
+    refused = [refusal for refusal in checkpoint.refusals() if refusal.what == "top-k of layer 0"]
+    assert [refusal.reason for refusal in refused] == ([] if isinstance(top_k, list) else [str(caught.value)])
 
 
 def test_top_k_of_layers(damaged: Path) -> None:
     (damaged / "config.json").write_text(json.dumps(CONFIG | {"num_experts_per_tok": [3, 2]}))
     checkpoint = Checkpoint.open(damaged)
     assert [checkpoint.layer_config(layer).top_k for layer in range(2)] == [3, 2]
+    assert [checkpoint.layer_top_k(layer) for layer in range(2)] == [3, 2]
+    assert (checkpoint.top_k, checkpoint.summary().top_ks, checkpoint.refusals()) == (3, {0: 3, 1: 2}, ())
+    (damaged / "config.json").write_text(json.dumps(CONFIG | {"num_experts_per_tok": [3, 5]}))
+    checkpoint = Checkpoint.open(damaged)
+    assert checkpoint.top_k == 3
+    with raises("expected at most as many experts per token as layer 1 has experts, 4, got 5") as caught:
+        checkpoint.layer_top_k(1)
+    assert checkpoint.refusals() == (("top-k of layer 1", str(caught.value)),)
 
 
 def test_many_gaps_are_told_in_few_words() -> None:

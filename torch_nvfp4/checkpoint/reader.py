@@ -54,8 +54,9 @@ class Refusal(NamedTuple):
 class Summary:
     """What a checkpoint holds, for `torch-nvfp4 inspect`. None: not declared, or no NVFP4 experts.
 
-    num_experts and intermediate_size are those of the first layer; expert_counts and intermediate_sizes have every
-    layer's. left_out is the number of tensors in the shards that the index does not name.
+    num_experts, top_k and intermediate_size are those of the first layer; expert_counts, top_ks and intermediate_sizes
+    have every layer's (top_ks without those of which config.json declares none). left_out is the number of tensors in
+    the shards that the index does not name.
     """
 
     path: Path
@@ -74,6 +75,7 @@ class Summary:
     clamp_limits: dict[int, float | None]
     categories: tuple[Category, ...]
     expert_counts: dict[int, int]
+    top_ks: dict[int, int]
     intermediate_sizes: dict[int, int]
     apply_router_weight_on_input: bool
     refusals: tuple[Refusal, ...]
@@ -173,7 +175,14 @@ class Checkpoint:
         Raises:
             CheckpointError: config.json does not declare it, or declares 0 or more than there are experts.
         """
-        layer = next(iter(self._contents.layers), 0)
+        return self.layer_top_k(next(iter(self._contents.layers), 0))
+
+    def layer_top_k(self, layer: int) -> int:
+        """Experts per token of one layer.
+
+        Raises:
+            CheckpointError: as `top_k`.
+        """
         top_k = self._model.top_k(layer)
         content = self._contents.layers.get(layer)
         if content is not None and top_k > len(content.experts):
@@ -310,7 +319,8 @@ class Checkpoint:
     def refusals(self) -> tuple[Refusal, ...]:
         """Every layer and linear that loading would refuse for what it holds, in the words in which it would.
 
-        A NaN among the scales is only found by loading. Reads the activation scales of AWQ (pre_quant_scale), where
+        A declared top-k that no token can have is one of them ("top-k of layer 3"), though the weights would load. A
+        NaN among the scales is only found by loading. Reads the activation scales of AWQ (pre_quant_scale), where
         there are any, and no other tensor.
         """
         result = []
@@ -322,6 +332,12 @@ class Checkpoint:
                     self.gate(layer)
                 except CheckpointError as error:
                     result.append(Refusal(f"layer {layer}", str(error)))
+            for layer in self._contents.layers:
+                try:
+                    if self._model.declared_top_k(layer) is not None:
+                        self.layer_top_k(layer)
+                except CheckpointError as error:
+                    result.append(Refusal(f"top-k of layer {layer}", str(error)))
             for name, module in self._contents.linears.items():
                 try:
                     check_other_leaves(shards, module.others, allowed=(".bias",))
@@ -354,6 +370,7 @@ class Checkpoint:
             clamp_limits={layer: self.clamp_limit(layer) for layer in self.layers},
             categories=self._contents.categories(),
             expert_counts={layer: len(content.experts) for layer, content in loadable.items()},
+            top_ks={layer: k for layer in loadable if (k := self._model.declared_top_k(layer)) is not None},
             intermediate_sizes={layer: content.intermediate_size for layer, content in loadable.items()},
             apply_router_weight_on_input=self._model.apply_router_weight_on_input,
             refusals=self.refusals(),
