@@ -13,6 +13,7 @@ from torch import Tensor
 
 from torch_nvfp4.checkpoint.contents import Category, Contents, Expert, LayerExperts, id_spans
 from torch_nvfp4.checkpoint.headers import collect_tensors, listing, load_json
+from torch_nvfp4.checkpoint.transforms import check_transforms
 from torch_nvfp4.checkpoint.weights import Shards, check_other_leaves, copy_matrix, empty_bytes, read_matrix
 from torch_nvfp4.errors import CheckpointError, refusal, shown
 from torch_nvfp4.format import GROUP_SIZE, NVFP4Weight
@@ -393,6 +394,8 @@ class Checkpoint:
     def _check_leaves(self, shards: Shards, content: LayerExperts, experts: Sequence[Expert]) -> None:
         """Refuses experts with leaves that `moe` could not apply; a stack is looked at once."""
         check_other_leaves(shards, content.leftovers)
+        names = (matrix.stored.name for expert in content.kinds(experts) for matrix in expert)
+        check_transforms(f"{self.path}: quantization section", self.quant_config.get("transform_config"), names)
         for expert in content.kinds(experts):
             for others in dict.fromkeys(matrix.stored.others for matrix in expert):
                 check_other_leaves(shards, others)
