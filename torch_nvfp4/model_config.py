@@ -322,9 +322,12 @@ class ModelConfig:
             return None, False
         *others, last = limits
         for other in others:
-            if limits[other] != limits[last]:
+            two_formulas = _LIMIT_KEYS[other] != _LIMIT_KEYS[last] and _says_something(limits[last])
+            two_formulas = two_formulas and not (self.model_type or "").startswith("step3")  # one for both
+            if limits[other] != limits[last] or two_formulas:
                 got = f"both: {shown(limits[other])} and {shown(limits[last])}"
-                raise self._refusal("", f"{other} or {last}", got)
+                advice = "the clamps of the two differ (before or after the silu)" if two_formulas else ""
+                raise self._refusal("", f"{other} or {last}", got, advice)
         return None if limits[last] == 0.0 else limits[last], _LIMIT_KEYS[last]
 
     def _limits_of(self, label: str, value: Any) -> float | list[float | None] | None:
