@@ -18,6 +18,7 @@ from helpers.checkpoint_files import CONFIG, INDEX, SHARD_1, change_index, entry
 from torch_nvfp4 import NVFP4Experts
 from torch_nvfp4.checkpoint import Checkpoint, CheckpointError
 from torch_nvfp4.checkpoint.contents import id_spans
+from torch_nvfp4.checkpoint.headers import load_json
 from torch_nvfp4.errors import CheckpointError as Error
 from torch_nvfp4.errors import printable, refusal, shown
 from torch_nvfp4.quant_config import MoEQuantConfig
@@ -148,6 +149,39 @@ def test_names_without_quadratic_time(damaged: Path) -> None:
     started = time.perf_counter()
     Checkpoint.open(damaged)
     assert time.perf_counter() - started < 5.0
+
+
+@pytest.mark.parametrize("unit", [b"[]", b"{}", b'{"a":[]}'])
+@pytest.mark.parametrize("name", ["config.json", INDEX, SHARD_1])
+def test_json_of_brackets(damaged: Path, name: str, unit: bytes) -> None:
+    """3 MB of empty lists took 70 MB."""
+    text = b'{"a":[' + b",".join([unit] * (3_000_000 // len(unit))) + b"]}"
+    if name == SHARD_1:
+        write_raw(damaged / name, text)
+    else:
+        (damaged / name).write_bytes(text)
+    tracemalloc.start()
+    try:
+        with raises(damaged / name, "expected at most one [ or { per 12 bytes of the", "got"):
+            Checkpoint.open(damaged)
+        assert tracemalloc.get_traced_memory()[1] < 3 * len(text)
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("unit", ['["aaaaaaaa"]', '{"a":111111}', "1000", '"ab"', "1e9"])
+def test_memory_of_other_json(damaged: Path, unit: str) -> None:
+    """Within the bound that headers.py states."""
+    texts = ['{"a":[' + ",".join([unit] * (500_000 // len(unit))) + "]}"]
+    texts.append("{" + ",".join(f'"{key:x}":1' for key in range(60_000)) + "}")
+    for text in texts:
+        (damaged / "config.json").write_text(text)
+        tracemalloc.start()
+        try:
+            load_json(damaged / "config.json")
+            assert tracemalloc.get_traced_memory()[1] < 25 * len(text)
+        finally:
+            tracemalloc.stop()
 
 
 def write_stacks(path: Path, count: int, layers: int) -> None:

@@ -3,6 +3,9 @@
 Nothing here trusts a file. A path that is not a regular file is refused without waiting for it; what is read is bounded
 by a limit and by the file's own size; JSON has to be an object without repeated keys; every header is checked against
 the size of its file.
+
+Memory: JSON takes up to 25 times its bytes as Python's objects (of short keys; published headers take 9 times), and
+what would take more, mostly brackets, is refused before it is parsed.
 """
 
 from __future__ import annotations
@@ -32,6 +35,9 @@ _MAX_HEADER_BYTES = 100_000_000
 _MAX_CONFIG_BYTES = 64 * 2**20
 _MAX_INDEX_BYTES = 256 * 2**20
 _MAX_DIMENSIONS = 8
+# Every [ and { of JSON becomes an object of 56 to 232 bytes. Headers have one per 16 bytes or fewer.
+_FREE_BRACKETS = 150_000
+_BYTES_PER_BRACKET = 12
 _DTYPE_BITS = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
@@ -330,6 +336,10 @@ def _parse_json(file: Path, content: bytes, what: str) -> dict[str, Any]:
             raise tensor_error(file, twice, f"each key of the {what} once", "it twice")
         return result
 
+    brackets = content.count(b"[") + content.count(b"{")
+    if brackets > max(_FREE_BRACKETS, len(content) // _BYTES_PER_BRACKET):
+        expected = f"at most one [ or {{ per {_BYTES_PER_BRACKET} bytes of the {what}"
+        raise CheckpointError(refusal(file, expected, f"{brackets} in {len(content)} bytes"))
     try:
         result = json.loads(content.decode("utf-8"), object_pairs_hook=unique)
     except CheckpointError:
