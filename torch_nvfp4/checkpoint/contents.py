@@ -231,9 +231,8 @@ class Contents:
     def _find_leftovers(self) -> None:
         """Gives tensors inside loadable experts and linears that no module has to these, which refuse them."""
         layers = {node.root: node.layer for node in self._nodes.values() if node.layer in self.layers}
-        inside = [
-            info for module in self.linears.values() for info in (module.data, module.scale)
-        ]  # NVFP4, as a fourth projection
+        # A further NVFP4 projection counts as a linear.
+        inside = [info for module in self.linears.values() for info in (module.data, module.scale)]
         for root, found in leftovers(layers, [*self._outside, *inside]).items():
             self.layers[layers[root]] = self.layers[layers[root]]._replace(leftovers=tuple(found))
         for root, found in leftovers((f"{name}." for name in self.linears), self._outside).items():
