@@ -24,7 +24,7 @@ PACKAGE = "torch_nvfp4"
 LAYERS = [
     {"_version", "_start", "errors"},
     {"format"},
-    {"gate", "activation"},
+    {"gate", "activation", "config_sections"},
     {"reference", "model_config", "testing"},
     {"ops", "checkpoint", "quant_config"},
     {"backends"},
@@ -35,9 +35,10 @@ LAYERS = [
 RANK = {unit: rank for rank, layer in enumerate(LAYERS) for unit in layer}
 # Modules with fewer dependencies than their layer allows.
 ONLY = {
-    "model_config": {"errors", "gate"},
+    "config_sections": {"errors"},
+    "model_config": {"config_sections", "errors", "gate"},
     "checkpoint": {"errors", "format", "gate", "model_config"},
-    "quant_config": {"errors", "gate", "model_config"},
+    "quant_config": {"config_sections", "errors", "gate", "model_config"},
 }
 FORMER = {"activation": "gate", "fusion": "compiler", "tensorrt": "compiler.tensorrt", "demo": "checkpoint"}
 """Names that users of earlier versions import, and what the package itself imports instead."""

@@ -9,6 +9,8 @@ import torch
 from torch_nvfp4 import reference
 from torch_nvfp4 import verify as library
 from torch_nvfp4.checkpoint import Checkpoint
+from torch_nvfp4.cli import inspect
+from torch_nvfp4.cli.terminal import Terminal
 from torch_nvfp4.demo import write_checkpoint
 from torch_nvfp4.errors import CheckpointError
 from torch_nvfp4.nn import NVFP4Experts
@@ -79,6 +81,20 @@ def test_covering_routing(tokens, experts, top_k):
 def test_a_top_k_that_routes_nothing_or_too_much(path, tmp_path, top_k):
     with pytest.raises(CheckpointError, match=r"expected .* per token|per_tok: expected an integer of at most"):
         verify_layer(with_top_k(path, tmp_path, top_k), 0, **CPU)
+
+
+def test_top_k_of_each_layer(tmp_path, capsys):
+    write_checkpoint(
+        tmp_path, hidden_size=32, moe_intermediate_size=16, n_routed_experts=[8, 4], num_experts_per_tok=2,
+        num_hidden_layers=2,
+    )  # fmt: skip
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_experts_per_tok": [6, 1]}))
+    checkpoint = Checkpoint.open(tmp_path)
+    checks = [verify_layer(checkpoint, layer, tokens=1, **CPU) for layer in (0, 1)]
+    assert [(check.passed, check.experts_hit) for check in checks] == [(True, 6), (True, 1)]
+    inspect.print_checkpoint(Terminal(None), inspect.collect_checkpoint(checkpoint, torch.device("cpu")))
+    assert "top-k 1 to 6," in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("skipped", [-1, EXPERTS, 2**62])

@@ -1,43 +1,37 @@
 """What config.json (or a PretrainedConfig) means for the experts: sizes, top-k, the gate of each layer.
 
 Touches no file. Every value that is read goes through `ModelConfig`, which checks its type and range and names file,
-key, expected and got in the error. A key that is not read may hold anything, but for one kind: a key that reads like a
-clamp of the gate and is not understood raises, since a clamp is never dropped.
+key, expected and got in the error. A key that is not read may hold anything, unless it reads like a part of the gate:
+a clamp raises, since a clamp is never dropped; another activation or constant raises where a gate is asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from torch_nvfp4.config_sections import TEXT_SECTIONS, Key, keys_of, text_chain
 from torch_nvfp4.errors import CheckpointError, refusal, shown
 from torch_nvfp4.gate import Activation, Gate
 
-__all__ = ["TEXT_SECTIONS", "ModelConfig"]
+__all__ = ["MAX_COUNT", "TEXT_SECTIONS", "ModelConfig"]
 
 _TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "top_k_experts")
 _NUM_EXPERTS_KEYS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
 _INTERMEDIATE_KEYS = ("moe_intermediate_size",)
 _HIDDEN_ACT_KEYS = ("hidden_act", "hidden_activation", "mlp_hidden_act", "activation_function")
 _MTP_KEYS = ("num_nextn_predict_layers", "num_mtp_modules", "mtp_num_hidden_layers")
-# Sections that describe the language model; they nest (thinker_config.text_config).
-TEXT_SECTIONS = ("text_config", "language_config", "llm_config", "thinker_config")
 # Tensor names carry ids of at most six digits; sizes are those of a matrix that fits into memory.
-_MAX_COUNT = 1_000_000
+MAX_COUNT = 1_000_000
 _MAX_SIZE = 2**31 - 1
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 _FLOAT32_TINY = torch.finfo(torch.float32).tiny
 
-# A key of config.json with a word of each reads like a clamp of the gate.
-_GATE_WORDS = {"swiglu", "glu", "act", "activation", "mlp", "ffn", "gemm1"}
-_LIMIT_WORDS = {"limit", "limits", "clamp", "clip"}
 # The clamps that are understood: one number or one per layer, and whether it acts after the silu (swiglustep).
 _LIMIT_KEYS = {"swiglu_limit": False, "swiglu_limits": True, "expert_swiglu_limit_list": True}
-# Limits of the shared experts, which are dense linears here.
-_SHARED_LIMIT_KEYS = ("swiglu_limit_shared", "swiglu_limits_shared", "share_expert_swiglu_limit_list")
 _ACTIVATIONS = {
     "silu": Activation.silu,
     "swish": Activation.silu,
@@ -49,6 +43,9 @@ _ACTIVATIONS = {
     "relu2": Activation.relu2,
     "relu_squared": Activation.relu2,
 }
+# What keys that are not read call them besides, with the multiplication.
+_GATED = {"swiglu": Activation.silu, "silu_and_mul": Activation.silu, "geglu": Activation.gelu}
+_CONSTANTS = ("swiglu_alpha", "swiglu_beta")
 
 _PerLayer = int | tuple[int | None, ...] | None
 
@@ -67,21 +64,23 @@ class ModelConfig:
 
     def __init__(self, file: str | Path, config: Mapping[str, Any]) -> None:
         self.file = file
-        self._sections = _text_chain(file, config)
+        self._sections = text_chain(file, config)
         self._model_types = [
             model_type
             for prefix, section in reversed(self._sections)
             if (model_type := self._as_string(f"{prefix}model_type", section.get("model_type"))) is not None
         ]
         self.model_type = self._model_types[0] if self._model_types else None
-        self.num_layers = self._integer(("num_hidden_layers",), _MAX_COUNT)
+        self.num_layers = self._integer(("num_hidden_layers",), MAX_COUNT)
         self.hidden_size = self._integer(("hidden_size",), _MAX_SIZE)
-        self._top_k = self._integers(_TOP_K_KEYS, _MAX_COUNT)
-        self._num_experts = self._integers(_NUM_EXPERTS_KEYS, _MAX_COUNT)
+        self._top_k = self._integers(_TOP_K_KEYS, MAX_COUNT)
+        self._num_experts = self._integers(_NUM_EXPERTS_KEYS, MAX_COUNT)
         self._intermediate_size = self._integers(_INTERMEDIATE_KEYS, _MAX_SIZE)
-        self._mtp = bool(self._integer(_MTP_KEYS, _MAX_COUNT))
-        self.hidden_act = self._as_string(*self._find(_HIDDEN_ACT_KEYS))
-        self._limits, self._limit_after_silu = self._read_limits(config)
+        self._mtp = bool(self._integer(_MTP_KEYS, MAX_COUNT))
+        self._hidden_acts = self._all(_HIDDEN_ACT_KEYS, self._as_string)
+        self.hidden_act = next(reversed(self._hidden_acts.values()), None)
+        self._unread: list[Key] = []  # what reads like a part of the gate
+        self._limits, self._limit_after_silu = self._read_limits()
         self._alpha = self._number("swiglu_alpha")
         self._beta = self._number("swiglu_beta")
         self._weight_on_input = self._read_weight_on_input()
@@ -161,6 +160,7 @@ class ModelConfig:
             CheckpointError: an activation that is not known, or a clamp or constants that it does not have.
         """
         limit = self.clamp_limit(layer)
+        self._agreed("hidden_act", self._hidden_acts, _formula)
         model_type, hidden_act = self.model_type or "", self.hidden_act or "silu"
         activation = _ACTIVATIONS.get(hidden_act)
         if activation is None:
@@ -181,12 +181,30 @@ class ModelConfig:
                 "add the model's limit (0 for none) to config.json",
             )
         alpha, beta = self._constants(gpt_oss, hidden_act, activation)
+        self._check_unread(hidden_act, alpha, beta)
         # Step-3.5 and Ling, whose keys have one limit per layer, clamp after the silu.
         if limit is not None and (self._limit_after_silu or model_type.startswith("step3")):
             if (alpha, beta) != (1.0, 0.0):
                 raise self._refusal("", "no swiglu_alpha, swiglu_beta with Step-3.5's clamp", "both")
             activation = Activation.swiglustep
         return Gate(activation, limit, alpha, beta)
+
+    def _check_unread(self, hidden_act: str, alpha: float, beta: float) -> None:
+        """Refuses keys that are not read and say something else about the gate than those that are."""
+        for key in self._unread:
+            if key.about == "experts without weights":
+                same = not _says_something(key.value)
+                expected, advice = "experts with weights alone", "experts that pass tokens through are not supported"
+            elif key.about == "constant":
+                constant = alpha if "alpha" in key.name.lower() else beta
+                same = all(entry is None or self._as_float(entry) == constant for entry in _entries(key.value))
+                expected, advice = f"the gate's {constant}", "say it in swiglu_alpha and swiglu_beta"
+            else:
+                names = [entry for entry in _entries(key.value) if isinstance(entry, str)]
+                same = all(_formula(name) == _formula(hidden_act) for name in names)
+                expected, advice = f"{hidden_act!r}, as hidden_act", "say in hidden_act what the experts apply"
+            if not same:
+                raise self._refusal(key.label, expected, f"{shown(key.value)} under a key that is not read", advice)
 
     def _constants(self, gpt_oss: bool, hidden_act: str, activation: Activation) -> tuple[float, float]:
         alpha = self._alpha if self._alpha is not None else (1.702 if gpt_oss else 1.0)
@@ -203,12 +221,21 @@ class ModelConfig:
         return CheckpointError(refusal(f"{self.file}: {key}" if key else self.file, expected, got, advice))
 
     def _find(self, keys: tuple[str, ...]) -> tuple[str, Any]:
-        """(where it stands, value) of the first of the keys that has a value; the innermost section goes first."""
-        for key in keys:
-            for prefix, section in reversed(self._sections):
+        """(where it stands, value) of the first of the keys that has a value in the innermost section that has one."""
+        for prefix, section in reversed(self._sections):
+            for key in keys:
                 if section.get(key) is not None:
                     return f"{prefix}{key}", section[key]
         return keys[0], None
+
+    def _all(self, keys: tuple[str, ...], read: Callable[[str, Any], Any]) -> dict[str, Any]:
+        """Every value of the keys by where it stands; what `_find` would find is last."""
+        return {
+            f"{prefix}{key}": read(f"{prefix}{key}", section[key])
+            for prefix, section in self._sections
+            for key in reversed(keys)
+            if section.get(key) is not None
+        }
 
     def _of_layer(self, value: _PerLayer, layer: int) -> int | None:
         if not isinstance(value, tuple):
@@ -255,59 +282,52 @@ class ModelConfig:
         return number if abs(number) <= _FLOAT32_MAX else None  # NaN fails the comparison
 
     def _number(self, key: str) -> float | None:
-        found: dict[str, float] = {}
-        for prefix, section in self._sections:
-            value = section.get(key)
-            if value is not None:
-                number = self._as_float(value)
-                if number is None:
-                    raise self._refusal(f"{prefix}{key}", "a finite number", shown(value))
-                found[f"{prefix}{key}"] = number
-        return self._agreed(key, found)
+        def read(label: str, value: Any) -> float:
+            number = self._as_float(value)
+            if number is None:
+                raise self._refusal(label, "a finite number", shown(value))
+            return number
 
-    def _agreed(self, key: str, found: Mapping[str, Any]) -> Any:
-        """The value of the innermost section, where all sections that have one say the same."""
+        return self._agreed(key, self._all((key,), read))
+
+    def _agreed(self, key: str, found: Mapping[str, Any], meaning: Callable[[Any], Any] = lambda value: value) -> Any:
+        """The value of the innermost section, where all that there are mean the same."""
         values = list(found.values())
-        other = next((label for label, value in found.items() if value != values[-1]), None)
+        other = next((label for label, value in found.items() if meaning(value) != meaning(values[-1])), None)
         if other is not None:
             label = list(found)[-1]
-            inner = "text_config" if "text_config" in label else label.rpartition(".")[0]
-            raise self._refusal(key, "one value", f"{shown(found[other])}, and {shown(values[-1])} in {inner}")
+            got = f"{shown(found[other])} in {other}, and {shown(values[-1])} in {label}"
+            raise self._refusal(key, "one value", got, "keep the one that the model applies")
         return values[-1] if values else None
 
-    def _read_limits(self, config: Mapping[str, Any]) -> tuple[float | list[float | None] | None, bool]:
+    def _read_limits(self) -> tuple[float | list[float | None] | None, bool]:
         """The limit or the limits, and whether they act after the silu. Refuses keys that read like another limit."""
-        understood = {id(section) for _, section in self._sections}
-        for prefix, section in _nested_sections(config):
-            for key, value in section.items():
-                words = set(str(key).lower().split("_"))
-                if not words & _GATE_WORDS or not words & _LIMIT_WORDS or key in _SHARED_LIMIT_KEYS:
-                    continue
-                if key in _LIMIT_KEYS and id(section) in understood:
-                    continue
-                if any(value) if isinstance(value, list) else value:
-                    raise self._refusal(
-                        f"{prefix}{key}",
-                        "a limit of the gate to be swiglu_limit or swiglu_limits of the model or its text_config",
-                        f"{shown(value)} under a key that is not understood",
-                        "a clamp is never dropped",
-                    )
+        for found in keys_of(self._sections):
+            if found.about != "limit":
+                read = (*_HIDDEN_ACT_KEYS, *_CONSTANTS) if found.is_text else ()
+                self._unread += [found] if found.about is not None and found.name not in read else []
+            elif not (found.is_text and found.name in _LIMIT_KEYS) and _says_something(found.value):
+                raise self._refusal(
+                    found.label,
+                    "a limit of the gate to be swiglu_limit or swiglu_limits of the model or its text_config",
+                    f"{shown(found.value)} under a key that is not understood",
+                    "a clamp is never dropped",
+                )
         limits: dict[str, float | list[float | None]] = {}
         for key in _LIMIT_KEYS:
-            found = {
-                f"{prefix}{key}": self._limits_of(f"{prefix}{key}", section[key])
-                for prefix, section in self._sections
-                if section.get(key) is not None
-            }
-            if found:
-                limits[key] = self._agreed(key, {label: 0.0 if v is None else v for label, v in found.items()})
+            declared = self._all((key,), self._limits_of)
+            if declared:
+                limits[key] = self._agreed(key, {label: 0.0 if v is None else v for label, v in declared.items()})
         if not limits:
             return None, False
         *others, last = limits
         for other in others:
-            if limits[other] != limits[last]:
+            two_formulas = _LIMIT_KEYS[other] != _LIMIT_KEYS[last] and _says_something(limits[last])
+            two_formulas = two_formulas and not (self.model_type or "").startswith("step3")  # one for both
+            if limits[other] != limits[last] or two_formulas:
                 got = f"both: {shown(limits[other])} and {shown(limits[last])}"
-                raise self._refusal("", f"{other} or {last}", got)
+                advice = "the clamps of the two differ (before or after the silu)" if two_formulas else ""
+                raise self._refusal("", f"{other} or {last}", got, advice)
         return None if limits[last] == 0.0 else limits[last], _LIMIT_KEYS[last]
 
     def _limits_of(self, label: str, value: Any) -> float | list[float | None] | None:
@@ -328,33 +348,28 @@ class ModelConfig:
         return number or None
 
     def _read_weight_on_input(self) -> bool:
-        label, value = self._find(("apply_router_weight_on_input",))
-        if value is not None and not isinstance(value, bool):
-            raise self._refusal(label, "true or false", shown(value))
-        return bool(value) or any(model_type.startswith("llama4") for model_type in self._model_types)
+        def read(label: str, value: Any) -> bool:
+            if not isinstance(value, bool):
+                raise self._refusal(label, "true or false", shown(value))
+            return value
+
+        key = "apply_router_weight_on_input"
+        declared = self._agreed(key, self._all((key,), read))
+        return bool(declared) or any(model_type.startswith("llama4") for model_type in self._model_types)
 
 
-def _text_chain(file: str | Path, config: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    """The config and the sections of the language model inside it, outermost first, each with its path."""
-    chain: list[tuple[str, Mapping[str, Any]]] = [("", config)]
-    while True:
-        prefix, section = chain[-1]
-        key = next((key for key in TEXT_SECTIONS if section.get(key) is not None), None)
-        if key is None:
-            return chain
-        if not isinstance(section[key], Mapping):
-            raise CheckpointError(refusal(f"{file}: {prefix}{key}", "an object", shown(section[key])))
-        chain.append((f"{prefix}{key}.", section[key]))
+def _says_something(value: Any) -> bool:
+    return any(value) if isinstance(value, (list, tuple)) else bool(value)
 
 
-def _nested_sections(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The config and the objects inside it that are about the model, each with its path ("text_config.")."""
-    waiting: list[tuple[str, Mapping[str, Any]]] = [("", config)]
-    while waiting:
-        prefix, section = waiting.pop()
-        yield prefix, section
-        waiting += [
-            (f"{prefix}{key}."[-200:], value)
-            for key, value in section.items()
-            if isinstance(value, dict) and key != "quantization_config"
-        ]
+def _formula(activation: Any) -> Any:
+    """What an activation's name stands for; the name where it is not known, or has constants of its own."""
+    name = activation.lower() if isinstance(activation, str) else activation
+    return name if name == "swigluoai" or not isinstance(name, str) else (_ACTIVATIONS | _GATED).get(name, name)
+
+
+def _entries(value: Any) -> list[Any]:
+    """What a key of the gate names: the entries of a list, the name in an object ({"name": "gelu"})."""
+    if isinstance(value, Mapping):
+        value = next((value[key] for key in ("name", "type", "fn") if value.get(key) is not None), None)
+    return [entry for entry in value if entry is not None] if isinstance(value, (list, tuple)) else [value]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch_nvfp4.config_sections import as_mapping
 from torch_nvfp4.errors import CheckpointError, refusal
 from torch_nvfp4.gate import Activation, Gate, parse_activation
-from torch_nvfp4.model_config import TEXT_SECTIONS, ModelConfig
+from torch_nvfp4.model_config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,11 @@ class MoEQuantConfig:
             source: what error messages call the config.
 
         Raises:
-            CheckpointError (a ValueError): a key that reads like a limit of the gate and is not understood, a value
-                that is not a limit, an unknown activation, a clamp on an activation that has none, or ``layer=None``
-                where layers differ.
+            CheckpointError (a ValueError): a key that reads like a limit, an activation or a constant of the gate and
+                is not read, keys or sections that disagree over the gate, a value that is not a limit, an unknown
+                activation, a clamp on an activation that has none, or ``layer=None`` where layers differ.
         """
-        model = ModelConfig(source, _as_mapping(config))
+        model = ModelConfig(source, as_mapping(config))
         if layer is not None:
             gate = model.gate(layer)
         else:
@@ -88,17 +88,3 @@ class MoEQuantConfig:
                 got = f"layer=None (layer 0 has {gate}, layer {other} {gates[other]})"
                 raise CheckpointError(refusal(source, expected, got))
         return cls(gate, apply_router_weight_on_input=model.apply_router_weight_on_input)
-
-
-def _as_mapping(config: Any) -> dict[str, Any]:
-    if isinstance(config, Mapping):
-        return dict(config)
-    if callable(getattr(config, "to_dict", None)):
-        return dict(config.to_dict())
-    # Class attributes too: a limit must not be missed for standing on the class.
-    names = (name for name in dir(config) if not name.startswith("_"))
-    values = {name: value for name in names if not callable(value := getattr(config, name))}
-    for name in TEXT_SECTIONS:
-        if values.get(name) is not None:
-            values[name] = _as_mapping(values[name])
-    return values

@@ -101,7 +101,7 @@ def verify_layer(
     say(f"loading layer {layer}")
     experts = NVFP4Experts.from_checkpoint(checkpoint, layer, device=device, backend=backend)
     num_experts, hidden_size = experts.num_experts, experts.hidden_size
-    top_k = checked_top_k(checkpoint, num_experts)
+    top_k = checked_top_k(checkpoint, num_experts, layer)
     if tokens is None:
         tokens = max(_FEWEST_TOKENS, -(-num_experts // top_k))
     generator = torch.Generator().manual_seed(seed)
@@ -133,9 +133,12 @@ def verify_layer(
     )
 
 
-def checked_top_k(checkpoint: Checkpoint, num_experts: int) -> int:
-    """Experts per token. Raises CheckpointError for a number with which a routing checks nothing, or cannot exist."""
-    top_k = checkpoint.top_k
+def checked_top_k(checkpoint: Checkpoint, num_experts: int, layer: int | None = None) -> int:
+    """Experts per token of a layer, None for the first one.
+
+    Raises CheckpointError for a number with which a routing checks nothing, or cannot exist.
+    """
+    top_k = checkpoint.top_k if layer is None else checkpoint.layer_top_k(layer)
     if not 1 <= top_k <= num_experts:
         expected = f"between 1 and {num_experts} experts per token (as many as the layer has)"
         raise CheckpointError(

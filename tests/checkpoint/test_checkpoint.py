@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import struct
 from pathlib import Path
-from typing import Any
 
 import pytest
-import safetensors
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -31,7 +29,8 @@ from helpers.checkpoint_files import (
     write_changed,
 )
 from torch_nvfp4.checkpoint import Checkpoint, write_checkpoint
-from torch_nvfp4.checkpoint import weights as weights_module
+from torch_nvfp4.checkpoint.headers import TensorInfo
+from torch_nvfp4.checkpoint.weights import Shards
 from torch_nvfp4.format import dequantize
 
 
@@ -202,26 +201,15 @@ def test_progress(original: Path) -> None:
 
 @pytest.fixture
 def read_bytes(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """Bytes of each tensor that the safetensors library was asked for."""
+    """Bytes of each tensor that were read."""
     counts: dict[str, int] = {}
+    read = Shards.read
 
-    class Counting:
-        def __init__(self, *arguments: Any, **keywords: Any) -> None:
-            self._file = safetensors.safe_open(*arguments, **keywords)
+    def counting(shards: Shards, info: TensorInfo, begin: int, out: Tensor) -> None:
+        counts[info.name] = counts.get(info.name, 0) + out.nbytes
+        read(shards, info, begin, out)
 
-        def __enter__(self) -> Counting:
-            self._file.__enter__()
-            return self
-
-        def __exit__(self, *exception: Any) -> None:
-            self._file.__exit__(*exception)
-
-        def get_tensor(self, name: str) -> Tensor:
-            tensor = self._file.get_tensor(name)
-            counts[name] = counts.get(name, 0) + tensor.nbytes
-            return tensor
-
-    monkeypatch.setattr(weights_module, "safe_open", Counting)
+    monkeypatch.setattr(Shards, "read", counting)
     return counts
 
 

@@ -18,6 +18,7 @@ from helpers.checkpoint_files import CONFIG, INDEX, SHARD_1, change_index, entry
 from torch_nvfp4 import NVFP4Experts
 from torch_nvfp4.checkpoint import Checkpoint, CheckpointError
 from torch_nvfp4.checkpoint.contents import id_spans
+from torch_nvfp4.checkpoint.headers import load_json
 from torch_nvfp4.errors import CheckpointError as Error
 from torch_nvfp4.errors import printable, refusal, shown
 from torch_nvfp4.quant_config import MoEQuantConfig
@@ -150,6 +151,78 @@ def test_names_without_quadratic_time(damaged: Path) -> None:
     assert time.perf_counter() - started < 5.0
 
 
+@pytest.mark.parametrize("unit", [b"[]", b"{}", b'{"a":[]}'])
+@pytest.mark.parametrize("name", ["config.json", INDEX, SHARD_1])
+def test_json_of_brackets(damaged: Path, name: str, unit: bytes) -> None:
+    """3 MB of empty lists took 70 MB."""
+    text = b'{"a":[' + b",".join([unit] * (3_000_000 // len(unit))) + b"]}"
+    if name == SHARD_1:
+        write_raw(damaged / name, text)
+    else:
+        (damaged / name).write_bytes(text)
+    tracemalloc.start()
+    try:
+        with raises(damaged / name, "expected at most one [ or { per 12 bytes of the", "got"):
+            Checkpoint.open(damaged)
+        assert tracemalloc.get_traced_memory()[1] < 3 * len(text)
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("unit", ['["aaaaaaaa"]', '{"a":111111}', "1000", '"ab"', "1e9"])
+def test_memory_of_other_json(damaged: Path, unit: str) -> None:
+    """Within the bound that headers.py states."""
+    texts = ['{"a":[' + ",".join([unit] * (500_000 // len(unit))) + "]}"]
+    texts.append("{" + ",".join(f'"{key:x}":1' for key in range(60_000)) + "}")
+    for text in texts:
+        (damaged / "config.json").write_text(text)
+        tracemalloc.start()
+        try:
+            load_json(damaged / "config.json")
+            assert tracemalloc.get_traced_memory()[1] < 25 * len(text)
+        finally:
+            tracemalloc.stop()
+
+
+def write_stacks(path: Path, count: int, layers: int) -> None:
+    """Sparse files of some KB that declare stacks of so many experts."""
+    header: dict[str, Any] = {}
+    position = 0
+    for layer in range(layers):
+        for projection in ("gate_proj", "up_proj", "down_proj"):
+            for leaf, dtype, shape in (("", "U8", [16, 8]), ("_scale", "F8_E4M3", [16, 1]), ("_scale_2", "F32", [])):
+                size = 4 if dtype == "F32" else count * shape[0] * shape[1]
+                name = f"layers.{layer}.mlp.experts.{projection}.weight{leaf}"
+                header[name] = entry(position, position + size, dtype, [count, *shape] if shape else [1])
+                position += size
+    write_raw(path / "model.safetensors", header)
+    os.truncate(path / "model.safetensors", (path / "model.safetensors").stat().st_size + position)
+    (path / "config.json").write_text("{}")
+
+
+def test_stacks_of_very_many_experts(tmp_path: Path) -> None:
+    write_stacks(tmp_path, 1_000_001, 1)
+    with raises("down_proj.weight'", "expected at most 1000000 experts in a layer, got 1000001"):
+        Checkpoint.open(tmp_path)
+
+
+def test_experts_of_stacks_take_no_memory(tmp_path: Path) -> None:
+    write_stacks(tmp_path, 1_000_000, 20)
+    started = time.perf_counter()
+    tracemalloc.start()
+    try:
+        checkpoint = Checkpoint.open(tmp_path)
+        assert checkpoint.summary().expert_counts == dict.fromkeys(range(20), 1_000_000)
+        assert tracemalloc.get_traced_memory()[1] < 2e6
+    finally:
+        tracemalloc.stop()
+    assert time.perf_counter() - started < 2.0
+    w13, w2 = checkpoint.experts(7, ep_rank=999, ep_size=1000)
+    assert (w13.data.shape, w2.data.shape) == ((1000, 32, 8), (1000, 16, 8))
+    with raises("expected the name of an NVFP4 module"):
+        checkpoint.linear("layers.7.mlp.experts.down_proj")
+
+
 def test_header_as_long_as_the_file(damaged: Path) -> None:
     (damaged / SHARD_1).write_bytes(struct.pack("<Q", 2**63))
     with raises(damaged / SHARD_1, "expected a header of at most 100000000 bytes, got 9223372036854775808"):
@@ -241,14 +314,24 @@ def test_top_k_that_no_token_can_have(damaged: Path, top_k: Any, words: str) -> 
     (damaged / "config.json").write_text(json.dumps(CONFIG | {"num_experts_per_tok": top_k}))
     checkpoint = Checkpoint.open(damaged)
     checkpoint.experts(0)
-    with raises(damaged / "config.json", words):
+    with raises(damaged / "config.json", words) as caught:
         _ = checkpoint.top_k
+    refused = [refusal for refusal in checkpoint.refusals() if refusal.what == "top-k of layer 0"]
+    assert [refusal.reason for refusal in refused] == ([] if isinstance(top_k, list) else [str(caught.value)])
 
 
 def test_top_k_of_layers(damaged: Path) -> None:
     (damaged / "config.json").write_text(json.dumps(CONFIG | {"num_experts_per_tok": [3, 2]}))
     checkpoint = Checkpoint.open(damaged)
     assert [checkpoint.layer_config(layer).top_k for layer in range(2)] == [3, 2]
+    assert [checkpoint.layer_top_k(layer) for layer in range(2)] == [3, 2]
+    assert (checkpoint.top_k, checkpoint.summary().top_ks, checkpoint.refusals()) == (3, {0: 3, 1: 2}, ())
+    (damaged / "config.json").write_text(json.dumps(CONFIG | {"num_experts_per_tok": [3, 5]}))
+    checkpoint = Checkpoint.open(damaged)
+    assert checkpoint.top_k == 3
+    with raises("expected at most as many experts per token as layer 1 has experts, 4, got 5") as caught:
+        checkpoint.layer_top_k(1)
+    assert checkpoint.refusals() == (("top-k of layer 1", str(caught.value)),)
 
 
 def test_many_gaps_are_told_in_few_words() -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 from torch_nvfp4.checkpoint.headers import TensorInfo, tensor_error
 from torch_nvfp4.checkpoint.layouts import (
@@ -26,8 +26,9 @@ from torch_nvfp4.checkpoint.layouts import (
     stored,
     with_num,
 )
+from torch_nvfp4.checkpoint.leftovers import Leftover, leftovers
 from torch_nvfp4.errors import CheckpointError, refusal, shown
-from torch_nvfp4.model_config import ModelConfig
+from torch_nvfp4.model_config import MAX_COUNT, ModelConfig
 
 __all__ = ["Category", "Contents", "Expert", "LayerExperts", "id_spans"]
 
@@ -57,12 +58,40 @@ class Expert(NamedTuple):
     down: Matrix
 
 
-class LayerExperts(NamedTuple):
-    """The routed experts of one layer, checked: gate and up [I, K], down [K, I] each."""
+class StackedExperts(Sequence[Expert]):
+    """The experts of stacks, made when asked for: a sparse file of a few bytes can declare very many."""
 
-    experts: list[Expert]
+    def __init__(self, modules: Mapping[str, Stored], ids: range) -> None:
+        self._modules, self._ids = modules, ids
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    @overload
+    def __getitem__(self, index: int) -> Expert: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Expert]: ...
+    def __getitem__(self, index: int | slice) -> Expert | Sequence[Expert]:
+        if isinstance(index, slice):
+            return StackedExperts(self._modules, self._ids[index])
+        return _expert(self._modules, self._ids[index])
+
+
+class LayerExperts(NamedTuple):
+    """The routed experts of one layer, checked: gate and up [I, K], down [K, I] each.
+
+    leftovers: the tensors among them that belong to none of their modules, for which loading refuses the layer.
+    """
+
+    experts: Sequence[Expert]
     hidden_size: int
     intermediate_size: int
+    leftovers: tuple[Leftover, ...] = ()
+
+    def kinds(self, experts: Sequence[Expert] | None = None) -> Sequence[Expert]:
+        """Of the experts (None: of all), those whose modules differ: one of a stack, in which all share them."""
+        experts = self.experts if experts is None else experts
+        return experts[:1] if isinstance(experts, StackedExperts) else experts
 
 
 class _Module(NamedTuple):
@@ -104,8 +133,10 @@ class Contents:
         self._config = config
         self._counts: dict[str, tuple[set[str], list[TensorInfo]]] = {}
         self._nodes: dict[str, _Node] = {}
+        self._outside: list[TensorInfo] = []  # of no node of experts and no linear
         self._sort(tensors)
         self._find_layers()
+        self._find_leftovers()
         self._check_across_layers()
 
     def categories(self) -> tuple[Category, ...]:
@@ -121,7 +152,7 @@ class Contents:
             return Matrix(linear, 0, 0, linear.rows, 0)
         parts = expert_name(name)
         layer = self.layers.get(parts.layer) if parts is not None else None
-        matrices = (matrix for expert in layer.experts for matrix in expert) if layer is not None else iter(())
+        matrices = (matrix for expert in layer.kinds() for matrix in expert) if layer is not None else iter(())
         return next((m for m in matrices if m.stored.name == name and m.is_whole), None)
 
     def _sort(self, tensors: Mapping[str, TensorInfo]) -> None:
@@ -131,8 +162,10 @@ class Contents:
             module, leaf = split_name(info.name)
             if self._config.is_ignored(info.name):
                 self._count(_IGNORED, module, [info])
+                self._outside.append(info)
             elif leaf in _KV_CACHE_LEAVES:
                 self._count(_KV_SCALES, module, [info])
+                self._outside.append(info)
             else:
                 modules.setdefault(module, {})[leaf] = info
         for module, leaves in modules.items():
@@ -145,6 +178,8 @@ class Contents:
                 self._count(CATEGORY_OF_SCHEME[kind], module, leaves.values())
                 if kind == "nvfp4":
                     self.linears[module] = stored(self.path, module, leaves, spelling_of(leaves), "matrix")
+                else:
+                    self._outside += leaves.values()
                 continue
             self._count(_EXPERTS if kind == "nvfp4" else CATEGORY_OF_SCHEME[kind], module, leaves.values())
             self._add(name, _Module(module, leaves, kind))
@@ -193,6 +228,19 @@ class Contents:
             spelling = next(iter(self.linears.values())).spelling
             self.layout = "compressed-tensors" if spelling.reciprocal else "modelopt"
 
+    def _find_leftovers(self) -> None:
+        """Gives tensors inside loadable experts and linears that no module has to these, which refuse them."""
+        layers = {node.root: node.layer for node in self._nodes.values() if node.layer in self.layers}
+        # A further NVFP4 projection counts as a linear.
+        inside = [info for module in self.linears.values() for info in (module.data, module.scale)]
+        for root, found in leftovers(layers, [*self._outside, *inside]).items():
+            self.layers[layers[root]] = self.layers[layers[root]]._replace(leftovers=tuple(found))
+        for root, found in leftovers((f"{name}." for name in self.linears), self._outside).items():
+            # A scale of the KV cache beside a linear's leaves is not the linear's.
+            others = [(leaf, info) for leaf, info in found if f".{leaf}" not in _KV_CACHE_LEAVES]
+            linear = self.linears[root[:-1]]
+            self.linears[root[:-1]] = linear._replace(others=(*linear.others, *others))
+
     def _layer(self, node: _Node, layout: Layout) -> LayerExperts:
         if len({expert is None for expert in node.slots}) > 1:
             got = f"tensors of single experts under {shown(node.root)} beside stacks of all experts"
@@ -215,6 +263,7 @@ class Contents:
             where = f"{self.path}: tensors {node.root}{spelled['gate_up']}.*"
             got = f"those of {self._config.model_type}, which alternate"
             raise Unsupported(refusal(where, "gate rows before up rows", got, "interleaved rows are not supported"))
+        experts: Sequence[Expert]
         if layout.kind == "matrix":
             experts = self._separate_experts(node, layout, spelled)
         else:
@@ -237,7 +286,7 @@ class Contents:
             experts.append(_expert(modules, 0))
         return experts
 
-    def _stacked_experts(self, node: _Node, layout: Layout, spelled: Mapping[str, str]) -> list[Expert]:
+    def _stacked_experts(self, node: _Node, layout: Layout, spelled: Mapping[str, str]) -> StackedExperts:
         modules: dict[str, Stored] = {}
         for role in _roles(self.path, node, spelled):
             module = node.slots[None][role]
@@ -252,8 +301,11 @@ class Contents:
                 info = content.data
                 expected = f"as many experts as {shown(modules['down'].data.name)} has, {num}"
                 raise tensor_error(info.file, info.name, expected, f"{content.num} ({role})")
+        if num > MAX_COUNT:
+            info = modules["down"].data
+            raise tensor_error(info.file, info.name, f"at most {MAX_COUNT} experts in a layer", f"{num}")
         self._check_count(node, range(num))
-        return [_expert(modules, index) for index in range(num)]
+        return StackedExperts(modules, range(num))
 
     def _split_rows(self, modules: Mapping[str, Stored]) -> dict[str, Stored]:
         """[E * rows, cols] of all projections: down has I columns, so gate_up has 2I rows per expert, and K columns."""
@@ -268,10 +320,11 @@ class Contents:
             result[role] = with_num(module, module.rows // rows, role == "gate_up")
         return result
 
-    def _check_count(self, node: _Node, ids: Iterable[int]) -> None:
-        ids = list(ids)
+    def _check_count(self, node: _Node, ids: Sequence[int]) -> None:
         declared = self._config.num_experts(node.layer)
         num = declared if declared is not None else ids[-1] + 1
+        if ids == range(num):
+            return
         source = "config.json" if declared is not None else "the largest id"
         missing, extra, following = [], [i for i in ids if i >= num], 0
         for i in ids:
@@ -287,13 +340,14 @@ class Contents:
         expected = f"experts 0..{num - 1}" if num else "no experts"
         raise CheckpointError(refusal(where, f"{expected} in layer {node.layer} (from {source})", " and ".join(got)))
 
-    def _checked(self, layer: int, experts: list[Expert]) -> LayerExperts:
+    def _checked(self, layer: int, experts: Sequence[Expert]) -> LayerExperts:
         """The experts with the sizes that all of them have, those of the config where it declares any."""
         gate, config = experts[0].gate, self._config
         k = config.hidden_size if config.hidden_size is not None else gate.stored.cols
         declared = config.intermediate_size(layer)
         i = declared if declared is not None else gate.rows
-        for expert in experts:
+        content = LayerExperts(experts, k, i)
+        for expert in content.kinds():
             for matrix, rows, cols in ((expert.gate, i, k), (expert.up, i, k), (expert.down, k, i)):
                 module = matrix.stored
                 if (matrix.rows, module.cols) == (rows, cols):
@@ -311,7 +365,7 @@ class Contents:
                     f"shape {expected} for hidden size {k}, intermediate size {i}",
                     f"{list(module.data.shape)}",
                 )
-        return LayerExperts(experts, k, i)
+        return content
 
     def _check_across_layers(self) -> None:
         """One hidden size; numbers of experts may differ where the config says so."""

@@ -3,16 +3,23 @@
 Nothing here trusts a file. A path that is not a regular file is refused without waiting for it; what is read is bounded
 by a limit and by the file's own size; JSON has to be an object without repeated keys; every header is checked against
 the size of its file.
+
+Memory: JSON takes up to 25 times its bytes as Python's objects (of short keys; published headers take 9 times), and
+what would take more, mostly brackets, is refused before it is parsed.
 """
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import math
 import os
+import re
 import stat
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path, PureWindowsPath
 from typing import Any, BinaryIO, NamedTuple
 
@@ -28,6 +35,9 @@ _MAX_HEADER_BYTES = 100_000_000
 _MAX_CONFIG_BYTES = 64 * 2**20
 _MAX_INDEX_BYTES = 256 * 2**20
 _MAX_DIMENSIONS = 8
+# Every [ and { of JSON becomes an object of 56 to 232 bytes. Headers have one per 16 bytes or fewer.
+_FREE_BRACKETS = 150_000
+_BYTES_PER_BRACKET = 12
 _DTYPE_BITS = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
@@ -44,14 +54,24 @@ _KINDS = (
 )
 
 
+class Stamp(NamedTuple):
+    """What tells a shard from another one that takes its place: size, time of change (ns), digest of the header."""
+
+    size: int
+    changed: int
+    header: bytes
+
+
 class TensorInfo(NamedTuple):
-    """One tensor as the header of its shard declares it."""
+    """One tensor as the header of its shard declares it; `begin` is where its data begins in the file."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
     file: Path
+    begin: int = 0
+    stamp: Stamp | None = None
 
 
 class Tensors(NamedTuple):
@@ -70,6 +90,8 @@ def tensor_error(
 def collect_tensors(path: Path) -> Tensors:
     """Every tensor that the index names, in the shard that it names; without an index, every tensor of the directory.
 
+    Without an index, shards whose names count them (model-00001-of-00002) must all be there.
+
     The index is the authority: a tensor that a shard holds and the index does not name is not part of the checkpoint,
     and of two shards that hold a name the one that the index names counts.
     """
@@ -85,6 +107,7 @@ def collect_tensors(path: Path) -> Tensors:
                 f"{listing(path)} (pickled checkpoints are not read: convert them to safetensors)",
             )
         )
+    _check_complete(path, shards)
     tensors: dict[str, TensorInfo] = {}
     for shard in shards:
         for name, info in read_header(shard).items():
@@ -92,6 +115,21 @@ def collect_tensors(path: Path) -> Tensors:
                 raise tensor_error(shard, name, "each tensor in one shard", f"it in {tensors[name].file.name} too")
             tensors[name] = info
     return Tensors(tensors, 0)
+
+
+def _check_complete(path: Path, shards: Iterable[Path]) -> None:
+    """Of shards that count themselves (model-00001-of-00002), all must be there: a download may have stopped."""
+    numbers: dict[tuple[str, str], set[int]] = {}
+    for shard in shards:
+        match = re.fullmatch(r"(.*?)(\d+)-of-(\d+)\.safetensors", shard.name, re.DOTALL | re.ASCII)
+        if match is not None:
+            numbers.setdefault((match[1], match[3]), set()).add(int(match[2]))
+    for (prefix, last), there in numbers.items():
+        if len(there) < int(last):
+            number = next(number for number in itertools.count(0 if 0 in there else 1) if number not in there)
+            file = path / f"{prefix}{number:0{len(last)}}-of-{last}.safetensors"
+            got = f"no such file; {len(there)} of {int(last)} shards are there, and no {INDEX_NAME}"
+            raise CheckpointError(refusal(file, "every shard that the names of the others count", got, "download it"))
 
 
 def _indexed_tensors(path: Path, weight_map: Mapping[str, str]) -> Tensors:
@@ -143,7 +181,7 @@ def listing(path: Path) -> str:
     return (", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")) or "an empty directory"
 
 
-def open_regular(file: Path) -> BinaryIO:
+def open_regular(file: Path, buffering: int = -1) -> BinaryIO:
     """Opens a regular file for reading. CheckpointError for anything else; never waits for a pipe's other end."""
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
     try:
@@ -159,7 +197,7 @@ def open_regular(file: Path) -> BinaryIO:
         os.close(descriptor)
         got = next((name for is_kind, name in _KINDS if is_kind(mode)), "something else")
         raise CheckpointError(refusal(file, "a regular file", got))
-    return os.fdopen(descriptor, "rb")
+    return os.fdopen(descriptor, "rb", buffering)
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
@@ -178,11 +216,51 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         if 8 + length > size:
             got = f"{size - 8} bytes after its length: the file is truncated, download it again"
             raise CheckpointError(refusal(file, f"a header of {length} bytes", got))
-        header = _parse_json(file, stream.read(length), "header")
+        content = stream.read(length)
+        stamp = Stamp(size, os.fstat(stream.fileno()).st_mtime_ns, _digest(prefix + content))
+    header = _parse_json(file, content, "header")
+    del content
     _check_metadata(file, header.pop("__metadata__", None))
-    tensors = {name: _tensor_info(file, name, entry) for name, entry in header.items()}
+    tensors = {name: _tensor_info(file, name, entry, 8 + length, stamp) for name, entry in header.items()}
     _check_offsets(file, header, size, 8 + length)
     return tensors
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=16).digest()
+
+
+def open_again(file: Path, stamp: Stamp) -> BinaryIO:
+    """Opens a shard whose header was read before, unbuffered. CheckpointError where it is not the same file any more.
+
+    Size, time of change and the bytes of the header must be those of the stamp. The inode may be another one, since
+    file systems in user space give a file a new one when they like.
+    """
+    with ExitStack() as stack:
+        stream = stack.enter_context(open_regular(file, buffering=0))
+        check_stamp(file, stream, stamp)
+        header = stream.read(8)
+        if len(header) == 8:
+            header += stream.read(min(struct.unpack("<Q", header)[0], _MAX_HEADER_BYTES, stamp.size))
+        if _digest(header) != stamp.header:
+            raise _changed(file, "another header")
+        stack.pop_all()
+        return stream
+
+
+def check_stamp(file: Path, stream: BinaryIO, stamp: Stamp) -> None:
+    """Raises CheckpointError where the open file's size or time of change is not that of the stamp."""
+    status = os.fstat(stream.fileno())
+    if status.st_size != stamp.size:
+        raise _changed(file, f"{status.st_size} bytes where {stamp.size} were")
+    if status.st_mtime_ns != stamp.changed:
+        raise _changed(file, "one that was written since")
+
+
+def _changed(file: Path, got: str) -> CheckpointError:
+    return CheckpointError(
+        refusal(file, "the file as it was when it was opened", got, "open the checkpoint again when it is complete")
+    )
 
 
 def _check_metadata(file: Path, metadata: Any) -> None:
@@ -216,7 +294,7 @@ def _check_offsets(file: Path, header: Mapping[str, Any], size: int, data_start:
         raise CheckpointError(refusal(file, f"{position} bytes of tensor data", f"{size - data_start}"))
 
 
-def _tensor_info(file: Path, name: str, entry: Any) -> TensorInfo:
+def _tensor_info(file: Path, name: str, entry: Any, data_start: int, stamp: Stamp) -> TensorInfo:
     if not _is_text(name):
         raise tensor_error(file, name, "a name that UTF-8 can hold", "a lone surrogate in it")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
@@ -233,7 +311,7 @@ def _tensor_info(file: Path, name: str, entry: Any) -> TensorInfo:
     nbytes = offsets[1] - offsets[0]
     if nbytes * 8 != math.prod(shape) * _DTYPE_BITS[dtype]:
         raise tensor_error(file, name, f"as many bytes as {dtype} {shape} has", f"data_offsets {offsets}")
-    return TensorInfo(name, dtype, tuple(shape), nbytes, file)
+    return TensorInfo(name, dtype, tuple(shape), nbytes, file, data_start + offsets[0], stamp)
 
 
 def _are_sizes(value: Any) -> bool:
@@ -258,6 +336,10 @@ def _parse_json(file: Path, content: bytes, what: str) -> dict[str, Any]:
             raise tensor_error(file, twice, f"each key of the {what} once", "it twice")
         return result
 
+    brackets = content.count(b"[") + content.count(b"{")
+    if brackets > max(_FREE_BRACKETS, len(content) // _BYTES_PER_BRACKET):
+        expected = f"at most one [ or {{ per {_BYTES_PER_BRACKET} bytes of the {what}"
+        raise CheckpointError(refusal(file, expected, f"{brackets} in {len(content)} bytes"))
     try:
         result = json.loads(content.decode("utf-8"), object_pairs_hook=unique)
     except CheckpointError:

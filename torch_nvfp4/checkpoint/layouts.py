@@ -98,7 +98,7 @@ _GLOBAL_SCALES = {spelling.global_scale for spelling in SPELLINGS}
 _SCALES = (".weight_scale", ".scale", "_weight_scale", "_scale", "_scales")
 _FP4_MARKS = {".weight_scale", ".input_scale", "_weight_scale", "_input_scale", "_scale"}
 # Leaves that change nothing where they are all ones: the activation scales of AWQ.
-UNIT_LEAVES = (".pre_quant_scale", "_pre_quant_scale")
+UNIT_LEAVES = ("pre_quant_scale",)
 
 Leaves = Mapping[str, TensorInfo]
 

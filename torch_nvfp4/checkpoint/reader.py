@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torch_nvfp4.checkpoint.contents import Category, Contents, LayerExperts, id_spans
+from torch_nvfp4.checkpoint.contents import Category, Contents, Expert, LayerExperts, id_spans
 from torch_nvfp4.checkpoint.headers import collect_tensors, listing, load_json
+from torch_nvfp4.checkpoint.transforms import check_transforms
 from torch_nvfp4.checkpoint.weights import Shards, check_other_leaves, copy_matrix, empty_bytes, read_matrix
 from torch_nvfp4.errors import CheckpointError, refusal, shown
 from torch_nvfp4.format import GROUP_SIZE, NVFP4Weight
@@ -54,8 +55,9 @@ class Refusal(NamedTuple):
 class Summary:
     """What a checkpoint holds, for `torch-nvfp4 inspect`. None: not declared, or no NVFP4 experts.
 
-    num_experts and intermediate_size are those of the first layer; expert_counts and intermediate_sizes have every
-    layer's. left_out is the number of tensors in the shards that the index does not name.
+    num_experts, top_k and intermediate_size are those of the first layer; expert_counts, top_ks and intermediate_sizes
+    have every layer's (top_ks without those of which config.json declares none). left_out is the number of tensors in
+    the shards that the index does not name.
     """
 
     path: Path
@@ -74,6 +76,7 @@ class Summary:
     clamp_limits: dict[int, float | None]
     categories: tuple[Category, ...]
     expert_counts: dict[int, int]
+    top_ks: dict[int, int]
     intermediate_sizes: dict[int, int]
     apply_router_weight_on_input: bool
     refusals: tuple[Refusal, ...]
@@ -173,7 +176,14 @@ class Checkpoint:
         Raises:
             CheckpointError: config.json does not declare it, or declares 0 or more than there are experts.
         """
-        layer = next(iter(self._contents.layers), 0)
+        return self.layer_top_k(next(iter(self._contents.layers), 0))
+
+    def layer_top_k(self, layer: int) -> int:
+        """Experts per token of one layer.
+
+        Raises:
+            CheckpointError: as `top_k`.
+        """
         top_k = self._model.top_k(layer)
         content = self._contents.layers.get(layer)
         if content is not None and top_k > len(content.experts):
@@ -247,8 +257,8 @@ class Checkpoint:
 
         Raises:
             CheckpointError: a layer without NVFP4 experts or one that `refusals` names, a slice that does not fit, a
-                NaN scale, a global scale that is not finite, an expert leaf (bias, pre_quant_scale other than one) that
-                `moe` could not apply.
+                NaN scale, a global scale that is not finite, a tensor of the experts (bias, adapter, pre_quant_scale
+                other than one) that `moe` could not apply.
         """
         content = self._layer(layer)
         i, k = content.intermediate_size, content.hidden_size
@@ -256,7 +266,7 @@ class Checkpoint:
         experts = content.experts[self._rank_part("ep", ep_rank, ep_size, "number of experts", len(content.experts))]
         num, i, every_k = len(experts), rows.stop - rows.start, slice(0, k)
         with Shards() as shards:
-            self._check_leaves(shards, experts)
+            self._check_leaves(shards, content, experts)
             w13 = NVFP4Weight(
                 empty_bytes(num, 2, i, k // 2), empty_bytes(num, 2, i, k // GROUP_SIZE), torch.empty(num, 2)
             )
@@ -297,7 +307,7 @@ class Checkpoint:
         if matrix is None:
             raise CheckpointError(refusal(self.path, "the name of an NVFP4 module", shown(name)))
         with Shards() as shards:
-            check_other_leaves(shards, matrix.stored, allowed=(".bias",))
+            check_other_leaves(shards, matrix.stored.others, allowed=(".bias",))
             return read_matrix(shards, matrix)
 
     def tensor(self, name: str) -> Tensor:
@@ -305,25 +315,33 @@ class Checkpoint:
         if name not in self.tensors:
             raise CheckpointError(refusal(self.path, f"the name of one of {len(self.tensors)} tensors", shown(name)))
         with Shards() as shards:
-            return shards.tensor(self.tensors[name]).clone()
+            return shards.tensor(self.tensors[name])
 
     def refusals(self) -> tuple[Refusal, ...]:
         """Every layer and linear that loading would refuse for what it holds, in the words in which it would.
 
-        A NaN among the scales is only found by loading. Reads the activation scales of AWQ (pre_quant_scale), where
+        A declared top-k that no token can have is one of them ("top-k of layer 3"), though the weights would load. A
+        NaN among the scales is only found by loading. Reads the activation scales of AWQ (pre_quant_scale), where
         there are any, and no other tensor.
         """
         result = []
         with Shards() as shards:
             for layer in self.layers:
                 try:
-                    self._check_leaves(shards, self._layer(layer).experts)
+                    content = self._layer(layer)
+                    self._check_leaves(shards, content, content.experts)
                     self.gate(layer)
                 except CheckpointError as error:
                     result.append(Refusal(f"layer {layer}", str(error)))
+            for layer in self._contents.layers:
+                try:
+                    if self._model.declared_top_k(layer) is not None:
+                        self.layer_top_k(layer)
+                except CheckpointError as error:
+                    result.append(Refusal(f"top-k of layer {layer}", str(error)))
             for name, module in self._contents.linears.items():
                 try:
-                    check_other_leaves(shards, module, allowed=(".bias",))
+                    check_other_leaves(shards, module.others, allowed=(".bias",))
                 except CheckpointError as error:
                     result.append(Refusal(name, str(error)))
         return tuple(result)
@@ -353,6 +371,7 @@ class Checkpoint:
             clamp_limits={layer: self.clamp_limit(layer) for layer in self.layers},
             categories=self._contents.categories(),
             expert_counts={layer: len(content.experts) for layer, content in loadable.items()},
+            top_ks={layer: k for layer in loadable if (k := self._model.declared_top_k(layer)) is not None},
             intermediate_sizes={layer: content.intermediate_size for layer, content in loadable.items()},
             apply_router_weight_on_input=self._model.apply_router_weight_on_input,
             refusals=self.refusals(),
@@ -372,14 +391,14 @@ class Checkpoint:
             raise CheckpointError(refusal(self.path, expected, shown(layer)))
         return self._contents.layers[layer]
 
-    def _check_leaves(self, shards: Shards, experts: list[Any]) -> None:
+    def _check_leaves(self, shards: Shards, content: LayerExperts, experts: Sequence[Expert]) -> None:
         """Refuses experts with leaves that `moe` could not apply; a stack is looked at once."""
-        seen: set[str] = set()
-        for expert in experts:
-            for matrix in expert:
-                if matrix.stored.name not in seen:
-                    seen.add(matrix.stored.name)
-                    check_other_leaves(shards, matrix.stored)
+        check_other_leaves(shards, content.leftovers)
+        names = (matrix.stored.name for expert in content.kinds(experts) for matrix in expert)
+        check_transforms(f"{self.path}: quantization section", self.quant_config.get("transform_config"), names)
+        for expert in content.kinds(experts):
+            for others in dict.fromkeys(matrix.stored.others for matrix in expert):
+                check_other_leaves(shards, others)
 
     def _rank_part(self, kind: str, rank: int, size: int, what: str, total: int, multiple: int = 1) -> slice:
         if size < 1 or not 0 <= rank < size:

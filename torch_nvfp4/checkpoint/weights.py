@@ -1,64 +1,118 @@
-"""Copies NVFP4 matrices, or slices of them, out of memory-mapped shards."""
+"""Reads NVFP4 matrices, or slices of them, out of shards."""
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from torch_nvfp4.checkpoint.headers import TensorInfo, read_header, tensor_error
-from torch_nvfp4.checkpoint.layouts import UNIT_LEAVES, Matrix, Stored, Unsupported
-from torch_nvfp4.errors import CheckpointError, shown
+from torch_nvfp4.checkpoint.headers import Stamp, TensorInfo, check_stamp, open_again, tensor_error
+from torch_nvfp4.checkpoint.layouts import UNIT_LEAVES, Matrix, Unsupported
+from torch_nvfp4.errors import shown
 from torch_nvfp4.format import GROUP_SIZE, NVFP4Weight, reciprocal_global_scale
 
 __all__ = ["Shards", "check_other_leaves", "copy_matrix", "empty_bytes", "read_matrix"]
 
+_TORCH_DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "I16": torch.int16, "U16": torch.uint16, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I32": torch.int32, "U32": torch.uint32, "F32": torch.float32,
+    "I64": torch.int64, "U64": torch.uint64, "F64": torch.float64, "C64": torch.complex64,
+}  # fmt: skip
+_BLOCK = 2**20  # bytes that are read at a time where only some of each row are wanted
+_GAP = 2**14  # bytes between them; copying these takes as long as a call
+
 
 class Shards:
-    """The shards opened during one read, memory-mapped: only what is copied out of a tensor is read."""
+    """The shards opened during one read. What is asked for is read from their descriptors, and nothing is mapped.
+
+    A map of a file that shrinks meanwhile kills the process; a read that ends early is an error. Each shard must be
+    the one whose header was read, when it is opened here and when the block ends.
+    """
 
     def __init__(self) -> None:
         self._stack = ExitStack()
-        self._handles: dict[Path, Any] = {}
+        self._open: dict[Path, tuple[BinaryIO, Stamp]] = {}
 
     def __enter__(self) -> Shards:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self._handles.clear()
-        self._stack.close()
+    def __exit__(self, error: object, *_: object) -> None:
+        with self._stack:
+            if error is None:
+                for file, (stream, stamp) in self._open.items():
+                    check_stamp(file, stream, stamp)
 
     def tensor(self, info: TensorInfo) -> Tensor:
+        """A whole tensor as it is stored. F4 comes as torch holds it, two values per element of the last dimension."""
+        dtype = _TORCH_DTYPES.get(info.dtype)
+        shape = info.shape
+        if info.dtype == "F4" and shape and shape[-1] % 2 == 0:
+            dtype, shape = getattr(torch, "float4_e2m1fn_x2", None), (*shape[:-1], shape[-1] // 2)
+        if dtype is None:
+            expected = "a tensor that torch can hold"
+            raise tensor_error(info.file, info.name, expected, f"{info.dtype} {list(info.shape)}", kind=Unsupported)
+        data = empty_bytes(info.nbytes)
+        self.read(info, 0, data)
+        # A view of another size needs a storage that is aligned to it, which that of a new tensor is.
+        return data.view(dtype).reshape(shape)
+
+    def read(self, info: TensorInfo, begin: int, out: Tensor) -> None:
+        """Fills `out`, contiguous bytes, with those of a tensor from `begin` on."""
+        if not out.numel():
+            return
+        assert info.stamp is not None
+        assert out.is_contiguous()
+        assert 0 <= begin <= begin + out.nbytes <= info.nbytes
+        buffer = memoryview((ctypes.c_char * out.nbytes).from_address(out.data_ptr())).cast("B")
         try:
-            if info.file not in self._handles:
-                self._handles[info.file] = self._stack.enter_context(safe_open(info.file, framework="pt", device="cpu"))
-            tensor: Tensor = self._handles[info.file].get_tensor(info.name)
-        except (OSError, SafetensorError) as error:
-            raise self._error(info, error) from error
-        if (tuple(tensor.shape), tensor.nbytes) != (info.shape, info.nbytes):
-            expected = f"{info.dtype} {list(info.shape)} as when it was opened"
-            raise tensor_error(info.file, info.name, expected, f"{tensor.dtype} {list(tensor.shape)}")
-        return tensor
+            if info.file not in self._open:
+                stream = self._stack.enter_context(open_again(info.file, info.stamp))
+                self._open[info.file] = stream, info.stamp
+            stream, done = self._open[info.file][0], 0
+            stream.seek(info.begin + begin)
+            while done < len(buffer):
+                count = stream.readinto(buffer[done:])  # type: ignore[attr-defined]
+                if not count:
+                    got = f"{done}: the file was cut short"
+                    raise tensor_error(info.file, info.name, f"{len(buffer)} bytes at {info.begin + begin}", got)
+                done += count
+        except OSError as error:
+            got = error.strerror or str(error)
+            raise tensor_error(info.file, info.name, "a file that can be read", got) from error
 
-    def _error(self, info: TensorInfo, error: Exception) -> CheckpointError:
-        """The file has changed, or the safetensors library cannot read what its format allows."""
-        try:
-            same = read_header(info.file).get(info.name) == info
-        except CheckpointError:
-            same = False
-        expected = "a file that the safetensors library can read" if same else "the file as it was when it was opened"
-        return tensor_error(info.file, info.name, expected, str(error))
+    def read_block(self, info: TensorInfo, begin: int, width: int, cols: slice, out: Tensor) -> None:
+        """Fills `out` [rows, bytes] with the bytes `cols` of rows of `width` bytes, the first of them at `begin`."""
+        if cols == slice(0, width) and out.is_contiguous():
+            self.read(info, begin, out)
+            return
+        # Rows are skipped over where that saves more than a call costs.
+        apart = width - out.shape[1] > _GAP
+        kept = slice(0, out.shape[1]) if apart else cols
+        step = max(1, _BLOCK // (out.shape[1] if apart else width))
+        block = empty_bytes(min(step, len(out)), out.shape[1] if apart else width)
+        for first in range(0, len(out), step):
+            part = out[first : first + step]
+            if apart:
+                for row in range(len(part)):
+                    self.read(info, begin + (first + row) * width + cols.start, block[row])
+            else:
+                self.read(info, begin + first * width, block[: len(part)])
+            part.copy_(block[: len(part), kept])
 
 
-def check_other_leaves(shards: Shards, module: Stored, allowed: tuple[str, ...] = ()) -> None:
+def check_other_leaves(shards: Shards, others: Iterable[tuple[str, TensorInfo]], allowed: tuple[str, ...] = ()) -> None:
     """Refuses leaves that `moe` could not apply. Activation scales (AWQ) that are all ones change nothing."""
     refused = []
-    for leaf, info in module.others:
-        if leaf in UNIT_LEAVES:
+    for leaf, info in others:
+        if leaf.endswith(UNIT_LEAVES):
             got = _other_than_ones(shards, info)
             if got is not None:
                 expected = "ones, since nothing would apply other activation scales (AWQ)"
@@ -69,7 +123,9 @@ def check_other_leaves(shards: Shards, module: Stored, allowed: tuple[str, ...] 
     if refused:
         info, names = refused[0][1], " and ".join(shown(leaf) for leaf, _ in refused[:4])
         got = f"{'a leaf' if len(refused) == 1 else 'leaves'} {names} that nothing would apply"
-        advice = "biases of experts are not supported" if any("bias" in leaf for leaf, _ in refused) else ""
+        advice = "fold what they stand for into the weights before they are quantized"
+        if any("bias" in leaf for leaf, _ in refused):
+            advice = "biases of experts are not supported"
         raise tensor_error(info.file, info.name, "only codes, scales and input scales", got, advice, kind=Unsupported)
 
 
@@ -87,11 +143,11 @@ def copy_matrix(
     """Copies rows and cols (in values; a multiple of 16 at both ends) into data, scale (both uint8), global_scale."""
     module = matrix.stored
     groups = slice(cols.start // GROUP_SIZE, cols.stop // GROUP_SIZE)
-    data.copy_(_values(shards, matrix, module.data)[rows, cols.start // 2 : cols.stop // 2])
-    scale.copy_(_values(shards, matrix, module.scale)[rows, groups])
-    nan = (scale & 0x7F) == 0x7F
-    if nan.any():
-        row, group = nan.nonzero()[0].tolist()
+    _copy(shards, matrix, module.data, rows, slice(cols.start // 2, cols.stop // 2), data)
+    _copy(shards, matrix, module.scale, rows, groups, scale)
+    magnitude = scale & 0x7F
+    if magnitude.amax() == 0x7F:  # a twentieth of the time of comparing all
+        row, group = (magnitude == 0x7F).nonzero()[0].tolist()
         place = f"at row {matrix.first_row + rows.start + row}, group {groups.start + group}"
         place += "" if module.kind == "matrix" else f" of expert {matrix.expert}"
         got = f"NaN ({scale[row, group].item():#04x}) {place}"
@@ -99,25 +155,25 @@ def copy_matrix(
     global_scale.copy_(_global_scale(shards, matrix))
 
 
-def _values(shards: Shards, matrix: Matrix, info: TensorInfo) -> Tensor:
-    """The rows of a matrix in a tensor of its module, as bytes [rows, bytes]."""
-    module, tensor = matrix.stored, shards.tensor(info).view(torch.uint8)
-    if module.kind == "rows":
-        tensor = tensor.unflatten(0, (module.num, module.rows))
-    if module.kind != "matrix":
-        tensor = tensor[matrix.expert]
+def _copy(shards: Shards, matrix: Matrix, info: TensorInfo, rows: slice, cols: slice, out: Tensor) -> None:
+    """Rows of a matrix and columns (in bytes) of them out of a tensor of its module, [..., bytes] or swapped."""
+    module = matrix.stored
+    width = info.nbytes // (module.num * module.rows)
+    begin = matrix.expert * module.rows * width
+    rows = slice(matrix.first_row + rows.start, matrix.first_row + rows.stop)
     if module.swapped:
-        tensor = tensor.t()
-    return tensor[matrix.first_row : matrix.first_row + matrix.rows]
+        rows, cols, width, out = cols, rows, module.rows, out.t()
+    shards.read_block(info, begin + rows.start * width, width, cols, out)
 
 
 def _global_scale(shards: Shards, matrix: Matrix) -> Tensor:
-    module = matrix.stored
-    info, stored = module.global_scale, shards.tensor(module.global_scale).reshape(-1)
-    if len(stored) > 1:
-        per_expert = stored.reshape(module.num, -1)[matrix.expert]
-        stored = per_expert[matrix.half if len(per_expert) > 1 else 0]
-    stored = stored.reshape(())
+    module, info = matrix.stored, matrix.stored.global_scale
+    count = info.nbytes // 4
+    index = 0
+    if count > 1:  # [num], or [num, 2] of gate and up
+        index = matrix.expert * (count // module.num) + (matrix.half if count > module.num else 0)
+    stored = torch.empty(())
+    shards.read(info, 4 * index, stored.reshape(1).view(torch.uint8))
     if not torch.isfinite(stored):
         raise tensor_error(info.file, info.name, "a finite global scale", f"{stored.item()}")
     if not module.spelling.reciprocal:

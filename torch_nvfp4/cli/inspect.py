@@ -93,7 +93,7 @@ def print_checkpoint(terminal: Terminal, facts: dict[str, Any]) -> None:
                 "MoE layers",
                 f"{count(len(facts['layers']))} ({spans(facts['layers'])}): "
                 f"{_range(facts['expert_counts'], 'expert')}, "
-                f"top-k {facts['top_k'] if facts['top_k'] is not None else 'undeclared'}, "
+                f"top-k {_range(facts['top_ks']) if facts['top_ks'] else 'undeclared'}, "
                 f"hidden {facts['hidden_size']}, intermediate {_range(facts['intermediate_sizes'])}",
             )
         )
