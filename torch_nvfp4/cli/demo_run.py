@@ -143,7 +143,7 @@ def _load(checkpoint: Checkpoint, layer: int, device: torch.device, backend: str
     experts = NVFP4Experts.from_checkpoint(checkpoint, layer, device=device, backend=backend)
     canonical = checkpoint.experts(layer)
     weights = ExpertWeights(*(NVFP4Weight(*(part.to(device) for part in weight)) for weight in canonical))
-    top_k = checked_top_k(checkpoint, experts.num_experts)
+    top_k = checked_top_k(checkpoint, experts.num_experts, layer)
     shape = bench.Shape(experts.num_experts, experts.hidden_size, experts.intermediate_size, top_k)
     on_input = checkpoint.apply_router_weight_on_input(layer)
     return _Loaded(layer, experts, weights, checkpoint.gate(layer), on_input, shape)
