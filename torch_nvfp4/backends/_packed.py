@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from torch_nvfp4.format import NVFP4Weight
 from torch_nvfp4.ops import pack, unpack
+from torch_nvfp4.ops.moe import call_moe, gate_arguments
 from torch_nvfp4.quant_config import MoEQuantConfig
 
 
@@ -40,15 +40,12 @@ def apply(
     apply_router_weight_on_input: bool = False,
 ) -> Tensor:
     """The layer: hidden_states [M, K] -> [M, K], as ``torch_nvfp4.moe``."""
-    return torch.ops.nvfp4.moe(
-        hidden_states,
-        tensors["w13"],
-        tensors["w13_global_scale"],
-        tensors["w2"],
-        tensors["w2_global_scale"],
-        topk_weights,
-        topk_ids,
-        expert_map,
-        **quant.gate.kwargs(),
-        apply_router_weight_on_input=apply_router_weight_on_input,
+    w13_scale, w2_scale, gate = tensors["w13_global_scale"], tensors["w2_global_scale"], quant.gate
+    keywords = gate_arguments(gate.activation.value, gate.clamp_limit, gate.alpha, gate.beta)
+    if apply_router_weight_on_input:
+        keywords["apply_router_weight_on_input"] = True
+    return call_moe(
+        (hidden_states, w13_scale, w2_scale, topk_weights),
+        (hidden_states, tensors["w13"], w13_scale, tensors["w2"], w2_scale, topk_weights, topk_ids, expert_map),
+        keywords,
     )
