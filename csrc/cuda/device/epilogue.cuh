@@ -50,7 +50,8 @@ __device__ __forceinline__ float2 reduce(const PartialSums* warps, int ways, int
 }
 
 // The same where a warp's sums have room for a run-time number of tokens only: the first `tokens` of a column tile's 8.
-__device__ __forceinline__ void store_partial(float* partial, int tokens, const float (&sum)[4][1][4]) {
+template <int kRowTiles>
+__device__ __forceinline__ void store_partial(float* partial, int tokens, const float (&sum)[kRowTiles][1][4]) {
   const int lane = threadIdx.x % kWarp;
   const int column = lane % 4 * 2;
   float* at = partial + column * kPartialRows + lane / 4;
@@ -58,7 +59,7 @@ __device__ __forceinline__ void store_partial(float* partial, int tokens, const 
   for (int i = 0; i < 2; ++i) {
     if (column + i >= tokens) continue;
 #pragma unroll
-    for (int tile = 0; tile < 4; ++tile) {
+    for (int tile = 0; tile < kRowTiles; ++tile) {
       at[i * kPartialRows + 16 * tile] = sum[tile][0][i];
       at[i * kPartialRows + 16 * tile + 8] = sum[tile][0][i + 2];
     }
