@@ -10,6 +10,11 @@ namespace nvfp4::cuda {
 
 namespace {
 
+int knob(const char* name, int fallback) {
+  const char* v = std::getenv(name);
+  return v != nullptr && *v != 0 ? std::atoi(v) : fallback;
+}
+
 // ---- the table: the first kernel that has no reason against it
 
 // Where wgmma_experts overtakes stream_gemm. At 6 slots per expert streaming is 3-7 % ahead, at 7 they are equal
@@ -28,6 +33,7 @@ const char* against_few_slots(const Problem& problem, const Device& device, Choi
 WgmmaTiles wgmma_tiles(const Problem& problem) {
   constexpr int64_t kWideSlotsPerExpert = 176;
   using namespace wgmma_experts;
+  if (const int t = knob("NVFP4_X_TILES", -1); t >= 0) return t ? WgmmaTiles::wide : WgmmaTiles::tall;
   if (!problem.silu || problem.slots() <= Tall::kMaxWidth * problem.experts) return WgmmaTiles::tall;
   const bool most_fit = problem.slots() <= kWideSlotsPerExpert * problem.experts;
   return most_fit || problem.dtype == DType::fp16 ? WgmmaTiles::wide : WgmmaTiles::tall;
@@ -37,6 +43,7 @@ WgmmaTiles wgmma_tiles(const Problem& problem) {
 int wgmma_width(WgmmaTiles tiles, const Problem& problem) {
   constexpr int64_t kFewSlotsPerExpert = 32;
   constexpr int kFewTokensWidth = 64;
+  if (const int w = knob("NVFP4_X_WIDTH", 0); w > 0) return w;
   if (problem.slots() <= kFewSlotsPerExpert * problem.experts) return kFewTokensWidth;
   return tiles == WgmmaTiles::wide ? wgmma_experts::Wide::kMaxWidth : wgmma_experts::Tall::kMaxWidth;
 }
@@ -44,7 +51,7 @@ int wgmma_width(WgmmaTiles tiles, const Problem& problem) {
 const char* against_wgmma(const Problem& problem, const Device& device, Choice& choice) {
   if (choice.isa != Isa::sm90) return "wgmma needs SM90 instructions";
   if (problem.op == Op::linear) return "it knows no bias and no rows without a routing";
-  if (problem.slots() <= kStreamSlotsPerExpert * problem.experts)
+  if (problem.slots() * 10 <= knob("NVFP4_X_STREAM", kStreamSlotsPerExpert * 10) * problem.experts)
     return "it needs more than 7 slots per expert to be ahead";
   if (problem.experts > kWgmmaMaxExperts) return "its shared memory holds the tables of at most 2048 experts";
   const WgmmaTiles tiles = wgmma_tiles(problem);

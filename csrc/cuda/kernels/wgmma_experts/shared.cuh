@@ -46,6 +46,7 @@ struct Params {
   int* control;  // zeroed: [0] the next tile, [1 + e] finished GEMM1 tiles of expert e
   int max_width;
   int stages;
+  int evict;         // bit g: weights of gemm[g] leave L2 first
   int extra_claims;  // tiles of gemm[1] that are claimed before their turn
 };
 
