@@ -115,12 +115,14 @@ void check_alignment(const char* op, const char* name, const Tensor& tensor, int
 // Trailing dimensions of a packed weight: [KB, 36] on the CPU (64 values are 32 bytes of codes and 4 scales), and one
 // dimension on CUDA, where 64 x 64 blocks are spread evenly over the rows.
 constexpr size_t kPackedTailRank = kIsCuda ? 1 : 2;
-std::array<int64_t, kPackedTailRank> packed_tail([[maybe_unused]] int64_t n, int64_t k) {
-  if constexpr (kIsCuda) {
-    return {ceil_div(round_up<int64_t>(n, 64) * round_up<int64_t>(k, 64) / 16 * 9, n)};
-  } else {
-    return {ceil_div<int64_t>(k, 64), 36};
-  }
+struct PackedTail {
+  std::array<int64_t, 2> sizes;
+  const int64_t* begin() const { return sizes.data(); }
+  const int64_t* end() const { return sizes.data() + kPackedTailRank; }
+};
+PackedTail packed_tail(int64_t n, int64_t k) {
+  if (!kIsCuda) return {{ceil_div<int64_t>(k, 64), 36}};
+  return {{ceil_div(round_up<int64_t>(n, 64) * round_up<int64_t>(k, 64) / 16 * 9, n), 0}};
 }
 
 // Python's f"{value:g}".

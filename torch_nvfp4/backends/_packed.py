@@ -8,7 +8,8 @@ from torch import Tensor
 
 from torch_nvfp4.format import NVFP4Weight
 from torch_nvfp4.ops import pack, unpack
-from torch_nvfp4.ops.moe import call_moe, gate_arguments
+from torch_nvfp4.ops._library import gate_keywords
+from torch_nvfp4.ops.moe import call_moe
 from torch_nvfp4.quant_config import MoEQuantConfig
 
 
@@ -41,7 +42,7 @@ def apply(
 ) -> Tensor:
     """The layer: hidden_states [M, K] -> [M, K], as ``torch_nvfp4.moe``."""
     w13_scale, w2_scale, gate = tensors["w13_global_scale"], tensors["w2_global_scale"], quant.gate
-    keywords = gate_arguments(gate.activation.value, gate.clamp_limit, gate.alpha, gate.beta)
+    keywords = gate_keywords(gate.activation.value, gate.clamp_limit, gate.alpha, gate.beta)
     if apply_router_weight_on_input:
         keywords["apply_router_weight_on_input"] = True
     return call_moe(

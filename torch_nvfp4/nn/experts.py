@@ -225,7 +225,9 @@ class NVFP4Experts(PackedModule):
 
         topk_weights of another floating point dtype are taken as float32.
         """
-        buffers: Mapping[str, Any] = self._buffers  # past nn.Module.__getattr__, which takes as long as the rest of this
+        buffers: Mapping[str, Any] = (
+            self._buffers
+        )  # past nn.Module.__getattr__, which takes as long as the rest of this
         output = moe_backend(self.backend).apply(
             {name: buffers[name] for name in self._packed_names},
             self.quant_config,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from torch_nvfp4.gate import parse_activation
 from torch_nvfp4.ops import _checks
-from torch_nvfp4.ops._library import register_fake, register_no_autograd
+from torch_nvfp4.ops._library import below_autograd, gate_keywords, register_fake, register_no_autograd
 
 
 def grouped_gemm(
@@ -34,7 +34,8 @@ def grouped_gemm(
     with 0, not decrease, and not exceed the slots. Where the values cannot be looked at without waiting for the device,
     on CUDA, all of the result is NaN instead.
     """
-    return torch.ops.nvfp4.grouped_gemm(x, weight, global_scale, order, offsets, topk_weights)
+    arguments = (x, weight, global_scale, order, offsets, topk_weights)
+    return _call((x, global_scale, topk_weights), arguments, {})
 
 
 def grouped_gemm_swiglu(
@@ -56,10 +57,13 @@ def grouped_gemm_swiglu(
 
     Returns [slots, I] in x's dtype. Raises RuntimeError (expected and got), ValueError for an unknown activation name.
     """
-    return torch.ops.nvfp4.grouped_gemm_swiglu(
-        x, weight, global_scale, order, offsets, topk_weights,
-        activation=parse_activation(activation).value, clamp_limit=clamp_limit, alpha=alpha, beta=beta,
-    )  # fmt: skip
+    gate = gate_keywords(parse_activation(activation).value, clamp_limit, alpha, beta)
+    arguments = (x, weight, global_scale, order, offsets, topk_weights)
+    return _call_swiglu((x, global_scale, topk_weights), arguments, gate)
+
+
+_call = below_autograd("grouped_gemm")
+_call_swiglu = below_autograd("grouped_gemm_swiglu")
 
 
 def _check(

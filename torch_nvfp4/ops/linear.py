@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from torch_nvfp4.ops import _checks
-from torch_nvfp4.ops._library import register_fake, register_no_autograd
+from torch_nvfp4.ops._library import below_autograd, register_fake, register_no_autograd
 
 
 def linear(x: Tensor, weight: Tensor, global_scale: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -20,7 +19,10 @@ def linear(x: Tensor, weight: Tensor, global_scale: Tensor, bias: Tensor | None 
 
     Returns [..., N] in x's dtype, gate columns before up columns. Raises RuntimeError (expected and got).
     """
-    return torch.ops.nvfp4.linear(x, weight, global_scale, bias)
+    return _call((x, global_scale, bias), (x, weight, global_scale, bias), {})
+
+
+_call = below_autograd("linear")
 
 
 @register_fake("linear")
