@@ -78,9 +78,7 @@ bool matches(const Tensor& tensor, const Dims& dims) {
   return true;
 }
 
-bool on_one_device(const Tensor& tensor, const Tensor& like) {
-  return tensor.device() == like.device();
-}
+bool on_one_device(const Tensor& tensor, const Tensor& like) { return tensor.device() == like.device(); }
 
 bool begins_at_multiple(const Tensor& tensor, int64_t bytes) {
   return reinterpret_cast<uintptr_t>(tensor.data_ptr()) % static_cast<uintptr_t>(bytes) == 0;

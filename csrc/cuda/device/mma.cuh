@@ -63,7 +63,8 @@ struct WeightTiles {
   uint4 codes[kRowTiles];
   uint32_t scales[kRowTiles / 2];
 
-  // The codes lie at the beginning of `block`, the scales where those of a whole block do: warp tiles first_tile and on.
+  // The codes lie at the beginning of `block`, the scales where those of a whole block do: warp tiles first_tile and
+  // on.
   static __device__ __forceinline__ WeightTiles read(const uint8_t* block, int first_tile = 0) {
     const int lane = threadIdx.x % kWarp;
     WeightTiles w;

@@ -26,9 +26,9 @@ constexpr int few_slots_ring_bytes(Isa isa) {
 struct FewSlotsPlan {
   struct Gemm {
     int items_per_tile;  // panels, or twice as many halves
-    bool all_rows;   // every row goes to shared memory; else those of a CTA's own tiles, `width` rows per tile
-    int row_chunks;  // a row's chunks of kChunkBytes
-    int row_bytes;   // in shared memory, from one row to the next
+    bool all_rows;       // every row goes to shared memory; else those of a CTA's own tiles, `width` rows per tile
+    int row_chunks;      // a row's chunks of kChunkBytes
+    int row_bytes;       // in shared memory, from one row to the next
   };
   bool halves;      // items are half panels
   int width;        // tokens per tile, at most; 0: a CTA's shared memory has no room for the tokens
@@ -38,8 +38,7 @@ struct FewSlotsPlan {
 };
 
 // With tiles of at most `width` tokens, whether they fit or not.
-inline FewSlotsPlan plan_few_slots(const Problem& problem, const Device& device, Isa isa, int width,
-                                   bool halves) {
+inline FewSlotsPlan plan_few_slots(const Problem& problem, const Device& device, Isa isa, int width, bool halves) {
   const int64_t slots = problem.slots();
   const int64_t tiles = std::min(slots, problem.experts + slots / width);
   const int64_t grid = device.multiprocessors;
@@ -55,7 +54,8 @@ inline FewSlotsPlan plan_few_slots(const Problem& problem, const Device& device,
     const int64_t tile_rows = cta_tiles * width;
     const int64_t row_chunks = k_blocks_of(problem.gemm[i].k) * int64_t{kBlockK * kElementBytes / kChunkBytes};
     const int64_t row_bytes = (row_chunks + 1) * kChunkBytes;  // one more, so that neighbouring rows differ in banks
-    plan.gemm[i] = {static_cast<int>(panels), rows <= tile_rows, static_cast<int>(row_chunks), static_cast<int>(row_bytes)};
+    plan.gemm[i] = {static_cast<int>(panels), rows <= tile_rows, static_cast<int>(row_chunks),
+                    static_cast<int>(row_bytes)};
     token_bytes = std::max(token_bytes, std::min(rows, tile_rows) * row_bytes);
     most_items = std::max(most_items, items);
   }
