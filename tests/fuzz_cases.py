@@ -21,6 +21,8 @@ NAN, INF = math.nan, math.inf
 # its row (CPU levels with 16-bit products keep 14 bits of that). A wrong row, scale or code is off by far more.
 ROUNDING = {BF16: 2.0**-7, FP16: 2.0**-9, FP32: 1e-5}
 INPUT = {BF16: 2.0**-13, FP16: 2.0**-13, FP32: 1e-6}
+# What a buffer for a result holds before the call.
+UNWRITTEN = 3.0
 # The plain reference is in fp64; results and intermediates beyond these may overflow.
 LARGEST = {BF16: 1e37, FP16: 3e4, FP32: 1e37}
 
@@ -203,6 +205,31 @@ def gated_error(pre: Tensor, error: Tensor, gate: Arguments) -> Tensor:
     return furthest
 
 
+class Terms(NamedTuple):
+    """The rows that experts give, in fp64: their values, errors that are allowed, and whether an intermediate may
+    have overflowed."""
+
+    rows: Tensor
+    errors: Tensor
+    overflow: Tensor
+
+
+def mlp_terms(
+    x: Tensor, dtype: torch.dtype, w13: Weight, w2: Weight, order: Tensor, offsets: Tensor, on_input: Tensor | None,
+    gate: Arguments,
+) -> Terms:  # fmt: skip
+    clean = finite(x)
+    pre = reference.grouped_gemm(clean, w13.dense, order, offsets, on_input)
+    pre_error = reference.grouped_gemm(input_error(clean, dtype), w13.dense.abs(), order, offsets, on_input).abs()
+    hidden = reference.swiglu(pre, **gate)
+    hidden_error = gated_error(pre, pre_error, gate) + ROUNDING[dtype] * hidden.abs() + input_error(hidden, dtype)
+    return Terms(
+        reference.grouped_gemm(hidden, w2.dense, order, offsets),
+        reference.grouped_gemm(hidden_error, w2.dense.abs(), order, offsets),
+        torch.maximum(pre.abs().amax(-1), hidden.abs().amax(-1)) > LARGEST[dtype],
+    )
+
+
 # ---- one case of every op
 
 
@@ -224,24 +251,64 @@ def moe(r: Random) -> Case:
     def check(out: Tensor) -> None:
         weights, ids, expert_map = routing.values()
         order, offsets = reference.route(ids, expert_map, e)
-        clean, plain = finite(x), finite(weights)
+        plain = finite(weights)
         on_input, on_output = (plain, torch.ones_like(plain)) if weigh_input else (None, plain)
-        pre = reference.grouped_gemm(clean, w13.dense, order, offsets, on_input)
-        pre_error = reference.grouped_gemm(input_error(clean, dtype), w13.dense.abs(), order, offsets, on_input).abs()
-        hidden = reference.swiglu(pre, **gate)
-        hidden_error = gated_error(pre, pre_error, gate) + ROUNDING[dtype] * hidden.abs() + input_error(hidden, dtype)
-        terms = reference.grouped_gemm(hidden, w2.dense, order, offsets)
-        errors = reference.grouped_gemm(hidden_error, w2.dense.abs(), order, offsets)
-        expected = reference.combine(terms, on_output, ids, expert_map, e)
-        error = reference.combine(errors, on_output.abs(), ids, expert_map, e)
+        terms = mlp_terms(x, dtype, w13, w2, order, offsets, on_input, gate)
+        expected = reference.combine(terms.rows, on_output, ids, expert_map, e)
+        error = reference.combine(terms.errors, on_output.abs(), ids, expert_map, e)
         local = reference.local_experts(ids, expert_map, e)
         used = local < e
         hostile = torch.cat((w13.hostile | w2.hostile, torch.zeros(1, dtype=torch.bool)))[local].any(1)
-        overflow = torch.maximum(pre.abs().amax(-1), hidden.abs().amax(-1)) > LARGEST[dtype]
-        unclear = skip | hostile | overflow.view(tokens, top_k).any(1)
+        unclear = skip | hostile | terms.overflow.view(tokens, top_k).any(1)
         compare(out, expected, error, unclear, bad & used.any(1))
 
     return Case("moe", arguments, check if moderate else None)
+
+
+def batched_moe(r: Random) -> Case:
+    e, k, i = r.randint(1, 5), r.size(16, 10), r.size(16, 6)
+    t = r.choice((0, 1, 1, 2, 5, 9, 17, 40, 150))
+    dtype = r.choice((BF16, FP16, FP32))
+    w13, w2 = make_weight(r, e, 2 * i, k, True), make_weight(r, e, k, i, False)
+    x, bad, extreme = make_x(r, e * t, k, dtype)
+    counts = torch.tensor([r.choice((0, 1, t, r.randint(0, t))) if t else 0 for _ in range(e)], dtype=torch.int32)
+    expert_of_row = torch.arange(e).repeat_interleave(t)
+    used = torch.arange(t).repeat(e) < counts[expert_of_row]
+    x[~used] = r.choice((0.0, NAN, INF))
+    error = None
+    if r.chance(0.15):
+        at, count = r.randrange(e), r.choice((INT_MIN, INT_MAX, -1, t + 1))
+        counts[at] = count
+        error = f"expert_num_tokens must be from 0 to T = {t}, got {count} at index {at}"
+    gate, moderate = make_gate(r)
+    arguments = {
+        "hidden_states": x.view(e, t, k), "w13": w13.packed, "w13_global_scale": w13.global_scale, "w2": w2.packed,
+        "w2_global_scale": w2.global_scale, "expert_num_tokens": counts, **gate,
+    }  # fmt: skip
+
+    def check(out: Tensor) -> None:
+        rows = out.view(e * t, k)
+        behind = rows[~used]
+        clean_rest = bool((behind == 0).all()) or bool((behind == UNWRITTEN).all())
+        require(clean_rest, "rows behind the counts are neither zeros nor what the buffer held")
+        order = torch.cat((used.nonzero(), (~used).nonzero())).flatten().int()
+        offsets = torch.cat((torch.zeros(1), counts.cumsum(0))).int()
+        terms = mlp_terms(x, dtype, w13, w2, order, offsets, None, gate)
+        unclear = extreme | terms.overflow | (w13.hostile | w2.hostile)[expert_of_row] | ~used
+        compare(rows, terms.rows, terms.errors, unclear, bad & used)
+
+    return Case("batched_moe", arguments, check if moderate else None, error)
+
+
+def out_of(make: Callable[[Random], Case]) -> Callable[[Random], Case]:
+    """The out overload of an op whose result is as its hidden_states."""
+
+    def make_out(r: Random) -> Case:
+        case = make(r)
+        out = torch.full_like(case.arguments["hidden_states"], UNWRITTEN)
+        return Case(f"{case.op}.out", {**case.arguments, "out": out}, case.check, case.value_error)
+
+    return make_out
 
 
 def route(r: Random) -> Case:
@@ -394,4 +461,7 @@ def unpack(r: Random) -> Case:
     return Case("unpack", {"packed": packed, "in_features": k, "gated": gated}, check)
 
 
-MAKERS = (moe, moe, moe, route, grouped_gemm, grouped_gemm, grouped_gemm, combine, linear, swiglu, pack, unpack)
+MAKERS = (
+    moe, moe, moe, out_of(moe), batched_moe, batched_moe, out_of(batched_moe), route, grouped_gemm, grouped_gemm,
+    grouped_gemm, combine, linear, swiglu, pack, unpack,
+)  # fmt: skip

@@ -233,6 +233,8 @@ def mutate_value(rng: random.Random, files: Files) -> None:
         root, data = split_shard(content) if name.endswith(".safetensors") else (json.loads(content), None)  # type: ignore[arg-type]
     except (ValueError, struct.error):
         return
+    if not isinstance(root, dict | list):  # an earlier mutation has cut the file down to a number
+        return
     place = root
     while True:
         keys = list(place) if isinstance(place, dict) else range(len(place))

@@ -43,10 +43,43 @@ def check_moe(e: int, k: int, i: int, top_k: int, m: int, dtype: torch.dtype, de
     weights = p13, w13.global_scale, p2, w2.global_scale
     out = torch_nvfp4.moe(x, *weights, topk_weights, topk_ids, clamp_limit=LIMIT)
     assert_accurate(out, expected)
+    in_place = x.clone()
+    assert torch.equal(
+        torch_nvfp4.moe(in_place, *weights, topk_weights, topk_ids, clamp_limit=LIMIT, out=in_place), out
+    )
     order, offsets = torch_nvfp4.route(topk_ids, None, e)
     hidden = torch_nvfp4.grouped_gemm_swiglu(x, p13, w13.global_scale, order, offsets, clamp_limit=LIMIT)
     rows = torch_nvfp4.grouped_gemm(hidden, p2, w2.global_scale, order, offsets)
     assert_accurate(torch_nvfp4.combine(rows, topk_weights, topk_ids, None, e), expected)
+
+
+# E, K, I, T, the counts: tiles of stream_gemm and of wgmma_experts, an odd number of k-blocks and tokens that are
+# permuted in the buffer of the result.
+BATCHED = [
+    (4, 192, 96, 5, [5, 0, 2, 1]),
+    (4, 192, 96, 40, [1, 0, 3, 9]),
+    (4, 192, 96, 40, [40, 0, 33, 17]),
+    (4, 256, 128, 150, [20, 40, 0, 12]),
+    (4, 256, 128, 150, [150, 0, 113, 1]),
+]
+
+
+def check_batched_moe(e: int, k: int, i: int, t: int, counts: list[int], dtype: torch.dtype, device: str) -> None:
+    generator = torch.Generator().manual_seed(t)
+    w13 = random_weight((e, 2 * i, k), gated=True, generator=generator, device=device)
+    w2 = random_weight((e, k, i), generator=generator, device=device)
+    weights = torch_nvfp4.pack(w13, gated=True), w13.global_scale, torch_nvfp4.pack(w2), w2.global_scale
+    tokens = torch.tensor(counts, dtype=torch.int32, device=device)
+    # Rows behind the counts are memory that nobody has written.
+    x = torch.empty(e, t, k, dtype=dtype, device=device)
+    for rows, count in zip(x, counts, strict=True):
+        rows[:count] = torch.randn(count, k, generator=generator).to(device, dtype)
+    expected = reference.batched_moe(x, w13, w2, tokens, clamp_limit=LIMIT)
+    assert_accurate(torch_nvfp4.batched_moe(x, *weights, tokens, clamp_limit=LIMIT), expected)
+    for out in (torch.empty_like(x), x):
+        torch_nvfp4.batched_moe(x, *weights, tokens, clamp_limit=LIMIT, out=out)
+        for rows, wanted, count in zip(out, expected, counts, strict=True):
+            assert_accurate(rows[:count], wanted[:count])
 
 
 def check_the_rest(device: str) -> None:
@@ -70,6 +103,9 @@ def main(device: str = "cuda") -> None:
         os.environ["TORCH_NVFP4_ARCH"] = arch
         for case in MOE:
             check_moe(*case, device)
+        for case in BATCHED:
+            for dtype in (BF16, FP16):
+                check_batched_moe(*case, dtype, device)
         check_the_rest(device)
     print("all values are right")
 

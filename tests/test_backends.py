@@ -235,6 +235,24 @@ def test_apply_against_the_fp64_reference(
         assert (share > 0.05) == (gate.gemm1_clamp_limit is not None)  # the limits bite
 
 
+@pytest.mark.parametrize("gate", GATES, ids=lambda gate: f"{gate.activation.name}-{gate.gemm1_clamp_limit}")
+def test_apply_batched_against_the_fp64_reference(backend: MoEBackend, device: str, gate: MoEQuantConfig) -> None:
+    w13, w2 = layer(device=device)
+    x = torch.randn(4, 6, 64, generator=torch.Generator().manual_seed(2)).to(device, torch.bfloat16)
+    counts = torch.tensor([6, 0, 1, 3], dtype=torch.int32, device=device)
+    for rows, count in zip(x, counts.tolist(), strict=True):
+        rows[count:] = torch.nan
+    out = backend.apply_batched(backend.prepare(w13, w2), gate, x, counts)
+    assert out.dtype == torch.bfloat16
+    testing.assert_accurate(out, reference.batched_moe(x, w13, w2, counts, **gate.gate.kwargs()))
+
+
+def test_flashinfer_has_no_batched_form() -> None:
+    expected = r"^flashinfer_trtllm: expected tokens with a routing, got a batch with a count for each expert; ask for"
+    with pytest.raises(NotImplementedError, match=expected):
+        moe_backend("flashinfer_trtllm").apply_batched({}, MoEQuantConfig(), torch.zeros(1, 1, 16), torch.zeros(1))
+
+
 def test_reference_applies_the_clamp() -> None:
     w13, w2 = layer()
     x = torch.randn(5, 64)
@@ -274,6 +292,8 @@ def test_reference_op_passes_opcheck() -> None:
     # test_schema compares inputs before and after, for which torch has no kernel in E4M3.
     tests = ("test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(torch.ops.nvfp4_reference.moe.default, args, test_utils=tests)
+    args = (torch.randn(4, 5, 64), *w13, *w2, torch.tensor([0, 5, 2, 1], dtype=torch.int32), 0, 1.0, 1.0, 0.0)
+    torch.library.opcheck(torch.ops.nvfp4_reference.batched_moe.default, args, test_utils=tests)
 
 
 class FlashinferStandIn(ModuleType):

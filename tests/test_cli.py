@@ -6,10 +6,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import safetensors.torch
 import torch
+from typer.models import OptionInfo
 from typer.testing import CliRunner
 
 import torch_nvfp4
@@ -303,6 +305,19 @@ def test_help_has_examples(command):
     assert result.exit_code == 0
     assert "Examples:" in result.stdout
     assert f"torch-nvfp4 {command}" in result.stdout
+
+
+def test_every_option_names_its_flag():
+    """Some releases of typer take a metavar that spells the parameter's name as the flag: ``--DEVICE``."""
+    unnamed = [
+        f"{command.callback.__module__}: {name}"
+        for command in app.registered_commands
+        for name, hint in get_type_hints(command.callback, include_extras=True).items()
+        for option in getattr(hint, "__metadata__", ())
+        # Inside Annotated the first flag is what typer calls the default.
+        if isinstance(option, OptionInfo) and not str(option.default).startswith("--")
+    ]
+    assert unnamed == []
 
 
 def test_as_a_module(checkpoint):

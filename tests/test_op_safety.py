@@ -276,6 +276,61 @@ def test_ids_change_while_they_are_read() -> None:
     beside(lambda: torch_nvfp4.combine(rows, layer.weights, ids, expert_map, E), scribble(ids, expert_map), rounds=100)
 
 
+def batch_of(layer: Layer, counts: list[int], rows: int) -> tuple[Tensor, Tensor]:
+    """hidden_states [E, rows, K] and expert_num_tokens on the layer's device."""
+    device = layer.x.device
+    x = torch.randn(E, rows, K, generator=seeded(5)).to(device, torch.bfloat16)
+    return x, torch.tensor(counts, dtype=torch.int32, device=device)
+
+
+def test_counts_change_while_they_are_read() -> None:
+    """Every count is checked as it is used, so a call gives the rows of good counts or an error."""
+    layer, rows = Layer(), 70
+    x, counts = batch_of(layer, [0, 1, 70, 40], rows)
+    out = torch.empty_like(x)
+    rule = f"nvfp4::batched_moe.out: expert_num_tokens must be from 0 to T = {rows}, got "
+
+    def call() -> str:
+        try:
+            torch_nvfp4.batched_moe(x, *layer.packed, counts, out=out)
+        except RuntimeError as error:
+            return str(error)
+        return ""
+
+    values = torch.tensor([0, 1, rows, 40, INT_MAX, INT_MIN, -1, rows + 1])
+
+    def write(turn: int) -> None:
+        counts.copy_(values[(torch.arange(E) * (turn % 3) + turn) % (4 if turn % 4 else len(values))])
+
+    said = set(beside(call, write))
+    assert all(error.startswith(rule) for error in said - {""})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("arch", ["", "80"])
+def test_counts_change_while_they_are_read_on_cuda(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_NVFP4_ARCH", arch)
+    layer, rows = Layer("cuda"), 70
+    x, counts = batch_of(layer, [0, 1, 70, 40], rows)
+    values = torch.tensor([0, 1, rows, 40, INT_MAX, INT_MIN, -1, rows + 1], dtype=torch.int32, device="cuda")
+    choices = [values[(torch.arange(E) * (turn % 3) + turn) % len(values)] for turn in range(50)]
+    writer = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    room = torch.full((3, E, rows, K), 3.0, dtype=torch.bfloat16, device="cuda")
+    for turn in range(200):
+        with torch.cuda.stream(writer):
+            for choice in choices[turn % 7 :: 7]:
+                counts.copy_(choice)
+        torch_nvfp4.batched_moe(x, *layer.packed, counts, out=room[1])
+    torch.cuda.synchronize()
+    assert bool((room[0] == 3).all())
+    assert bool((room[2] == 3).all())
+    counts.copy_(torch.tensor([0, 1, 70, 40]))
+    assert_accurate(
+        torch_nvfp4.batched_moe(x, *layer.packed, counts), reference.batched_moe(x, layer.w13, layer.w2, counts)
+    )
+
+
 def test_order_changes_while_it_is_read() -> None:
     layer = Layer()
     order, offsets = torch.arange(SLOTS, dtype=torch.int32), torch.tensor([0, 3, 5, 10, SLOTS], dtype=torch.int32)

@@ -126,13 +126,14 @@ def test_arch_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"op": "combine"}, "expected op moe, grouped_gemm or linear, got combine"),
+        ({"op": "combine"}, "expected op moe, batched_moe, grouped_gemm or linear, got combine"),
         ({"dtype": torch.float32}, "expected dtype bf16 or fp16, got torch.float32"),
         ({"experts": 0}, "expected experts from 1 to 2\\^30, got 0"),
         ({"hidden": 2**31}, "expected k from 1 to 2\\^30, got 2147483648"),
         ({"hidden": 2**64}, "expected sizes from 0 to 2\\^63 - 1, got"),
         ({"top_k": -1}, "expected sizes from 0 to 2\\^63 - 1, got"),
         ({"op": "linear"}, "expected top_k 1 and experts 1 for linear, got 6 and 256"),
+        ({"op": "batched_moe"}, "expected top_k 1 for batched_moe, got 6"),
         ({"device": CudaDevice(9, 0, 1)}, "expected multiprocessors from 1 to 2\\^30, got 0"),
         ({"activation": "tanh"}, "expected activation to be one of"),
     ],
@@ -140,6 +141,31 @@ def test_arch_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_bad_problems(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ask(64, **changes)
+
+
+STREAM = "stream_gemm, tiles of at most {} tokens, for up to {} tokens per expert that has any"
+WGMMA = "wgmma_experts, tiles of at most {} tokens, for up to {} tokens per expert that has any"
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "expected"),
+    [
+        (1, {}, [STREAM.format(16, 7)]),
+        (7, {}, [STREAM.format(16, 7)]),
+        (8, {}, [STREAM.format(16, 7), WGMMA.format(64, 8)]),
+        (64, {}, [STREAM.format(16, 7), WGMMA.format(64, 64)]),
+        (65, {}, [STREAM.format(16, 7), WGMMA.format(64, 32), WGMMA.format(112, 65)]),
+        (1024, {}, [STREAM.format(16, 7), WGMMA.format(64, 32), WGMMA.format(112, 1024)]),
+        (16, {"device": A100}, [STREAM.format(16, 16)]),
+        (1024, {"device": A100}, [STREAM.format(16, 16), STREAM.format(32, 1024)]),
+        (1024, {"experts": 2049}, [STREAM.format(16, 16), STREAM.format(32, 1024)]),
+        (0, {}, []),
+    ],
+)
+def test_paths_of_a_batch(rows: int, changes: dict[str, Any], expected: list[str]) -> None:
+    answer = ask(rows, op="batched_moe", top_k=1, **changes)
+    assert [text for name, text in answer.items() if name.startswith("path ")] == expected
+    assert "only the device knows" in answer["why"]
 
 
 def test_any_size_has_an_answer() -> None:
@@ -154,3 +180,10 @@ def test_any_size_has_an_answer() -> None:
             )
             assert answer["kernel"]
             assert "-" not in answer["tile"] + answer["split"]
+            if top_k == 1:
+                answer = explain_select(
+                    tokens, top_k=1, experts=experts, hidden=hidden, features=features, device=device, op="batched_moe"
+                )
+                paths = [text for name, text in answer.items() if name.startswith("path ")]
+                assert len(paths) >= min(tokens, 1)
+                assert not any("-" in text or " 0 tokens" in text for text in paths)

@@ -13,6 +13,7 @@ from torch_nvfp4.format import NVFP4Weight, dequantize, quantize
 from torch_nvfp4.gate import Activation, Gate
 from torch_nvfp4.nn import NVFP4Experts, NVFP4Linear
 from torch_nvfp4.ops import (
+    batched_moe,
     combine,
     decompositions,
     grouped_gemm,
@@ -35,6 +36,7 @@ __all__ = [
     "NVFP4Linear",
     "NVFP4Weight",
     "__version__",
+    "batched_moe",
     "combine",
     "decompositions",
     "dequantize",

@@ -261,3 +261,43 @@ def moe(
         apply_router_weight_on_input=apply_router_weight_on_input,
         dtype=dtype,
     ).output
+
+
+def batched_moe(
+    hidden_states: Tensor,
+    w13: Weight,
+    w2: Weight,
+    expert_num_tokens: Tensor,
+    *,
+    activation: str | int = "silu",
+    clamp_limit: float | None = None,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """One MLP per expert over the rows that it has been given, for every expert e and t below expert_num_tokens[e]
+    ``w2[e] @ act(w13[e] @ hidden_states[e, t])``.
+
+    hidden_states [E, T, K], w13 [E, 2I, K], w2 [E, K, I], expert_num_tokens integers [E] in [0, T] -> [E, T, K] with
+    zeros at and behind the counts. What hidden_states holds there is not read.
+    """
+    experts, two_i, k = _shape(w13)
+    if _shape(w2) != (experts, k, two_i // 2) or two_i % 2:
+        raise ValueError(
+            f"expected w13 of shape [E, 2I, K] and w2 of shape [E, K, I], "
+            f"got {list(_shape(w13))} and {list(_shape(w2))}"
+        )
+    if hidden_states.dim() != 3 or (hidden_states.shape[0], hidden_states.shape[2]) != (experts, k):
+        raise ValueError(f"hidden_states: expected shape [{experts}, T, {k}], got {list(hidden_states.shape)}")
+    if expert_num_tokens.shape != (experts,):
+        raise ValueError(f"expert_num_tokens: expected shape [{experts}], got {list(expert_num_tokens.shape)}")
+    rows, counts = hidden_states.shape[1], expert_num_tokens.tolist()
+    for e, count in enumerate(counts):
+        if not 0 <= count <= rows:
+            raise ValueError(f"expert_num_tokens: expected counts from 0 to T = {rows}, got {count} at index {e}")
+    out = torch.zeros(hidden_states.shape, dtype=dtype, device=hidden_states.device)
+    for e, count in enumerate(counts):
+        gate_up = hidden_states[e, :count].to(dtype) @ _expert(w13, e, dtype).mT
+        hidden = swiglu(gate_up, activation, clamp_limit, alpha, beta, dtype=dtype)
+        out[e, :count] = hidden @ _expert(w2, e, dtype).mT
+    return out

@@ -1,5 +1,6 @@
-// grouped_gemm, linear and moe: which thread multiplies which tokens with which panels.
+// grouped_gemm, linear, moe and batched_moe: which thread multiplies which tokens with which panels.
 #include <algorithm>
+#include <numeric>
 
 #include "../common.h"
 #include "layout.h"
@@ -168,16 +169,17 @@ void multiply_gated(const LevelKernels& kernels, const Product& product, const G
       });
 }
 
-// out[slot] = x W^T + bias.
+// out[slot] = x W^T + bias, x what tile_of(expert_tile, scratch) gives.
+template <class TileOf>
 void multiply_plain(const LevelKernels& kernels, const Product& product, const float* slot_scale, const void* bias,
-                    void* out) {
+                    void* out, const TileOf& tile_of) {
   const Weight& weight = product.weight;
   for_each_tile_and_units(
       product, product.pairs(), [&](int64_t thread, const ExpertTile& expert_tile, int64_t first, int64_t last) {
         Scratch& scratch = product.scratch[thread];
-        gather_tile(kernels, product, expert_tile, scratch);
+        const TokenTile tile = tile_of(expert_tile, scratch);
         for (int64_t pair = first; pair < last; ++pair) {
-          const int64_t count = multiply_pair(kernels, weight, expert_tile.expert, pair, scratch.tile, scratch.sums);
+          const int64_t count = multiply_pair(kernels, weight, expert_tile.expert, pair, tile, scratch.sums);
           for (int64_t panel = 2 * pair; panel < 2 * pair + count; ++panel) {
             const int64_t row = panel_first_row(panel, weight.n, weight.gated);
             const void* row_bias = bias == nullptr ? nullptr : at(const_cast<void*>(bias), product.dtype, row);
@@ -191,6 +193,16 @@ void multiply_plain(const LevelKernels& kernels, const Product& product, const f
           }
         }
       });
+}
+
+// The same with the product's own x.
+void multiply_plain(const LevelKernels& kernels, const Product& product, const float* slot_scale, const void* bias,
+                    void* out) {
+  multiply_plain(kernels, product, slot_scale, bias, out,
+                 [&](const ExpertTile& expert_tile, Scratch& scratch) -> const TokenTile& {
+                   gather_tile(kernels, product, expert_tile, scratch);
+                   return scratch.tile;
+                 });
 }
 
 // The activated intermediate of all slots, expert tile after expert tile in the form in which the next product reads
@@ -346,6 +358,35 @@ MoeWorkspace lay_out(Workspace& space, const MoeArgs& args, const Context& conte
           take_per_thread(space, context, sums)};
 }
 
+struct BatchedMoeWorkspace {
+  int32_t* order;    // the rows of hidden_states that hold tokens
+  int32_t* offsets;  // as RouteArgs has it, of these rows
+  ExpertTile* expert_tiles;
+  Scratch* scratch;
+  HiddenTiles hidden;
+  float** block_values;  // as in MoeWorkspace
+};
+
+BatchedMoeWorkspace lay_out(Workspace& space, const BatchedMoeArgs& args, const Context& context) {
+  const int64_t experts = args.w13.experts;
+  const bool exact = multiplies_exactly(context, args.dtype);
+  const int64_t tokens = std::accumulate(args.expert_num_tokens, args.expert_num_tokens + experts, int64_t{0});
+  return {space.take<int32_t>(tokens),
+          space.take<int32_t>(experts + 1),
+          space.take<ExpertTile>(most_expert_tiles(tokens, experts)),
+          take_scratch(space, context, args.w13.k, tokens, exact),
+          {take_tile(space, args.w2.k, tokens, exact), args.w2.k},
+          take_per_thread(space, context, std::min<int64_t>(tokens, kMaxTileTokens) * kBlockColumns)};
+}
+
+void clear_rest(const BatchedMoeArgs& args, int64_t threads) {
+  for_each_task(threads, args.w13.experts, [&](int64_t, int64_t expert) {
+    const int64_t first = expert * args.rows_per_expert;
+    char* begin = at(args.out, args.dtype, (first + args.expert_num_tokens[expert]) * args.w2.n);
+    std::fill(begin, at(args.out, args.dtype, (first + args.rows_per_expert) * args.w2.n), char{0});
+  });
+}
+
 template <class Args>
 size_t workspace_bytes(const Args& args, const Context& context) {
   Workspace space(nullptr);
@@ -406,10 +447,34 @@ void moe(const MoeArgs& args, const Context& context) {
   multiply_combine(kernels, product, space.hidden, output_weights, routing.tokens, space.task_sums, args.out);
 }
 
+void batched_moe(const BatchedMoeArgs& args, const Context& context) {
+  const LevelKernels& kernels = kernels_of(context);
+  Workspace workspace(context.workspace);
+  const BatchedMoeWorkspace space = lay_out(workspace, args, context);
+  const int64_t experts = args.w13.experts;
+  if (args.clears_rest) clear_rest(args, context.threads);
+  space.offsets[0] = 0;
+  for (int64_t expert = 0; expert < experts; ++expert) {
+    const int32_t begin = space.offsets[expert];
+    const int32_t end = space.offsets[expert + 1] = begin + args.expert_num_tokens[expert];
+    std::iota(space.order + begin, space.order + end, static_cast<int32_t>(expert * args.rows_per_expert));
+  }
+  const int64_t expert_tiles = cut_expert_tiles(space.offsets, experts, space.expert_tiles);
+  Product product{args.dtype,    args.hidden_states, 1, args.w13, space.order, space.expert_tiles, expert_tiles,
+                  space.scratch, context.threads};
+  multiply_hidden(kernels, product, args.gate, nullptr, space.block_values, space.hidden);
+  product.weight = args.w2;
+  multiply_plain(kernels, product, nullptr, nullptr, args.out,
+                 [&](const ExpertTile& expert_tile, Scratch&) { return space.hidden.of(expert_tile); });
+}
+
 size_t grouped_gemm_workspace(const GroupedGemmArgs& args, const Context& context) {
   return workspace_bytes(args, context);
 }
 size_t linear_workspace(const LinearArgs& args, const Context& context) { return workspace_bytes(args, context); }
 size_t moe_workspace(const MoeArgs& args, const Context& context) { return workspace_bytes(args, context); }
+size_t batched_moe_workspace(const BatchedMoeArgs& args, const Context& context) {
+  return workspace_bytes(args, context);
+}
 
 }  // namespace nvfp4::cpu

@@ -51,7 +51,8 @@ ExpertMlpArgs wgmma_args(const MoeArgs& args, const Plan& plan) {
       .gate = args.gate,
       .out = plan.expert_out,
       .x_is_older = true,
-      .x_image = args.out,  // written by combine, after everything else
+      // Written by combine, after everything else. Tokens cannot be permuted where they lie.
+      .x_image = args.out == args.hidden_states ? nullptr : args.out,
   };
 }
 

@@ -10,16 +10,25 @@ namespace nvfp4::cuda {
 
 namespace {
 
-int knob(const char* name, int fallback) {
-  const char* v = std::getenv(name);
-  return v != nullptr && *v != 0 ? std::atoi(v) : fallback;
-}
-
 // ---- the table: the first kernel that has no reason against it
 
-// Where wgmma_experts overtakes stream_gemm. At 6 slots per expert streaming is 3-7 % ahead, at 7 they are equal
-// (I = 2048; with I = 512 they are equal at 5).
+// Where wgmma_experts overtakes stream_gemm, in slots per expert. Streaming reads weights faster, but where all of a
+// layer's weights are few, the ends of its items take what it gains: they are equal at 4.6 (0.43 GB) and 5.6 (0.45 GB),
+// and at 7 with 2.1 and 3.6 GB. See NOTES.md, "Small layers".
 constexpr int64_t kStreamSlotsPerExpert = 7;
+constexpr int64_t kStreamSlotsPerSmallExpert = 5;
+constexpr double kSmallLayerBytes = 1e9;
+
+double bytes_per_expert(const Problem& problem) {
+  double blocks = 0;
+  for (const GemmSize& gemm : problem.gemm) blocks += static_cast<double>(k_blocks_of(gemm.k)) * panels_of(gemm.n);
+  return blocks * kBlockBytes;
+}
+
+int64_t stream_slots_per_expert(const Problem& problem) {
+  const bool small = bytes_per_expert(problem) * static_cast<double>(problem.experts) <= kSmallLayerBytes;
+  return small ? kStreamSlotsPerSmallExpert : kStreamSlotsPerExpert;
+}
 
 const char* against_few_slots(const Problem& problem, const Device& device, Choice& choice) {
   if (problem.op != Op::moe) return "it runs whole MLPs only";
@@ -33,47 +42,47 @@ const char* against_few_slots(const Problem& problem, const Device& device, Choi
 WgmmaTiles wgmma_tiles(const Problem& problem) {
   constexpr int64_t kWideSlotsPerExpert = 176;
   using namespace wgmma_experts;
-  if (const int t = knob("NVFP4_X_TILES", -1); t >= 0) return t ? WgmmaTiles::wide : WgmmaTiles::tall;
   if (!problem.silu || problem.slots() <= Tall::kMaxWidth * problem.experts) return WgmmaTiles::tall;
   const bool most_fit = problem.slots() <= kWideSlotsPerExpert * problem.experts;
   return most_fit || problem.dtype == DType::fp16 ? WgmmaTiles::wide : WgmmaTiles::tall;
 }
 
 // Narrow tiles leave room for more stages, which few tokens need to keep weights streaming.
+constexpr int64_t kFewTokensSlotsPerExpert = 32;
+constexpr int kFewTokensWidth = 64;
+
 int wgmma_width(WgmmaTiles tiles, const Problem& problem) {
-  constexpr int64_t kFewSlotsPerExpert = 32;
-  constexpr int kFewTokensWidth = 64;
-  if (const int w = knob("NVFP4_X_WIDTH", 0); w > 0) return w;
-  if (problem.slots() <= kFewSlotsPerExpert * problem.experts) return kFewTokensWidth;
+  if (problem.slots() <= kFewTokensSlotsPerExpert * problem.experts) return kFewTokensWidth;
   return tiles == WgmmaTiles::wide ? wgmma_experts::Wide::kMaxWidth : wgmma_experts::Tall::kMaxWidth;
+}
+
+// Whether the experts' results, which combine reads at once, fit into L2 if the weights that stream past leave first.
+// Those of a larger layer do not fit, and weights that several tiles share would be read from memory again.
+bool combine_reads_l2(const Problem& problem) {
+  constexpr double kResultBytes = 48e6;
+  return problem.op == Op::moe &&
+         static_cast<double>(problem.slots()) * static_cast<double>(problem.gemm[1].n) * kElementBytes <= kResultBytes;
 }
 
 const char* against_wgmma(const Problem& problem, const Device& device, Choice& choice) {
   if (choice.isa != Isa::sm90) return "wgmma needs SM90 instructions";
   if (problem.op == Op::linear) return "it knows no bias and no rows without a routing";
-  if (problem.slots() * 10 <= knob("NVFP4_X_STREAM", kStreamSlotsPerExpert * 10) * problem.experts)
-    return "it needs more than 7 slots per expert to be ahead";
+  const int64_t streamed = stream_slots_per_expert(problem);
+  if (problem.slots() <= streamed * problem.experts) {
+    return streamed == kStreamSlotsPerExpert
+               ? "it needs more than 7 slots per expert to be ahead"
+               : "it needs more than 5 slots per expert to be ahead in a layer of at most 1 GB";
+  }
   if (problem.experts > kWgmmaMaxExperts) return "its shared memory holds the tables of at most 2048 experts";
   const WgmmaTiles tiles = wgmma_tiles(problem);
   choice.wgmma = plan_wgmma(tiles, wgmma_width(tiles, problem), problem.experts, device);
+  choice.wgmma.weights_leave_first = combine_reads_l2(problem);
   return choice.wgmma.stages > 0 ? nullptr : "a CTA's shared memory has no room for three of its stages";
 }
 
-static_assert(kInlineSlots == 32 && kStreamSlotsPerExpert == 7 && kWgmmaMaxExperts == 2048 &&
-                  wgmma_experts::kMinStages == 3,
+static_assert(kInlineSlots == 32 && kStreamSlotsPerExpert == 7 && kStreamSlotsPerSmallExpert == 5 &&
+                  kWgmmaMaxExperts == 2048 && wgmma_experts::kMinStages == 3,
               "the reasons above name these numbers");
-
-// The fewer warps share an item, the rarer are reductions; but some warps should be left to find work, and a warp that
-// shares an item should find more than a few blocks of it.
-int stream_k_ways(int64_t k_blocks, int64_t items, const Device& device) {
-  const int64_t warps = int64_t{device.multiprocessors} * 16;
-  int ways = 8;
-  if (items * 8 > warps) ways = 4;
-  if (items * 4 > warps) ways = 2;
-  while (ways > 2 && k_blocks < 4 * ways) ways /= 2;
-  if (ways == 2 && k_blocks < 6 * ways) ways = 1;
-  return ways;
-}
 
 // A CTA that sorts for itself spares a launch and the way of its table through memory, 2-3 us per call, and streams
 // weights 0.5 % slower. That pays while the weights of the experts hit take less than about 0.4 ms.
@@ -82,9 +91,7 @@ bool stream_sorts(const Problem& problem, StreamTiles tiles, Isa isa) {
   if (problem.slots() == 0 || problem.slots() > kCtaSortSlots || problem.experts > kCtaSortExperts) return false;
   const int64_t experts_hit = std::min(problem.slots(), problem.experts);
   constexpr double kMostBytes = 1.2e9;
-  double blocks = 0;  // of an expert
-  for (const GemmSize& gemm : problem.gemm) blocks += static_cast<double>(k_blocks_of(gemm.k)) * panels_of(gemm.n);
-  return static_cast<double>(experts_hit) * blocks * kBlockBytes <= kMostBytes;
+  return static_cast<double>(experts_hit) * bytes_per_expert(problem) <= kMostBytes;
 }
 
 const char* against_stream(const Problem& problem, const Device& device, Choice& choice) {
@@ -95,7 +102,7 @@ const char* against_stream(const Problem& problem, const Device& device, Choice&
                                                  : std::min(problem.slots(), problem.experts);
   for (int i = 0; i < 2; ++i) {
     const GemmSize& gemm = problem.gemm[i];
-    choice.stream.k_ways[i] = stream_k_ways(k_blocks_of(gemm.k), tiles * panels_of(gemm.n), device);
+    choice.stream.k_ways[i] = stream_k_ways(k_blocks_of(gemm.k), tiles * panels_of(gemm.n), device.multiprocessors);
   }
   return nullptr;
 }
@@ -153,7 +160,8 @@ void describe(const Problem& p, const Device& device, Isa isa, std::string& text
 void describe_plan(const Problem& problem, const Choice& c, std::string& text) {
   switch (c.kernel) {
     case Kernel::few_slots_mlp:
-      line(text, "tile: %d rows x at most %d tokens", kBlockRows, c.few_slots.width);
+      line(text, "tile: %d rows x at most %d tokens", c.few_slots.halves ? kBlockRows / 2 : kBlockRows,
+           c.few_slots.width);
       line(text, "split: each of %d warps takes an equal run of its CTA's weight blocks", kFewSlotsWarps);
       line(text, "shared memory: %d bytes, %d of them tokens", c.few_slots.shared_bytes, c.few_slots.token_bytes);
       break;
@@ -164,6 +172,7 @@ void describe_plan(const Problem& problem, const Choice& c, std::string& text) {
            wide ? "wide" : "tall");
       line(text, "%s", "split: none");
       line(text, "shared memory: %d bytes, %d stages", c.wgmma.shared_bytes, c.wgmma.stages);
+      line(text, "L2: %s", c.wgmma.weights_leave_first ? "weights leave first" : "no hints");
       break;
     }
     case Kernel::stream_gemm:
@@ -193,6 +202,50 @@ Choice select(const Problem& problem, const Device& device, Isa isa) {
   return choice;
 }
 
+BatchedChoice select_batched(const Problem& problem, const Device& device, Isa isa) {
+  BatchedChoice choice{};
+  choice.isa = isa;
+  const int64_t most = problem.tokens / problem.experts;
+  const auto add = [&](const BatchedPath& path) {
+    const int64_t before = choice.count == 0 ? 0 : choice.paths[choice.count - 1].most_per_expert;
+    if (before < most) choice.paths[choice.count++] = path;
+  };
+  const auto add_stream = [&](StreamTiles tiles, int64_t most_per_expert) {
+    add({.most_per_expert = most_per_expert, .kernel = Kernel::stream_gemm, .tiles = tiles, .wgmma = {}});
+  };
+  const auto add_wgmma = [&](WgmmaPlan plan, int64_t most_per_expert) {
+    add({.most_per_expert = most_per_expert, .kernel = Kernel::wgmma_experts, .tiles = {}, .wgmma = plan});
+  };
+  const WgmmaPlan tall = plan_wgmma(WgmmaTiles::tall, wgmma_experts::Tall::kMaxWidth, problem.experts, device);
+  if (isa == Isa::sm90 && problem.experts <= kWgmmaMaxExperts && tall.stages > 0) {
+    add_stream(StreamTiles::narrow, kStreamSlotsPerExpert);
+    // Where no expert can have more tokens than a narrow tile, there is nothing for wider ones.
+    add_wgmma(plan_wgmma(WgmmaTiles::tall, kFewTokensWidth, problem.experts, device),
+              most <= kFewTokensWidth ? most : kFewTokensSlotsPerExpert);
+    add_wgmma(tall, most);
+  } else {
+    choice.isa = Isa::sm80;  // whose kernels run everywhere, and are the only ones with wide tiles of a batch
+    add_stream(StreamTiles::narrow, kNarrowTile);
+    add_stream(StreamTiles::wide, most);
+  }
+  return choice;
+}
+
+std::string explain_batched(const Problem& problem, const Device& device) {
+  std::string text;
+  const BatchedChoice choice = select_batched(problem, device, isa_of(device));
+  describe(problem, device, choice.isa, text);
+  for (int i = 0; i < choice.count; ++i) {
+    const BatchedPath& path = choice.paths[i];
+    const bool streams = path.kernel == Kernel::stream_gemm;
+    line(text, "path %d: %s, tiles of at most %d tokens, for up to %lld tokens per expert that has any", i + 1,
+         streams ? "stream_gemm" : "wgmma_experts", streams ? tile_width(path.tiles) : path.wgmma.max_width,
+         static_cast<long long>(path.most_per_expert));
+  }
+  line(text, "%s", "why: only the device knows the counts; it takes a path, and the others find no tile");
+  return text;
+}
+
 std::string explain(const Problem& problem, const Device& device) {
   Choice choice{};
   const Row& chosen = choose(problem, device, isa_of(device), choice);
@@ -214,7 +267,8 @@ std::string explain(const Problem& problem, const Device& device) {
 // A plain function, not an op: a str that an op returns leaks in the stable ABI of torch 2.11 to 2.13, as an argument
 // does, and this is no operation on tensors.
 //
-// op: "moe", "grouped_gemm" or "linear". k: columns of x. n: moe's I, else the weight's rows. Writes at most `size`
+// op: "moe", "batched_moe" (tokens: T; top_k is 1), "grouped_gemm" or "linear". k: columns of x. n: I of the MLPs, else
+// the weight's rows. Writes at most `size`
 // bytes with the ending zero, and returns the text's length without it, or its negative length where it is an error.
 extern "C" __attribute__((visibility("default"))) int64_t nvfp4_explain_select(
     const char* op, const char* dtype, int64_t tokens, int64_t top_k, int64_t experts, int64_t k, int64_t n, int silu,
@@ -235,14 +289,15 @@ extern "C" __attribute__((visibility("default"))) int64_t nvfp4_explain_select(
                   .experts = experts,
                   .gemm = {},
                   .silu = silu != 0};
-  if (std::strcmp(op, "moe") == 0) {
+  const bool batched = std::strcmp(op, "batched_moe") == 0;
+  if (batched || std::strcmp(op, "moe") == 0) {
     problem.gemm[0] = {2 * n, k};
     problem.gemm[1] = {k, n};
   } else if (std::strcmp(op, "grouped_gemm") == 0 || std::strcmp(op, "linear") == 0) {
     problem.op = std::strcmp(op, "linear") == 0 ? Op::linear : Op::grouped_gemm;
     problem.gemm[0] = {n, k};
   } else {
-    return expected("op moe, grouped_gemm or linear", op);
+    return expected("op moe, batched_moe, grouped_gemm or linear", op);
   }
   if (std::strcmp(dtype, "fp16") == 0) {
     problem.dtype = nvfp4::DType::fp16;
@@ -267,6 +322,11 @@ extern "C" __attribute__((visibility("default"))) int64_t nvfp4_explain_select(
   if (problem.op == Op::linear && (top_k != 1 || experts != 1)) {
     return expected("top_k 1 and experts 1 for linear", std::to_string(top_k) + " and " + std::to_string(experts));
   }
+  if (batched && top_k != 1) return expected("top_k 1 for batched_moe", std::to_string(top_k));
   const Device device{major, multiprocessors, shared_memory_per_cta, 0};
+  if (batched) {
+    problem.tokens *= experts;
+    return answer(explain_batched(problem, device), true);
+  }
   return answer(explain(problem, device), true);
 }

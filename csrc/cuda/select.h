@@ -33,8 +33,29 @@ Isa isa_of(const Device& device);
 
 Choice select(const Problem& problem, const Device& device, Isa isa);
 
+// A way through the MLPs of a batch, for up to so many tokens per expert that has any.
+struct BatchedPath {
+  int64_t most_per_expert;
+  Kernel kernel;      // stream_gemm or wgmma_experts
+  StreamTiles tiles;  // the device chooses the k_ways too
+  WgmmaPlan wgmma;
+};
+
+// How many tokens experts have been given only the device knows when a batch begins. So all these paths are enqueued,
+// and the device takes the first that is for as many tokens as there are, else the last.
+struct BatchedChoice {
+  static constexpr int kMaxPaths = 3;
+  Isa isa;
+  int count;
+  BatchedPath paths[kMaxPaths];
+};
+
+// `problem` is that of moe with every row of the batch a token and top_k 1.
+BatchedChoice select_batched(const Problem& problem, const Device& device, Isa isa);
+
 // The same choice as lines of "name: text": the problem, the device, the kernel, its tile and split, and for each row
 // of the table why it was taken or passed over.
 std::string explain(const Problem& problem, const Device& device);
+std::string explain_batched(const Problem& problem, const Device& device);
 
 }  // namespace nvfp4::cuda

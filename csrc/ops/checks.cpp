@@ -103,10 +103,10 @@ void check_dtype(const char* op, const char* name, const Tensor& tensor, std::in
 }
 
 // A view into bytes, as torch.frombuffer gives, may begin anywhere.
-void check_alignment(const char* op, const char* name, const Tensor& tensor, int64_t bytes) {
+void check_alignment(const char* op, const char* name, const Tensor& tensor, int64_t bytes,
+                     const char* advice = Advice{}.misaligned) {
   if (!begins_at_multiple(tensor, bytes)) {
-    fail(op, name, " must begin at a multiple of ", bytes, " bytes in memory, got a view that does not; call .clone() ",
-         "first");
+    fail(op, name, " must begin at a multiple of ", bytes, " bytes in memory, got a view that does not; ", advice);
   }
 }
 
@@ -164,7 +164,8 @@ std::string list(const std::vector<int64_t>& numbers) {
 }
 
 void check_tensor(const char* op, const char* name, const Tensor& tensor, const char* like_name, const Tensor& like,
-                  std::initializer_list<ScalarType> dtypes, const Dims& dims, const std::string& note) {
+                  std::initializer_list<ScalarType> dtypes, const Dims& dims, const std::string& note,
+                  const Advice& advice) {
   if (is_as_expected(tensor, like, dtypes, dims)) return;
   check_dtype(op, name, tensor, dtypes);
   if (!on_one_device(tensor, like)) {
@@ -174,10 +175,25 @@ void check_tensor(const char* op, const char* name, const Tensor& tensor, const 
     fail(op, name, " must have shape ", describe(dims), note, ", got ", shape_of(tensor));
   }
   if (!tensor.is_contiguous()) {
-    fail(op, name, " must be contiguous, got a tensor of shape ", shape_of(tensor),
-         " that is not; call .contiguous() first");
+    fail(op, name, " must be contiguous, got a tensor of shape ", shape_of(tensor), " that is not; ", advice.strided);
   }
-  check_alignment(op, name, tensor, item_size(tensor.scalar_type()));
+  check_alignment(op, name, tensor, item_size(tensor.scalar_type()), advice.misaligned);
+}
+
+void check_out(const char* op, const Tensor& out, const char* like_name, const Tensor& like, const Dims& dims) {
+  constexpr Advice kAdvice{.strided = "take one from torch.empty", .misaligned = "take one from torch.empty"};
+  check_tensor(op, "out", out, like_name, like, {like.scalar_type()}, dims, "", kAdvice);
+  if (kIsCuda) check_alignment(op, "out", out, 16, kAdvice.misaligned);
+}
+
+void check_apart(const char* op, const Tensor& out, const char* name, const Tensor& tensor, bool whole) {
+  const auto bytes = [](const Tensor& t) { return static_cast<uintptr_t>(t.numel() * item_size(t.scalar_type())); };
+  if (out.numel() == 0) return;
+  const auto begin = reinterpret_cast<uintptr_t>(out.data_ptr());
+  const auto other = reinterpret_cast<uintptr_t>(tensor.data_ptr());
+  if (begin >= other + bytes(tensor) || other >= begin + bytes(out) || (whole && begin == other)) return;
+  fail(op, "out must ", whole ? "be " : "share no memory with ", name,
+       whole ? " itself or share no memory with it" : "", ", got one that overlaps it; take one from torch.empty");
 }
 
 void check_activations(const char* op, const char* name, const Tensor& tensor, const Dims& dims) {

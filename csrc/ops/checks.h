@@ -64,10 +64,24 @@ std::string device_name(const Tensor& tensor);
 // "[1, 2, 3]"
 std::string list(const std::vector<int64_t>& numbers);
 
+// What to do about a tensor whose memory is not laid out as the kernels want it.
+struct Advice {
+  const char* strided = "call .contiguous() first";
+  const char* misaligned = "call .clone() first";
+};
+
 // Checks dtype, device (that of `like`), shape, contiguity and alignment, in this order. `note` follows the expected
 // shape.
 void check_tensor(const char* op, const char* name, const Tensor& tensor, const char* like_name, const Tensor& like,
-                  std::initializer_list<ScalarType> dtypes, const Dims& dims, const std::string& note = "");
+                  std::initializer_list<ScalarType> dtypes, const Dims& dims, const std::string& note = "",
+                  const Advice& advice = {});
+
+// Checks a buffer for the result, which the caller gives: of dtype and device of `like`, of this shape, and 16-byte
+// aligned on CUDA.
+void check_out(const char* op, const Tensor& out, const char* like_name, const Tensor& like, const Dims& dims);
+// What the op reads must not lie in the buffer that it writes. `whole`: it may be the buffer itself, from its first
+// byte.
+void check_apart(const char* op, const Tensor& out, const char* name, const Tensor& tensor, bool whole = false);
 
 // check_tensor with the dtypes that activations may have on this backend.
 void check_activations(const char* op, const char* name, const Tensor& tensor, const Dims& dims);

@@ -4,35 +4,33 @@
 namespace nvfp4 {
 namespace {
 
-Tensor moe(const Tensor& hidden_states,              // [M, K]
-           const Tensor& w13,                        // packed [E, 2I, K], gated
-           const Tensor& w13_global_scale,           // [E, 2]
-           const Tensor& w2,                         // packed [E, K, I]
-           const Tensor& w2_global_scale,            // [E]
-           const Tensor& topk_weights,               // [M, top_k]
-           const Tensor& topk_ids,                   // [M, top_k]
-           const std::optional<Tensor>& expert_map,  // [global experts]
-           int64_t activation, std::optional<double> clamp_limit, double alpha, double beta,
-           bool apply_router_weight_on_input) {
-  const char* op = "moe";
-  const char* like = "hidden_states";
-  check_activations(op, like, hidden_states, {"M", "K"});
-  check_k(op, like, hidden_states);
+constexpr const char* kLike = "hidden_states";
+
+// All but the result's place.
+MoeArgs check_moe(const char* op, const Tensor& hidden_states,  // [M, K]
+                  const Tensor& w13,                            // packed [E, 2I, K], gated
+                  const Tensor& w13_global_scale,               // [E, 2]
+                  const Tensor& w2,                             // packed [E, K, I]
+                  const Tensor& w2_global_scale,                // [E]
+                  const Tensor& topk_weights,                   // [M, top_k]
+                  const Tensor& topk_ids,                       // [M, top_k]
+                  const std::optional<Tensor>& expert_map,      // [global experts]
+                  int64_t activation, std::optional<double> clamp_limit, double alpha, double beta,
+                  bool apply_router_weight_on_input) {
+  check_activations(op, kLike, hidden_states, {"M", "K"});
+  check_k(op, kLike, hidden_states);
   const int64_t tokens = hidden_states.size(0);
   const int64_t k = hidden_states.size(1);
-  const Weight gate_up = check_weight(op, "w13", w13, w13_global_scale, like, hidden_states,
+  const Weight gate_up = check_weight(op, "w13", w13, w13_global_scale, kLike, hidden_states,
                                       {.batched = true, .gated = true, .experts = -1, .n = -1, .k = k});
   const Weight down =
-      check_weight(op, "w2", w2, w2_global_scale, like, hidden_states,
+      check_weight(op, "w2", w2, w2_global_scale, kLike, hidden_states,
                    {.batched = true, .gated = false, .experts = gate_up.experts, .n = k, .k = gate_up.n / 2});
-  check_tensor(op, "topk_weights", topk_weights, like, hidden_states, {ScalarType::Float}, {tokens, "top_k"});
+  check_tensor(op, "topk_weights", topk_weights, kLike, hidden_states, {ScalarType::Float}, {tokens, "top_k"});
   const Routing routing =
-      check_routing(op, topk_ids, expert_map, tokens, topk_weights.size(1), gate_up.experts, like, hidden_states);
+      check_routing(op, topk_ids, expert_map, tokens, topk_weights.size(1), gate_up.experts, kLike, hidden_states);
   const Gate gate = check_gate(op, activation, clamp_limit, alpha, beta);
-
-  Tensor out = empty(op, "out", hidden_states, {tokens, k}, hidden_states.scalar_type());
-  if (out.numel() == 0) return out;
-  const MoeArgs args{
+  return {
       .dtype = dtype_of(hidden_states),
       .hidden_states = hidden_states.data_ptr(),
       .w13 = gate_up,
@@ -41,16 +39,57 @@ Tensor moe(const Tensor& hidden_states,              // [M, K]
       .routing = routing,
       .gate = gate,
       .apply_router_weight_on_input = apply_router_weight_on_input,
-      .out = out.data_ptr(),
+      .out = nullptr,
   };
+}
+
+void run(const char* op, const Tensor& hidden_states, const MoeArgs& args) {
   Launch launch(op, hidden_states);
   launch.reserve(backend::moe_workspace(args, launch.context()));
   backend::moe(args, launch.context());
+}
+
+Tensor moe(const Tensor& hidden_states, const Tensor& w13, const Tensor& w13_global_scale, const Tensor& w2,
+           const Tensor& w2_global_scale, const Tensor& topk_weights, const Tensor& topk_ids,
+           const std::optional<Tensor>& expert_map, int64_t activation, std::optional<double> clamp_limit, double alpha,
+           double beta, bool apply_router_weight_on_input) {
+  const char* op = "moe";
+  MoeArgs args = check_moe(op, hidden_states, w13, w13_global_scale, w2, w2_global_scale, topk_weights, topk_ids,
+                           expert_map, activation, clamp_limit, alpha, beta, apply_router_weight_on_input);
+  const std::vector<int64_t> shape{hidden_states.size(0), hidden_states.size(1)};
+  Tensor out = empty(op, "out", hidden_states, shape, hidden_states.scalar_type());
+  if (out.numel() == 0) return out;
+  args.out = out.data_ptr();
+  run(op, hidden_states, args);
   return out;
+}
+
+void moe_out(const Tensor& hidden_states, const Tensor& w13, const Tensor& w13_global_scale, const Tensor& w2,
+             const Tensor& w2_global_scale, const Tensor& topk_weights, const Tensor& topk_ids,
+             const std::optional<Tensor>& expert_map, int64_t activation, std::optional<double> clamp_limit,
+             double alpha, double beta, bool apply_router_weight_on_input, const Tensor& out) {
+  const char* op = "moe.out";
+  MoeArgs args = check_moe(op, hidden_states, w13, w13_global_scale, w2, w2_global_scale, topk_weights, topk_ids,
+                           expert_map, activation, clamp_limit, alpha, beta, apply_router_weight_on_input);
+  check_out(op, out, kLike, hidden_states, {hidden_states.size(0), hidden_states.size(1)});
+  check_apart(op, out, kLike, hidden_states, /*whole=*/true);
+  check_apart(op, out, "w13", w13);
+  check_apart(op, out, "w13_global_scale", w13_global_scale);
+  check_apart(op, out, "w2", w2);
+  check_apart(op, out, "w2_global_scale", w2_global_scale);
+  check_apart(op, out, "topk_weights", topk_weights);
+  check_apart(op, out, "topk_ids", topk_ids);
+  if (expert_map) check_apart(op, out, "expert_map", *expert_map);
+  if (out.numel() == 0) return;
+  args.out = out.data_ptr();
+  run(op, hidden_states, args);
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(nvfp4, NVFP4_DISPATCH_KEY, m) { m.impl("moe", TORCH_BOX(&moe)); }
+STABLE_TORCH_LIBRARY_IMPL(nvfp4, NVFP4_DISPATCH_KEY, m) {
+  m.impl("moe", TORCH_BOX(&moe));
+  m.impl("moe.out", TORCH_BOX(&moe_out));
+}
 
 }  // namespace nvfp4

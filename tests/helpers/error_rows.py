@@ -373,8 +373,63 @@ UNPACK = [
     cuda("packed must hold at least one expert, got 0", packed=shape(0, 2, 32, 72)),
 ]
 
+BATCHED_MOE = [
+    bad("hidden_states must be {activations}, got float64", hidden_states=dtype(torch.float64)),
+    bad(f"hidden_states must be contiguous, got a tensor of shape [3, 4, 80] {STRIDED}", hidden_states=strided),
+    bad("hidden_states must have shape [E, T, K], got [12, 80]", hidden_states=shape(12, 80)),
+    bad("hidden_states's last dimension must be a positive multiple of 16, got 0", hidden_states=shape(3, 4, 0)),
+    bad("hidden_states's last dimension must be a positive multiple of 16, got 88", hidden_states=shape(3, 4, 88)),
+    bad("w13 must be uint8, got int8", w13=dtype(torch.int8)),
+    bad("w13 must be on {device} like hidden_states, got {elsewhere}", w13=elsewhere),
+    cpu(f"w13 must be contiguous, got a tensor of shape [3, 2, 32, 2, 36] {STRIDED}", w13=strided),
+    cpu(f"w13 must have shape [3, 2, I, 2, 36]{GATED_80}, got [4, 2, 32, 2, 36]", w13=shape(4, 2, 32, 2, 36)),
+    cpu(f"w13 must have shape [3, 2, I, 2, 36]{GATED_80}, got [3, 64, 2, 36]", w13=shape(3, 64, 2, 36)),
+    cpu("w13's dimension 2 must be a positive multiple of 16, got 24", w13=shape(3, 2, 24, 2, 36)),
+    cpu(f"w13 must have shape [4, 2, I, 2, 36]{GATED_80}, got [3, 2, 32, 2, 36]", hidden_states=shape(4, 4, 80)),
+    cpu(f"w13 must have shape [3, 2, I, 3, 36]{GATED_144}, got [3, 2, 32, 2, 36]", hidden_states=shape(3, 4, 144)),
+    cpu("w13 must hold at least one expert, got 0", hidden_states=shape(0, 4, 80), w13=shape(0, 2, 32, 2, 36)),
+    cuda(f"w13 must be contiguous, got a tensor of shape [3, 2, 32, 72] {STRIDED}", w13=strided),
+    cuda(f"w13 must have shape [3, 2, I, 72]{GATED_80}, got [4, 2, 32, 72]", w13=shape(4, 2, 32, 72)),
+    cuda(f"w13 must have shape [3, 2, I, R]{GATED_80}, got [3, 64, 72]", w13=shape(3, 64, 72)),
+    cuda(f"w13 must have shape [3, 2, I, 108]{GATED_144}, got [3, 2, 32, 72]", hidden_states=shape(3, 4, 144)),
+    cuda("w13 must hold at least one expert, got 0", hidden_states=shape(0, 4, 80), w13=shape(0, 2, 32, 72)),
+    bad("w13_global_scale must be float32, got float64", w13_global_scale=dtype(torch.float64)),
+    bad("w13_global_scale must be on {device} like hidden_states, got {elsewhere}", w13_global_scale=elsewhere),
+    bad("w13_global_scale must have shape [3, 2], got [3]", w13_global_scale=shape(3)),
+    bad("w2 must be uint8, got int8", w2=dtype(torch.int8)),
+    bad("w2 must be on {device} like hidden_states, got {elsewhere}", w2=elsewhere),
+    cpu(f"w2 must have shape [3, 80, 1, 36]{PLAIN_32}, got [4, 80, 1, 36]", w2=shape(4, 80, 1, 36)),
+    cuda(f"w2 must have shape [3, 80, 58]{PLAIN_32}, got [4, 80, 58]", w2=shape(4, 80, 58)),
+    bad("w2_global_scale must be float32, got float16", w2_global_scale=dtype(torch.float16)),
+    bad("w2_global_scale must have shape [3], got [3, 2]", w2_global_scale=shape(3, 2)),
+    bad("expert_num_tokens must be int32, got int64", expert_num_tokens=dtype(torch.int64)),
+    bad("expert_num_tokens must be on {device} like hidden_states, got {elsewhere}", expert_num_tokens=elsewhere),
+    bad(f"expert_num_tokens must be contiguous, got a tensor of shape [3] {STRIDED}", expert_num_tokens=strided),
+    bad("expert_num_tokens must have shape [3], got [4]", expert_num_tokens=shape(4)),
+    bad("expert_num_tokens must have shape [3], got [3, 1]", expert_num_tokens=shape(3, 1)),
+]
+
+# Of a buffer for the result of `like`'s shape.
+BUFFER = "that is not; take one from torch.empty"
+
+
+def out_rows(sizes: tuple[int, ...]) -> list[Row]:
+    """The rows of an out overload whose result has these sizes."""
+    more = [size + 1 for size in sizes]
+    return [
+        bad("out must be bfloat16, got float16", out=dtype(torch.float16)),
+        bad("out must be on {device} like hidden_states, got {elsewhere}", out=elsewhere),
+        bad(f"out must be contiguous, got a tensor of shape {list(sizes)} {BUFFER}", out=strided),
+        bad(f"out must have shape {list(sizes)}, got {more}", out=shape(*more)),
+        bad(f"out must have shape {list(sizes)}, got {list(sizes[1:])}", out=shape(*sizes[1:])),
+    ]
+
+
 ROWS: dict[str, list[Row]] = {
     "moe": [*MOE, *GATE],
+    "moe.out": [*MOE, *GATE, *out_rows((5, 80))],
+    "batched_moe": [*BATCHED_MOE, *GATE],
+    "batched_moe.out": [*BATCHED_MOE, *GATE, *out_rows((3, 4, 80))],
     "route": ROUTE,
     "grouped_gemm": GROUPED_GEMM,
     "grouped_gemm_swiglu": [*GROUPED_GEMM_SWIGLU, *GATE],

@@ -34,11 +34,20 @@ def good_arguments(op: str, device: str) -> dict[str, Any]:
     x = torch.randn(M, K, generator=generator).to(device, torch.bfloat16)
     weights, ids = random_routing(M, 2 * E, TOP_K, generator=generator, device=device)
     expert_map = torch.tensor([0, -1, 1, -1, 2, -1], dtype=torch.int32, device=device)
+    if op.endswith(".out"):
+        good = good_arguments(op.removesuffix(".out"), device)
+        return {**good, "out": torch.zeros_like(good["hidden_states"])}
     if op == "moe":
         (w13, g13), (w2, g2) = packed(E, 2 * I, K, gated=True), packed(E, K, I)
         tensors = {"hidden_states": x, "w13": w13, "w13_global_scale": g13, "w2": w2, "w2_global_scale": g2}
         routing = {"topk_weights": weights, "topk_ids": ids, "expert_map": expert_map}
         return {**tensors, **routing, **ACTIVATION, "apply_router_weight_on_input": False}
+    if op == "batched_moe":
+        (w13, g13), (w2, g2) = packed(E, 2 * I, K, gated=True), packed(E, K, I)
+        tensors = {"hidden_states": x[:4].repeat(E, 1, 1), "w13": w13, "w13_global_scale": g13}
+        tensors |= {"w2": w2, "w2_global_scale": g2}
+        counts = torch.tensor([0, 4, 2], dtype=torch.int32, device=device)
+        return {**tensors, "expert_num_tokens": counts, **ACTIVATION}
     if op == "route":
         return {"topk_ids": ids, "expert_map": expert_map, "num_experts": E}
     if op in ("grouped_gemm", "grouped_gemm_swiglu"):
@@ -64,7 +73,8 @@ def good_arguments(op: str, device: str) -> dict[str, Any]:
 
 
 def call(op: str, arguments: dict[str, Any]) -> Any:
-    return getattr(torch.ops.nvfp4, op)(**arguments)
+    name, _, overload = op.partition(".")
+    return getattr(getattr(torch.ops.nvfp4, name), overload or "default")(**arguments)
 
 
 def map_tensors(arguments: dict[str, Any], change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
@@ -114,7 +124,7 @@ def test_too_many_slots(tmp_path: Path) -> None:
 
 def test_wrappers_name_the_activations(device: str) -> None:
     expected = r"^expected activation to be one of silu, swiglustep, gelu, gelu_tanh, relu2, got 'swish'$"
-    for op in ("moe", "grouped_gemm_swiglu", "swiglu"):
+    for op in ("moe", "batched_moe", "grouped_gemm_swiglu", "swiglu"):
         arguments = good_arguments(op, device) | {"activation": "swish"}
         with pytest.raises(ValueError, match=expected):
             getattr(torch_nvfp4, op)(**arguments)
@@ -187,7 +197,9 @@ def test_pack_refuses_what_is_not_nvfp4(name: str, device: str) -> None:
     assert str(raised.value) == expected
 
 
-@pytest.mark.parametrize("op", ["moe", "grouped_gemm", "grouped_gemm_swiglu", "combine", "linear", "swiglu"])
+@pytest.mark.parametrize(
+    "op", ["moe", "batched_moe", "grouped_gemm", "grouped_gemm_swiglu", "combine", "linear", "swiglu"]
+)
 def test_backward_names_the_alternative(op: str, device: str) -> None:
     arguments = good_arguments(op, device)
     activations = next(iter(arguments.values())).requires_grad_()
@@ -241,7 +253,21 @@ def test_without_a_derivative_no_python_runs_below_the_function(
     assert "autograd" not in names
 
 
-@pytest.mark.parametrize("op", ["moe", "grouped_gemm", "grouped_gemm_swiglu", "linear"])
+@pytest.mark.parametrize("op", [op for op in ROWS if op.endswith(".out")])
+def test_out_has_no_gradient(op: str, device: str) -> None:
+    """It raises at once: a result that is the caller's buffer could not raise in backward."""
+    name = op.removesuffix(".out")
+    words = rf"^nvfp4::{re.escape(op)} has no gradient.*torch_nvfp4\.reference\.{name} "
+    for needs_grad in ("hidden_states", "out"):
+        arguments = good_arguments(op, device)
+        arguments[needs_grad] = arguments[needs_grad].requires_grad_()
+        with pytest.raises(NotImplementedError, match=words):
+            call(op, arguments)
+        with torch.no_grad():
+            call(op, arguments)
+
+
+@pytest.mark.parametrize("op", ["moe", "batched_moe", "grouped_gemm", "grouped_gemm_swiglu", "linear"])
 def test_unknown_cpu_level(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_NVFP4_CPU_LEVEL", "sse2")
     with pytest.raises(

@@ -5,7 +5,8 @@ A backend is one module with
 - ``name`` and ``CLAMP_ACTIVATIONS``, the activations to which it can apply a clamp;
 - ``supports(config)``: None, or why it cannot run the layer;
 - ``prepare(w13, w2)``: canonical weights -> the tensors that it reads, and ``restore``, its exact inverse;
-- ``apply(tensors, quant, hidden_states, topk_weights, topk_ids, ...)``: one layer.
+- ``apply(tensors, quant, hidden_states, topk_weights, topk_ids, ...)``: one layer;
+- ``apply_batched(tensors, quant, hidden_states, expert_num_tokens)``: its experts over tokens that are theirs already.
 """
 
 from __future__ import annotations
@@ -73,6 +74,18 @@ class MoEBackend(Protocol):
         """The layer: hidden_states [M, K], topk_weights fp32 and topk_ids [M, top_k] -> [M, K] in their dtype.
 
         ``tensors`` are those of ``prepare``; the rest is as in ``torch_nvfp4.moe``.
+        """
+
+    def apply_batched(
+        self,
+        tensors: Mapping[str, Tensor],
+        quant: MoEQuantConfig,
+        hidden_states: Tensor,
+        expert_num_tokens: Tensor,
+    ) -> Tensor:
+        """The layer's experts: hidden_states [E, T, K], expert_num_tokens int32 [E] -> [E, T, K] in their dtype.
+
+        The rest is as in ``torch_nvfp4.batched_moe``. Raises NotImplementedError where the backend has no such form.
         """
 
 

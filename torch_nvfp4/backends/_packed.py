@@ -50,3 +50,18 @@ def apply(
         (hidden_states, tensors["w13"], w13_scale, tensors["w2"], w2_scale, topk_weights, topk_ids, expert_map),
         keywords,
     )
+
+
+def apply_batched(
+    tensors: Mapping[str, Tensor], quant: MoEQuantConfig, hidden_states: Tensor, expert_num_tokens: Tensor
+) -> Tensor:
+    """The layer's experts: hidden_states [E, T, K] -> [E, T, K], as ``torch_nvfp4.batched_moe``."""
+    return torch.ops.nvfp4.batched_moe(
+        hidden_states,
+        tensors["w13"],
+        tensors["w13_global_scale"],
+        tensors["w2"],
+        tensors["w2_global_scale"],
+        expert_num_tokens,
+        **quant.gate.kwargs(),
+    )

@@ -163,6 +163,15 @@ def apply(
     return outputs[0] if isinstance(outputs, (list, tuple)) else outputs
 
 
+def apply_batched(
+    tensors: Mapping[str, Tensor], quant: MoEQuantConfig, hidden_states: Tensor, expert_num_tokens: Tensor
+) -> Tensor:
+    """Raises NotImplementedError: the kernel routes tokens itself."""
+    raise NotImplementedError(
+        f"{name}: expected tokens with a routing, got a batch with a count for each expert; ask for another backend"
+    )
+
+
 def _routing(topk_ids: Tensor, topk_weights: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     """int32 ids and the weights, where an id without an expert is expert 0 with weight 0."""
     here = (topk_ids >= 0) & (topk_ids < experts)

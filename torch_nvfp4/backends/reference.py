@@ -1,7 +1,7 @@
 """``torch_nvfp4.reference`` in fp32, on any device that torch has: slow, and there when nothing else is.
 
-It runs as one opaque op, ``nvfp4_reference::moe``, since the grouping of tokens by expert reads tensor values: with it
-torch.compile and torch.export go through this backend without a graph break too.
+It runs as opaque ops, ``nvfp4_reference::moe`` and ``batched_moe``, since the grouping of tokens by expert reads tensor
+values: with them torch.compile and torch.export go through this backend without a graph break too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch_nvfp4.format import NVFP4Weight, validate, validate_layout
 from torch_nvfp4.gate import CLAMP_ACTIVATIONS
 from torch_nvfp4.quant_config import MoEQuantConfig
 
-__all__ = ["CLAMP_ACTIVATIONS", "apply", "name", "prepare", "restore", "supports"]
+__all__ = ["CLAMP_ACTIVATIONS", "apply", "apply_batched", "name", "prepare", "restore", "supports"]
 
 name = "reference"
 
@@ -73,6 +73,27 @@ def apply(
     )
 
 
+def apply_batched(
+    tensors: Mapping[str, Tensor], quant: MoEQuantConfig, hidden_states: Tensor, expert_num_tokens: Tensor
+) -> Tensor:
+    """The layer's experts: hidden_states [E, T, K] -> [E, T, K] in their dtype, computed in fp32 (fp64 for fp64)."""
+    return torch.ops.nvfp4_reference.batched_moe(
+        hidden_states,
+        tensors["w13_data"],
+        tensors["w13_scale"],
+        tensors["w13_global_scale"],
+        tensors["w2_data"],
+        tensors["w2_scale"],
+        tensors["w2_global_scale"],
+        expert_num_tokens,
+        *quant.gate.kwargs().values(),
+    )
+
+
+def _computed_in(hidden_states: Tensor) -> torch.dtype:
+    return torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
+
+
 @torch.library.custom_op(
     "nvfp4_reference::moe",
     mutates_args=(),
@@ -109,11 +130,51 @@ def _moe(
         alpha=alpha,
         beta=beta,
         apply_router_weight_on_input=apply_router_weight_on_input,
-        dtype=torch.float64 if hidden_states.dtype == torch.float64 else torch.float32,
+        dtype=_computed_in(hidden_states),
     )
     return output.to(hidden_states.dtype)
 
 
 @_moe.register_fake
+def _(hidden_states: Tensor, *args: object) -> Tensor:
+    return torch.empty_like(hidden_states)
+
+
+@torch.library.custom_op(
+    "nvfp4_reference::batched_moe",
+    mutates_args=(),
+    schema="(Tensor hidden_states, Tensor w13, Tensor w13_scale, Tensor w13_global_scale, Tensor w2, Tensor w2_scale, "
+    "Tensor w2_global_scale, Tensor expert_num_tokens, int activation, float? clamp_limit, float alpha, float beta) "
+    "-> Tensor",
+)
+def _batched_moe(
+    hidden_states: Tensor,
+    w13: Tensor,
+    w13_scale: Tensor,
+    w13_global_scale: Tensor,
+    w2: Tensor,
+    w2_scale: Tensor,
+    w2_global_scale: Tensor,
+    expert_num_tokens: Tensor,
+    activation: int,
+    clamp_limit: float | None,
+    alpha: float,
+    beta: float,
+) -> Tensor:
+    output = reference.batched_moe(
+        hidden_states,
+        NVFP4Weight(w13, w13_scale, w13_global_scale),
+        NVFP4Weight(w2, w2_scale, w2_global_scale),
+        expert_num_tokens,
+        activation=activation,
+        clamp_limit=clamp_limit,
+        alpha=alpha,
+        beta=beta,
+        dtype=_computed_in(hidden_states),
+    )
+    return output.to(hidden_states.dtype)
+
+
+@_batched_moe.register_fake
 def _(hidden_states: Tensor, *args: object) -> Tensor:
     return torch.empty_like(hidden_states)

@@ -43,7 +43,7 @@ _LARGEST_SIZE = 2**20  # of M, E, K, I: a mistyped number is refused, not alloca
 ShapeOption = Annotated[
     str,
     typer.Option(
-        metavar="E,K,I,TOPK", show_default=False,
+        "--shape", metavar="E,K,I,TOPK", show_default=False,
         help=f"Sizes, or one of {', '.join(SHAPES)}. Default: cpu on the CPU, dsv4-flash on CUDA.",
     ),
 ]  # fmt: skip
@@ -61,37 +61,45 @@ class _Request(NamedTuple):
     peers: list[str]
 
 
+# Over 60 lines: two thirds of it are its options and their help.
 def command(
     device: Annotated[
         str,
-        typer.Option(help="cpu or cuda. Default: cuda where its kernels can run, else cpu.", show_default=False),
+        typer.Option(
+            "--device", help="cpu or cuda. Default: cuda where its kernels can run, else cpu.", show_default=False
+        ),
     ] = "",
     tokens: Annotated[
         str,
         typer.Option(
-            metavar="M,M,...", show_default=False,
+            "--tokens", metavar="M,M,...", show_default=False,
             help="Numbers of tokens. Default: 1,4,16,64,256 on the CPU, powers of two up to 8192 on CUDA.",
         ),
     ] = "",
     shape: ShapeOption = "",
     dtype: DtypeOption = "bf16",
-    clamp_limit: Annotated[float, typer.Option(help="The SwiGLU clamp limit.")] = 10.0,
+    clamp_limit: Annotated[float, typer.Option("--clamp-limit", help="The SwiGLU clamp limit.")] = 10.0,
     skew: Annotated[
-        float, typer.Option(metavar="SIGMA", help="Experts' popularity is log-normal with this sigma; 0: equal.")
+        float,
+        typer.Option("--skew", metavar="SIGMA", help="Experts' popularity is log-normal with this sigma; 0: equal."),
     ] = 0.0,
     peer: Annotated[
         list[str] | None,
         typer.Option(
+            "--peer",
             help="What to compare with, repeatable: dequantize, transformers (CPU), vllm, humming (CUDA), compiled "
             "(the steps with their gate fused, left to Inductor, eager), none. Default on the CPU: dequantize, and "
             "transformers where it is installed."
         ),
     ] = None,
-    seconds: Annotated[float, typer.Option(min=0.0, help="Time to spend on each number of tokens.")] = 6.0,
-    breakdown: Annotated[bool, typer.Option(help="CUDA: also print the time of each kernel.")] = False,
+    seconds: Annotated[float, typer.Option("--seconds", min=0.0, help="Time to spend on each number of tokens.")] = 6.0,
+    breakdown: Annotated[
+        bool, typer.Option("--breakdown/--no-breakdown", help="CUDA: also print the time of each kernel.")
+    ] = False,
     host_time: Annotated[
         bool,
         typer.Option(
+            "--host-time/--no-host-time",
             help="Instead: what a call costs the host, in inference mode, without and with grad mode, over aten's add."
         ),
     ] = False,

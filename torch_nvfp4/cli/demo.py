@@ -33,13 +33,13 @@ _LAYOUT = "the layout of DeepSeek-V4-Flash-NVFP4"
 
 def command(
     checkpoint: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Your own checkpoint instead of a written one.")
+        Path | None, typer.Option("--checkpoint", metavar="DIR", help="Your own checkpoint instead of a written one.")
     ] = None,
     keep: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Write the checkpoint here, a new or empty directory, and keep it."),
+        typer.Option("--keep", metavar="DIR", help="Write the checkpoint here, a new or empty directory, and keep it."),
     ] = None,
-    layers: Annotated[int, typer.Option(min=1, metavar="N", help="Run at most so many MoE layers.")] = 4,
+    layers: Annotated[int, typer.Option("--layers", min=1, metavar="N", help="Run at most so many MoE layers.")] = 4,
     dtype: DtypeOption = "bf16",
     device: DeviceOption = "",
     backend: BackendOption = "",

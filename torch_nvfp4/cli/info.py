@@ -19,6 +19,7 @@ from torch_nvfp4.cli.select import GPUS, cpu_choices, cpu_level, cuda_choice
 from torch_nvfp4.cli.terminal import Terminal
 from torch_nvfp4.cli.wording import size
 from torch_nvfp4.gate import Gate
+from torch_nvfp4.integrations.report import engine_reports
 from torch_nvfp4.ops import library_paths
 
 _EXAMPLE_LIMIT = 10.0  # DeepSeek-V4's
@@ -28,7 +29,7 @@ def command(
     select: Annotated[
         str,
         typer.Option(
-            metavar="M,M,...", show_default=False,
+            "--select", metavar="M,M,...", show_default=False,
             help="Instead: which way the kernels take for a layer at these numbers of tokens, and why.",
         ),
     ] = "",
@@ -37,13 +38,13 @@ def command(
     device: Annotated[
         str,
         typer.Option(
-            metavar="DEVICE", show_default=False,
+            "--device", metavar="DEVICE", show_default=False,
             help=f"cpu, cuda, cuda:N, or a GPU that need not be here: {', '.join(GPUS)}.",
         ),
     ] = "",
     json_file: JsonOption = None,
 ) -> None:  # fmt: skip
-    """Show this machine, the libraries, and which backends can run here, each with its reason if not.
+    """Show this machine, the libraries, and which backends and engines can run here, each with its reason if not.
 
     --shape, --dtype and --device belong to --select.
 
@@ -87,10 +88,17 @@ def _print_info(terminal: Terminal, facts: dict[str, Any]) -> None:
         ],
         left=columns,
     )
+    terminal.line()
+    columns = ("engine", "version", "uses these kernels", "why")
+    rows = [
+        (entry["engine"], entry["version"] or "not installed", "yes" if entry["used"] else "no", entry["reason"])
+        for entry in facts["engines"]
+    ]
+    terminal.table(columns, rows, left=columns)
 
 
 def collect_info() -> dict[str, Any]:
-    """What ``info`` prints: hardware, libraries, and every backend's reason (None: usable) on every device."""
+    """What ``info`` prints: hardware, libraries, every backend's reason (None: usable) on every device, and engines."""
     hardware: dict[str, Any] = {
         "CPU": f"{cpu_name()}, {os.cpu_count()} logical cores, torch uses {torch.get_num_threads()} threads",
         "CPU instruction level": ", ".join(cpu_level()),
@@ -110,9 +118,14 @@ def collect_info() -> dict[str, Any]:
         "torch": f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}",
         "ops": ", ".join(library_paths()),
     }
-    for package in ("safetensors", "transformers", "flashinfer-python", "vllm", "matplotlib"):
+    for package in ("safetensors", "transformers", "flashinfer-python", "matplotlib"):
         libraries[package] = _version(package) or "not installed"
-    return {"hardware": hardware, "libraries": libraries, "backends": _backends(devices)}
+    return {
+        "hardware": hardware,
+        "libraries": libraries,
+        "backends": _backends(devices),
+        "engines": [report.to_json() for report in engine_reports()],
+    }
 
 
 def _backends(devices: list[torch.device]) -> list[dict[str, Any]]:

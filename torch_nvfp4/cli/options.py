@@ -18,19 +18,20 @@ CheckpointArgument = Annotated[
 DeviceOption = Annotated[
     str,
     typer.Option(
-        metavar="DEVICE", help="cpu, cuda or cuda:N. Default: cuda where its kernels can run, else cpu.",
+        "--device", metavar="DEVICE", help="cpu, cuda or cuda:N. Default: cuda where its kernels can run, else cpu.",
         show_default=False,
     ),
 ]  # fmt: skip
 BackendOption = Annotated[
     str,
     typer.Option(
-        metavar="NAME", help="A backend instead of the first that can run the layer; torch-nvfp4 info lists them.",
+        "--backend", metavar="NAME",
+        help="A backend instead of the first that can run the layer; torch-nvfp4 info lists them.",
         show_default=False,
     ),
 ]  # fmt: skip
 DtypeOption = Annotated[
-    str, typer.Option(metavar="DTYPE", help="Of the activations: bf16, fp16, on the CPU also fp32.")
+    str, typer.Option("--dtype", metavar="DTYPE", help="Of the activations: bf16, fp16, on the CPU also fp32.")
 ]
 JsonOption = Annotated[
     Path | None,

@@ -30,19 +30,19 @@ from torch_nvfp4.verify import LayerCheck, verify_layer
 def command(
     checkpoint: CheckpointArgument,
     layer: Annotated[
-        list[int] | None, typer.Option(metavar="N", help="Only this layer; repeatable.", show_default=False)
+        list[int] | None, typer.Option("--layer", metavar="N", help="Only this layer; repeatable.", show_default=False)
     ] = None,
     tokens: Annotated[
         int | None,
         typer.Option(
-            min=1, max=2**20, metavar="M", show_default=False,
+            "--tokens", min=1, max=2**20, metavar="M", show_default=False,
             help="Random tokens, each routed to top-k experts. Default: as many as reach every expert, at least 16.",
         ),
     ] = None,
     dtype: DtypeOption = "bf16",
     device: DeviceOption = "",
     backend: BackendOption = "",
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the random tokens and routings.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Of the random tokens and routings.")] = 0,
     json_file: JsonOption = None,
 ) -> None:  # fmt: skip
     """Check the kernel against an fp64 reference on the checkpoint's own weights. Exit code 1 if a layer fails.

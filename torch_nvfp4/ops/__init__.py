@@ -1,6 +1,7 @@
 """The ops of ``torch.ops.nvfp4``: one file per op with its typed wrapper, docstring, fake and autograd."""
 
 from torch_nvfp4.ops._library import library_paths
+from torch_nvfp4.ops.batched_moe import batched_moe
 from torch_nvfp4.ops.combine import combine
 from torch_nvfp4.ops.grouped_gemm import grouped_gemm, grouped_gemm_swiglu
 from torch_nvfp4.ops.linear import linear
@@ -10,6 +11,7 @@ from torch_nvfp4.ops.route import route
 from torch_nvfp4.ops.swiglu import swiglu
 
 __all__ = [
+    "batched_moe",
     "combine",
     "decompositions",
     "grouped_gemm",

@@ -43,10 +43,10 @@ def _list(items: Sequence[Dim]) -> str:
 
 def check_tensor(
     op: str, name: str, tensor: Tensor, like_name: str, like: Tensor, dtypes: Sequence[torch.dtype],
-    dims: Sequence[Dim], note: str = "",
+    dims: Sequence[Dim], note: str = "", advice: str = "call .contiguous() first",
 ) -> None:  # fmt: skip
-    """dtype, device (that of ``like``), shape and contiguity; ``note`` follows the expected shape. Alignment in memory
-    is for the kernels to check."""
+    """dtype, device (that of ``like``), shape and contiguity; ``note`` follows the expected shape, ``advice`` what is
+    not contiguous. Alignment in memory is for the kernels to check."""
     if tensor.dtype not in dtypes:
         fail(op, f"{name} must be {' or '.join(map(_dtype_name, dtypes))}, got {_dtype_name(tensor.dtype)}")
     if tensor.device != like.device:
@@ -63,9 +63,14 @@ def check_tensor(
     if not tensor.is_contiguous():
         fail(
             op,
-            f"{name} must be contiguous, got a tensor of shape {_list(tensor.shape)} that is not; "
-            "call .contiguous() first",
+            f"{name} must be contiguous, got a tensor of shape {_list(tensor.shape)} that is not; {advice}",
         )
+
+
+def check_out(op: str, out: Tensor, like_name: str, like: Tensor) -> None:
+    """A buffer for the result, which is as ``like``. That it shares no memory with what the op reads, and where it
+    begins, is for the kernels to check."""
+    check_tensor(op, "out", out, like_name, like, (like.dtype,), like.shape, advice="take one from torch.empty")
 
 
 def check_activations(op: str, name: str, tensor: Tensor, dims: Sequence[Dim]) -> None:

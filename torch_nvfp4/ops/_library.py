@@ -37,8 +37,12 @@ def register_no_autograd(op: str, alternative: str) -> None:
 
     Registered at import: autograd that is registered after an op was first traced gives wrong gradients under AOT. Not
     ``torch.library.register_autograd``: under torch.func its errors do not name the op, and forward mode gives zeros.
+
+    ``op`` may be an out overload, such as "moe.out". It raises at once, since no result of its own could raise in
+    backward, and marks ``out`` as changed for whoever saved it for a backward of theirs.
     """
-    overload = getattr(torch.ops.nvfp4, op).default
+    name, _, overload_name = op.partition(".")
+    overload = getattr(getattr(torch.ops.nvfp4, name), overload_name or "default")
 
     def fail(*_: Any) -> NoReturn:
         raise NotImplementedError(
@@ -70,7 +74,18 @@ def register_no_autograd(op: str, alternative: str) -> None:
             fail()
         return NoGradient.apply(kwargs, *args)
 
-    _AUTOGRAD.impl(op, autograd, "Autograd")
+    def autograd_out(*args: Any, out: torch.Tensor, **kwargs: Any) -> None:
+        tensors = [arg for arg in (*args, out) if isinstance(arg, torch.Tensor)]
+        in_forward_mode = forward_ad._current_level >= 0
+        if in_forward_mode and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+            fail()
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            fail()
+        below(*args, out=out, **kwargs)
+        if not out.is_inference():
+            torch.autograd.graph.increment_version(out)
+
+    _AUTOGRAD.impl(op, autograd_out if overload_name == "out" else autograd, "Autograd")
 
 
 def below_autograd(op: str) -> Callable[..., Any]:

@@ -28,6 +28,7 @@ def moe(
     alpha: float = 1.0,
     beta: float = 0.0,
     apply_router_weight_on_input: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor:
     """For every token, the weighted sum over its experts e of ``w2[e] @ act(w13[e] @ x)``.
 
@@ -48,26 +49,58 @@ def moe(
         clamp_limit: finite and positive, or None for no clamp; only silu and swiglustep have one.
         alpha, beta: of silu, ``g * sigmoid(alpha * g) * (u + beta)``.
         apply_router_weight_on_input: topk_weights scale the pre-activations (before the clamp), not the output.
+        out: a buffer for the result (``nvfp4::moe.out``): [M, K] in hidden_states' dtype, contiguous, on CUDA beginning
+            at a multiple of 16 bytes. It may be hidden_states itself, whose rows are all read before the first is
+            written, and must share no memory with any other argument.
 
-    Returns [M, K] in hidden_states' dtype. A token with NaN or infinity comes out as NaN.
+    Returns [M, K] in hidden_states' dtype, ``out`` if that is given. A token with NaN or infinity comes out as NaN.
     No tensor may change while the op runs: on CUDA, another stream that writes topk_ids or expert_map meanwhile leads
     to no access outside the tensors, but to undefined values or, up to 32 slots, to a call that does not end.
 
     Raises RuntimeError (expected and got) for a wrong dtype, device, shape, layout or gate parameter, ValueError for an
-    unknown activation name.
+    unknown activation name. NotImplementedError where a gradient is wanted.
     """
     gate = gate_keywords(parse_activation(activation).value, clamp_limit, alpha, beta)
     if apply_router_weight_on_input:
         gate["apply_router_weight_on_input"] = True
-    return call_moe(
-        (hidden_states, w13_global_scale, w2_global_scale, topk_weights),
-        (hidden_states, w13, w13_global_scale, w2, w2_global_scale, topk_weights, topk_ids, expert_map),
-        gate,
-    )
+    arguments = (hidden_states, w13, w13_global_scale, w2, w2_global_scale, topk_weights, topk_ids, expert_map)
+    if out is None:
+        return call_moe((hidden_states, w13_global_scale, w2_global_scale, topk_weights), arguments, gate)
+    torch.ops.nvfp4.moe.out(*arguments, **gate, out=out)
+    return out
 
 
 call_moe = below_autograd("moe")
 """The op past the autograd kernel where there is nothing to differentiate."""
+
+
+def _check(
+    op: str,
+    hidden_states: Tensor,
+    w13: Tensor,
+    w13_global_scale: Tensor,
+    w2: Tensor,
+    w2_global_scale: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    expert_map: Tensor | None,
+    activation: int,
+    clamp_limit: float | None,
+    alpha: float,
+    beta: float,
+) -> None:
+    like = "hidden_states"
+    _checks.check_activations(op, like, hidden_states, ["M", "K"])
+    _checks.check_k(op, like, hidden_states)
+    tokens, k = hidden_states.shape
+    two_i = _checks.check_weight(op, "w13", w13, w13_global_scale, like, hidden_states, batched=True, gated=True, k=k)
+    _checks.check_weight(
+        op, "w2", w2, w2_global_scale, like, hidden_states, batched=True, gated=False, experts=w13.shape[0], n=k,
+        k=two_i // 2,
+    )  # fmt: skip
+    _checks.check_tensor(op, "topk_weights", topk_weights, like, hidden_states, (torch.float32,), [tokens, "top_k"])
+    _checks.check_routing(op, topk_ids, expert_map, [tokens, topk_weights.shape[1]], like, hidden_states)
+    _checks.check_gate(op, activation, clamp_limit, alpha, beta)
 
 
 @register_fake("moe")
@@ -87,19 +120,37 @@ def _(
     beta: float = 0.0,
     apply_router_weight_on_input: bool = False,
 ) -> Tensor:
-    op, like = "moe", "hidden_states"
-    _checks.check_activations(op, like, hidden_states, ["M", "K"])
-    _checks.check_k(op, like, hidden_states)
-    tokens, k = hidden_states.shape
-    two_i = _checks.check_weight(op, "w13", w13, w13_global_scale, like, hidden_states, batched=True, gated=True, k=k)
-    _checks.check_weight(
-        op, "w2", w2, w2_global_scale, like, hidden_states, batched=True, gated=False, experts=w13.shape[0], n=k,
-        k=two_i // 2,
+    _check(
+        "moe", hidden_states, w13, w13_global_scale, w2, w2_global_scale, topk_weights, topk_ids, expert_map,
+        activation, clamp_limit, alpha, beta,
     )  # fmt: skip
-    _checks.check_tensor(op, "topk_weights", topk_weights, like, hidden_states, (torch.float32,), [tokens, "top_k"])
-    _checks.check_routing(op, topk_ids, expert_map, [tokens, topk_weights.shape[1]], like, hidden_states)
-    _checks.check_gate(op, activation, clamp_limit, alpha, beta)
     return torch.empty_like(hidden_states)
+
+
+@register_fake("moe.out")
+def _(
+    hidden_states: Tensor,
+    w13: Tensor,
+    w13_global_scale: Tensor,
+    w2: Tensor,
+    w2_global_scale: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    expert_map: Tensor | None = None,
+    *,
+    activation: int = 0,
+    clamp_limit: float | None = None,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    apply_router_weight_on_input: bool = False,
+    out: Tensor,
+) -> None:
+    op = "moe.out"
+    _check(
+        op, hidden_states, w13, w13_global_scale, w2, w2_global_scale, topk_weights, topk_ids, expert_map,
+        activation, clamp_limit, alpha, beta,
+    )  # fmt: skip
+    _checks.check_out(op, out, "hidden_states", hidden_states)
 
 
 def decomposed_moe(
@@ -146,3 +197,4 @@ def decompositions() -> dict[OpOverload, Callable[..., Tensor]]:
 
 
 register_no_autograd("moe", "torch_nvfp4.reference.moe")
+register_no_autograd("moe.out", "torch_nvfp4.reference.moe")

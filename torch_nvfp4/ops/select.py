@@ -53,19 +53,21 @@ def explain_select(
     """Which kernel, tile and split an op of these sizes runs with on ``device``, and why, as lines ``{name: text}``.
 
     Args:
-        tokens: rows of the input.
-        top_k: experts per token; 1 for ``op="linear"``.
+        tokens: rows of the input; for ``op="batched_moe"`` those of each expert, T.
+        top_k: experts per token; 1 for ``op="linear"`` and ``op="batched_moe"``.
         experts: local experts; 1 for ``op="linear"``.
         hidden: columns of the input.
-        features: the intermediate size I for ``op="moe"``, else the weight's rows.
-        op: ``"moe"``, ``"grouped_gemm"`` or ``"linear"``.
+        features: the intermediate size I for ``op="moe"`` and ``op="batched_moe"``, else the weight's rows.
+        op: ``"moe"``, ``"batched_moe"``, ``"grouped_gemm"`` or ``"linear"``.
         dtype: ``torch.bfloat16`` or ``torch.float16``.
         activation: the gate, or None without one.
         device: default: the current CUDA device, or an H100 where there is none.
 
     Returns:
         ``problem``, ``device``, ``kernel``, ``tile``, ``split``, ``shared memory`` (of some kernels), ``not <kernel>``
-        for each that was passed over, and ``why``, in this order. TORCH_NVFP4_ARCH=80 counts as when the op runs.
+        for each that was passed over, and ``why``, in this order; for ``op="batched_moe"`` ``problem``, ``device``,
+        ``path 1`` and the others among which the device chooses, and ``why``. TORCH_NVFP4_ARCH=80 counts as when the op
+        runs.
 
     Raises:
         ValueError: for a size, name or dtype that no op takes; the message says what was expected and what came.

@@ -18,11 +18,11 @@ __device__ __forceinline__ uint32_t load_pair(const uint16_t* x, int64_t word) {
   return x[2 * word] | static_cast<uint32_t>(x[2 * word + 1]) << 16;
 }
 
-// x [rows, k] -> permuted [rows, round_up(k, 64)], zeros beyond k. Warp `warp` of `warps` does its share, 16 k-blocks
-// of a row at a time.
-template <bool kAligned>
+// Rows row_of(0) .. row_of(rows - 1) of x [any, k] -> the same rows of permuted [any, round_up(k, 64)], zeros beyond k.
+// Warp `warp` of `warps` does its share, 16 k-blocks of a row at a time.
+template <bool kAligned, class RowOf>
 __device__ __forceinline__ void permute_rows(const uint16_t* x, uint4* permuted, int64_t rows, int64_t k, int64_t warp,
-                                             int64_t warps) {
+                                             int64_t warps, const RowOf& row_of) {
   constexpr int kSteps = 4;
   constexpr int kSpan = kSteps * kWarp;
   const int lane = threadIdx.x % kWarp;
@@ -30,8 +30,9 @@ __device__ __forceinline__ void permute_rows(const uint16_t* x, uint4* permuted,
   const int chunks = static_cast<int>(ceil_div<int64_t>(k, kGatherBlock)) * 8;
   const int spans = ceil_div(chunks, kSpan);
   for (int64_t i = warp; i < rows * spans; i += warps) {
-    const int64_t row = i / spans;
-    const int first = static_cast<int>(i - row * spans) * kSpan + lane;
+    const int64_t index = i / spans;
+    const int first = static_cast<int>(i - index * spans) * kSpan + lane;
+    const int64_t row = row_of(index);
     uint4 v[kSteps];
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
@@ -49,6 +50,13 @@ __device__ __forceinline__ void permute_rows(const uint16_t* x, uint4* permuted,
       if (chunk < chunks) permuted[row * chunks + chunk] = v[step];
     }
   }
+}
+
+// The first `rows` rows of x.
+template <bool kAligned>
+__device__ __forceinline__ void permute_rows(const uint16_t* x, uint4* permuted, int64_t rows, int64_t k, int64_t warp,
+                                             int64_t warps) {
+  permute_rows<kAligned>(x, permuted, rows, k, warp, warps, [](int64_t i) { return i; });
 }
 
 }  // namespace nvfp4::cuda

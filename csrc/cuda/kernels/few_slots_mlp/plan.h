@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdlib>
 
 #include "../../device/shared_layout.h"
 #include "../../device_facts.h"
@@ -71,7 +70,6 @@ inline FewSlotsPlan plan_few_slots(const Problem& problem, const Device& device,
 // Whether half panels give the busiest warp less to do. A warp takes whole turns of blocks, and a half block takes
 // somewhat more than half a block's time.
 inline bool halves_spread_better(const Problem& problem, const Device& device, int width) {
-  if (const char* v = std::getenv("NVFP4_X_HALF"); v != nullptr && *v != 'a') return *v == '1';
   constexpr int64_t kPercent = 60;
   const int64_t tiles = std::min(problem.slots(), problem.experts + problem.slots() / width);
   int64_t whole = 0;

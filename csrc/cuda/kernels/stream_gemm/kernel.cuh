@@ -5,6 +5,8 @@
 // shared memory once per item.
 #pragma once
 
+#include <type_traits>
+
 #include "../../device/epilogue.cuh"
 #include "../../device/mma.cuh"
 #include "../../device/pipeline.cuh"
@@ -26,6 +28,24 @@ __device__ __forceinline__ TileTable table_tiles(const StreamGemmParams& p) {
   return TileTable(p.tile_table, p.order, p.rows, 8 * kMaxTiles);
 }
 
+// Tiles of a batch. The head of their table says too how many warps share an item, which follows from how many tiles
+// there are.
+class BatchTiles : public TileTable {
+ public:
+  __device__ __forceinline__ BatchTiles(const int4* table, int k_ways)
+      : TileTable(table, nullptr, 0, 0), k_ways_(k_ways) {}
+
+  __device__ __forceinline__ int k_ways() const { return k_ways_; }
+
+ private:
+  int k_ways_;
+};
+
+__device__ __forceinline__ BatchTiles batch_tiles(const StreamGemmParams& p) {
+  if (!p.plan_is_older) ptx::dependency_wait();
+  return BatchTiles(p.tile_table, __ldcg(p.gemm_index == 0 ? &p.tile_table->y : &p.tile_table->z));
+}
+
 template <class T, class Ring, class Tiles, int kMaxTiles, int kWarps>
 class StreamGemm {
   static_assert(Ring::kStages % kTurnBlocks == 0);
@@ -36,27 +56,45 @@ class StreamGemm {
   // make_tiles() waits for what the tiles come from, unless that is older than the previous launch.
   template <class MakeTiles>
   static __device__ __forceinline__ void run(const StreamGemmParams& p, Storage& storage, const MakeTiles& make_tiles) {
-    const int team = threadIdx.x / kWarp / p.k_ways;
-    const int item = blockIdx.x + gridDim.x * team;  // neighbours go to different CTAs: a few items spread evenly
-    const Place place = locate(p, item);             // divides while there is time
-    StreamGemm(p, storage, make_tiles(), team).run(item, place);
+    if constexpr (kTilesHaveWays) {
+      const Tiles tiles = make_tiles();
+      const int team = threadIdx.x / kWarp / tiles.k_ways();
+      const int item = blockIdx.x + gridDim.x * team;
+      StreamGemm(p, storage, tiles, team).run(item, locate(p, item));
+    } else {
+      const int team = threadIdx.x / kWarp / p.k_ways;
+      const int item = blockIdx.x + gridDim.x * team;  // neighbours go to different CTAs: a few items spread evenly
+      const Place place = locate(p, item);             // divides while there is time
+      StreamGemm(p, storage, make_tiles(), team).run(item, place);
+    }
   }
 
  private:
+  static constexpr bool kTilesHaveWays = std::is_same_v<Tiles, BatchTiles>;
+
   struct Place {
     int tile;
     int panel;
   };
+
+  // How many warps share an item.
+  __device__ __forceinline__ int k_ways() const {
+    if constexpr (kTilesHaveWays) {
+      return tiles_.k_ways();
+    } else {
+      return p_.k_ways;
+    }
+  }
 
   __device__ __forceinline__ StreamGemm(const StreamGemmParams& p, Storage& storage, const Tiles& tiles, int team)
       : p_(p),
         storage_(storage),
         tiles_(tiles),
         lane_(threadIdx.x % kWarp),
-        way_(threadIdx.x / kWarp % p.k_ways),
+        way_(threadIdx.x / kWarp % k_ways()),
         team_(team),
-        blocks_(ceil_div(p.k_blocks - way_, p.k_ways)),
-        teams_(gridDim.x * (kWarps / p.k_ways)),
+        blocks_(ceil_div(p.k_blocks - way_, k_ways())),
+        teams_(gridDim.x * (kWarps / k_ways())),
         items_(tiles_.size() * p.panels) {}
 
   __device__ __forceinline__ void run(int item, Place place) {
@@ -144,11 +182,11 @@ class StreamGemm {
 
   // The i-th block of the turn.
   __device__ __forceinline__ void refill(int first_stage, int i) {
-    ring_.fill(first_stage + i, i < fill_left_, fill_at_ + i * p_.k_ways * kBlockBytes);
+    ring_.fill(first_stage + i, i < fill_left_, fill_at_ + i * k_ways() * kBlockBytes);
   }
 
   __device__ __forceinline__ void end_turn() {
-    fill_at_ += kTurnBlocks * p_.k_ways * kBlockBytes;
+    fill_at_ += kTurnBlocks * k_ways() * kBlockBytes;
     fill_left_ -= kTurnBlocks;
   }
 
@@ -167,7 +205,7 @@ class StreamGemm {
   template <int kTiles, class Prepare>
   __device__ __forceinline__ void multiply_item(const ExpertTile& tile, int slot, int panel, const Scales& scales,
                                                 const Prepare& prepare_next) {
-    const int step = p_.k_ways * kBlockK;
+    const int step = k_ways() * kBlockK;
     TokenCursor<kTiles> rows = token_rows<kTiles>(tile, slot);
     TokenBlock<kTiles> x[kTurnBlocks] = {};
     release_after_wait();
@@ -203,9 +241,9 @@ class StreamGemm {
     prepare_next();
 #pragma unroll
     for (int column_tile = 0; column_tile < kTiles; ++column_tile) {
-      PartialSums* partial = storage_.partial[buffer_] + team_ * p_.k_ways;
+      PartialSums* partial = storage_.partial[buffer_] + team_ * k_ways();
       partial[way_].store(sum, column_tile);
-      ptx::barrier_sync(team_, p_.k_ways * kWarp);
+      ptx::barrier_sync(team_, k_ways() * kWarp);
       write_tokens(partial, tile, slot, panel, scales, 8 * column_tile);
       buffer_ ^= 1;  // the other buffer is free: everybody has passed the barrier, so has read it
     }
@@ -233,7 +271,7 @@ class StreamGemm {
   __device__ __forceinline__ void write_tokens(const PartialSums* partial, const ExpertTile& tile, int slot, int panel,
                                                const Scales& scales, int first) const {
     const int tokens = min(8, tile.count - first);
-    const int writers = p_.k_ways;
+    const int writers = k_ways();
     if (p_.gated) {
       const int feature = lane_ % 16 * 2;
       const int row = feature / 8 * 16 + feature % 8;
@@ -244,8 +282,8 @@ class StreamGemm {
         const int64_t to = __shfl_sync(~0u, slot, source);
         const float scale = __shfl_sync(~0u, scales.slot, source) * kDecodeFactor;
         if (token >= tokens || column >= p_.n / 2) continue;
-        const float2 g = scaled(reduce(partial, p_.k_ways, token, row), scales.upper * scale);
-        const float2 u = scaled(reduce(partial, p_.k_ways, token, row + 8), scales.lower * scale);
+        const float2 g = scaled(reduce(partial, k_ways(), token, row), scales.upper * scale);
+        const float2 u = scaled(reduce(partial, k_ways(), token, row + 8), scales.lower * scale);
         if (p_.has_gate) {
           const float2 v = make_float2(apply_gate(p_.gate, g.x, u.x), apply_gate(p_.gate, g.y, u.y));
           store_pair<T>(p_.out, to * (p_.n / 2) + column, v);
@@ -261,7 +299,7 @@ class StreamGemm {
         const int64_t to = __shfl_sync(~0u, slot, source);
         const float scale = __shfl_sync(~0u, scales.slot, source) * kDecodeFactor;
         if (column >= p_.n) continue;
-        const float2 v = scaled(reduce(partial, p_.k_ways, token, 2 * lane_), scales.upper * scale);
+        const float2 v = scaled(reduce(partial, k_ways(), token, 2 * lane_), scales.upper * scale);
         store_pair<T>(p_.out, to * p_.n + column, with_bias(v, column));
       }
     }

@@ -20,12 +20,14 @@ struct StreamGemmParams {
   int n;
   int k_blocks;
   int panels;
-  int k_ways;              // StreamPlan::k_ways
+  int k_ways;              // StreamPlan::k_ways; not read if `batched`
   const int4* tile_table;  // tiles of at most the kernel's width; null: tiles of `rows` dense rows
   const int32_t* order;    // null: slot = position
   int rows;
   bool sorting;             // SM90, narrow: tiles are those of `routing`, whatever the table; every CTA sorts them
   Routing routing;          // only if sorting
+  bool batched;             // the table is begin_batch's, whose head holds the k_ways of both GEMMs
+  int gemm_index;           // only if batched
   bool plan_is_older;       // what tiles come from was complete before the previous launch in the stream began
   const float* slot_scale;  // or null
   const void* bias;         // or null

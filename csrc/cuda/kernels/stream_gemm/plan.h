@@ -1,6 +1,8 @@
 // The sizes that stream_gemm runs with, in plain C++: no GPU is needed to know them.
 #pragma once
 
+#include "../../../common.h"
+
 namespace nvfp4::cuda {
 
 // How many tokens a tile may have.
@@ -13,6 +15,18 @@ enum class StreamTiles {
 };
 
 constexpr int tile_width(StreamTiles tiles) { return tiles == StreamTiles::wide ? kWideTile : kNarrowTile; }
+
+// How many warps share an item: the fewer, the rarer are reductions; but some warps should be left to find work, and a
+// warp that shares an item should find more than a few blocks of it.
+NVFP4_SHARED_INLINE constexpr int stream_k_ways(int64_t k_blocks, int64_t items, int multiprocessors) {
+  const int64_t warps = int64_t{multiprocessors} * 16;
+  int ways = 8;
+  if (items * 8 > warps) ways = 4;
+  if (items * 4 > warps) ways = 2;
+  while (ways > 2 && k_blocks < 4 * ways) ways /= 2;
+  if (ways == 2 && k_blocks < 6 * ways) ways = 1;
+  return ways;
+}
 
 // What a CTA that sorts the slots for itself has room for.
 constexpr int kCtaSortSlots = 1024;

@@ -15,17 +15,27 @@ __global__ void __launch_bounds__(kWarps* kWarp, kCtas)
 }
 
 template <class T, int kMaxTiles, int kWarps, int kCtas>
-StreamGemmLaunch with() {
-  return {stream_gemm_sm80_kernel<T, kMaxTiles, kWarps, kCtas>, kWarps, sizeof(StreamStorage<Ring, kWarps>)};
+__global__ void __launch_bounds__(kWarps* kWarp, kCtas)
+    stream_gemm_batched_sm80_kernel(const __grid_constant__ StreamGemmParams p) {
+  extern __shared__ __align__(128) uint8_t storage[];
+  using Gemm = StreamGemm<T, Ring, BatchTiles, kMaxTiles, kWarps>;
+  Gemm::run(p, *reinterpret_cast<typename Gemm::Storage*>(storage), [&] { return batch_tiles(p); });
+}
+
+template <class T, int kMaxTiles, int kWarps, int kCtas>
+StreamGemmLaunch with(bool batched) {
+  const auto kernel = batched ? stream_gemm_batched_sm80_kernel<T, kMaxTiles, kWarps, kCtas>
+                              : stream_gemm_sm80_kernel<T, kMaxTiles, kWarps, kCtas>;
+  return {kernel, kWarps, sizeof(StreamStorage<Ring, kWarps>)};
 }
 
 template <class T>
-StreamGemmLaunch choose(StreamTiles tiles) {
+StreamGemmLaunch choose(StreamTiles tiles, bool batched) {
   switch (tiles) {
     case StreamTiles::narrow:
-      return with<T, 2, 8, 2>();
+      return with<T, 2, 8, 2>(batched);
     case StreamTiles::wide:
-      return with<T, 4, 8, 1>();
+      return with<T, 4, 8, 1>(batched);
   }
   return {};
 }
@@ -33,7 +43,8 @@ StreamGemmLaunch choose(StreamTiles tiles) {
 }  // namespace
 
 void stream_gemm_sm80(DType dtype, StreamTiles tiles, const StreamGemmParams& params, void* stream) {
-  launch_stream_gemm(dtype == DType::bf16 ? choose<bf16>(tiles) : choose<fp16>(tiles), params, stream);
+  const auto choose_for = dtype == DType::bf16 ? choose<bf16> : choose<fp16>;
+  launch_stream_gemm(choose_for(tiles, params.batched), params, stream);
 }
 
 }  // namespace nvfp4::cuda

@@ -45,14 +45,30 @@ __global__ void __launch_bounds__(kSortingWarps* kWarp, 1)
 #endif
 }
 
+// Narrow tiles of a batch.
+constexpr int kBatchWarps = 16;
+
+template <class T>
+__global__ void __launch_bounds__(kBatchWarps* kWarp, 1)
+    stream_gemm_batched_sm90_kernel(const __grid_constant__ StreamGemmParams p) {
+#if __CUDA_ARCH__ >= 900
+  extern __shared__ __align__(128) uint8_t storage[];
+  using Gemm = StreamGemm<T, Ring, BatchTiles, kNarrowTile / 8, kBatchWarps>;
+  Gemm::run(p, *reinterpret_cast<typename Gemm::Storage*>(storage), [&] { return batch_tiles(p); });
+#endif
+}
+
 template <class T, int kMaxTiles, int kWarps, int kCtas>
 StreamGemmLaunch with() {
   return {stream_gemm_sm90_kernel<T, kMaxTiles, kWarps, kCtas>, kWarps, sizeof(StreamStorage<Ring, kWarps>)};
 }
 
 template <class T>
-StreamGemmLaunch choose(StreamTiles tiles, bool sorting) {
-  if (sorting) return {stream_gemm_sorting_sm90_kernel<T>, kSortingWarps, sizeof(SortingStorage)};
+StreamGemmLaunch choose(StreamTiles tiles, const StreamGemmParams& params) {
+  if (params.batched) {  // select_batched() gives it no wide tiles
+    return {stream_gemm_batched_sm90_kernel<T>, kBatchWarps, sizeof(StreamStorage<Ring, kBatchWarps>)};
+  }
+  if (params.sorting) return {stream_gemm_sorting_sm90_kernel<T>, kSortingWarps, sizeof(SortingStorage)};
   switch (tiles) {
     // One CTA of 16 warps per multiprocessor, so that a few items spread evenly.
     case StreamTiles::narrow:
@@ -67,7 +83,7 @@ StreamGemmLaunch choose(StreamTiles tiles, bool sorting) {
 
 void stream_gemm_sm90(DType dtype, StreamTiles tiles, const StreamGemmParams& params, void* stream) {
   const auto choose_for = dtype == DType::bf16 ? choose<bf16> : choose<fp16>;
-  launch_stream_gemm(choose_for(tiles, params.sorting), params, stream);
+  launch_stream_gemm(choose_for(tiles, params), params, stream);
 }
 
 }  // namespace nvfp4::cuda

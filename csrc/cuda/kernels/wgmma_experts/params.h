@@ -33,6 +33,16 @@ struct ExpertMlpArgs {
 size_t wgmma_expert_mlp_workspace(const ExpertMlpArgs& args);
 void wgmma_expert_mlp(const ExpertMlpArgs& args, const WgmmaPlan& plan, void* workspace, void* stream);
 
+// The same launch alone, where somebody else has prepared: tokens are permuted (device/gather.cuh), counters zeroed.
+struct PreparedTokens {
+  const void* permuted;  // [rows, k_blocks * 64], and wgmma_overrun_bytes() behind
+  void* hidden;          // wgmma_hidden_bytes()
+  int32_t* control;      // [1 + experts]
+};
+size_t wgmma_overrun_bytes();
+size_t wgmma_hidden_bytes(int64_t slots, int64_t experts, int64_t k_of_w2);
+void wgmma_prepared_mlp(const ExpertMlpArgs& args, const WgmmaPlan& plan, const PreparedTokens& tokens, void* stream);
+
 // grouped_gemm() as kernels.h defines it, zero rows of skipped slots included.
 size_t wgmma_grouped_gemm_workspace(const GroupedGemmArgs& args);
 void wgmma_grouped_gemm(const GroupedGemmArgs& args, const WgmmaPlan& plan, void* workspace, void* stream);

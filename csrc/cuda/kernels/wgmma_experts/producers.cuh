@@ -90,7 +90,6 @@ __device__ __forceinline__ void stream_weights(const Params& p, Shared<S>& share
   TileReader<S> reader{shared};
   const uint64_t policy = ptx::policy_evict_first();
   while (const Tile<S>* tile = reader.next()) {
-    const bool evict = (p.evict >> tile->gemm_index & 1) != 0;
     const ExpertGemm& gemm = p.gemm[tile->gemm_index];
     const int panel = tile->row_tile * S::kConsumers + lane;
     const int k_blocks = gemm.k_blocks;
@@ -108,7 +107,7 @@ __device__ __forceinline__ void stream_weights(const Params& p, Shared<S>& share
         if (s == claim_at) ptx::mbarrier_arrive(ptx::shared_address(&shared.claim[reader.index % kTileRing]));
       }
       __syncwarp();
-      if (evict) {
+      if (p.weights_leave_first) {
         ptx::bulk_load_if(inside, ring.stage + lane * kPanelBytes, source, blocks * kBlockBytes, ring.full_barrier(),
                           policy);
       } else if (inside) {

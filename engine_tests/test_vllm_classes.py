@@ -1,0 +1,236 @@
+"""The plug-in on vLLM's own classes, in this process: values through its kernel interface, and every loud failure."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import vllm
+import vllm.model_executor.layers.quantization.modelopt as modelopt
+import vllm.plugins
+from torch import Tensor
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEParallelConfig, RoutingMethodType
+from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEKernel
+from vllm.model_executor.layers.fused_moe.oracle import nvfp4 as oracle
+from vllm.model_executor.layers.fused_moe.prepare_finalize.batched import BatchedPrepareAndFinalize
+from vllm.model_executor.layers.quantization.utils.quant_utils import kNvfp4Dynamic, kNvfp4Static
+
+import torch_nvfp4
+from helpers.layers import activations, make_layer, routed
+from torch_nvfp4 import reference
+
+WRAPPED = ("select_nvfp4_moe_backend", "convert_to_nvfp4_moe_kernel_format", "make_nvfp4_moe_quant_config")
+ORIGINALS = {name: getattr(oracle, name) for name in WRAPPED}
+EXPERTS, HIDDEN, INTERMEDIATE, TOP_K, LIMIT = 4, 64, 32, 2, 0.7
+
+
+@pytest.fixture(autouse=True)
+def _vllm_as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("TORCH_NVFP4_VLLM", raising=False)
+    vllm.plugins.plugins_loaded = False
+    yield
+    for module in [module for name, module in list(sys.modules.items()) if name.split(".")[0] == "vllm"]:
+        for name, original in ORIGINALS.items():
+            if name in module.__dict__:
+                setattr(module, name, original)
+
+
+def is_wrapped() -> bool:
+    """Whether the plug-in is in place, in the oracle and in a module that had imported its functions."""
+    states = {getattr(module, name) is not ORIGINALS[name] for module in (oracle, modelopt) for name in WRAPPED}
+    assert len(states) == 1
+    return states.pop()
+
+
+def moe_config(**changes: Any) -> FusedMoEConfig:
+    fields = {
+        "num_experts": EXPERTS, "experts_per_token": TOP_K, "hidden_dim": HIDDEN, "intermediate_size": INTERMEDIATE,
+        "num_local_experts": EXPERTS, "num_logical_experts": EXPERTS, "activation": MoEActivation.SILU,
+        "device": "cpu", "routing_method": RoutingMethodType.TopK, "in_dtype": torch.float32,
+        "moe_parallel_config": FusedMoEParallelConfig.make_no_parallel(),
+    } | changes  # fmt: skip
+    return FusedMoEConfig(**fields)
+
+
+def load_plugins() -> None:
+    """As each process of vLLM does."""
+    vllm.plugins.plugins_loaded = False
+    vllm.plugins.load_general_plugins()
+
+
+def kernel(layer: Any, config: FusedMoEConfig, batched_rows: int = 0) -> tuple[FusedMoEKernel, Tensor, Tensor]:
+    """What a quantization method of vLLM makes of a layer."""
+    backend, experts_cls = modelopt.select_nvfp4_moe_backend(config, kNvfp4Static, kNvfp4Dynamic)
+    if batched_rows:
+        from torch_nvfp4.integrations.vllm.experts import NVFP4BatchedExperts as experts_cls
+    w13, w2 = layer
+    held = SimpleNamespace(w13_weight_scale_2=w13.global_scale)
+    ones = torch.ones(EXPERTS)
+    p13, s13, g13, a13, p2, s2, g2, a2 = modelopt.convert_to_nvfp4_moe_kernel_format(
+        nvfp4_backend=backend, layer=held, w13=w13.data, w13_scale=w13.scale,
+        w13_scale_2=w13.global_scale[:, 0].contiguous(), a13_scale=ones, w2=w2.data, w2_scale=w2.scale,
+        w2_scale_2=w2.global_scale, a2_scale=ones, is_act_and_mul=True,
+    )  # fmt: skip
+    quant = modelopt.make_nvfp4_moe_quant_config(
+        backend=backend, w13_scale=s13, w2_scale=s2, w13_scale_2=g13, w2_scale_2=g2, a13_scale=a13, a2_scale=a2,
+        swiglu_limit=config.swiglu_limit,
+    )  # fmt: skip
+    if not batched_rows:
+        return oracle.make_nvfp4_moe_kernel(quant, config, experts_cls, backend), p13, p2
+    prepare = BatchedPrepareAndFinalize(batched_rows, EXPERTS, num_dispatchers=1, rank=0)
+    return FusedMoEKernel(prepare, experts_cls(config, quant, batched_rows, 1)), p13, p2
+
+
+def close(got: Tensor, expected: Tensor) -> None:
+    error = float((got.double() - expected).abs().max()) / float(expected.abs().max())
+    print(f"relative error {error:.1e}")
+    assert error < 2e-6
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("on_input", [False, True])
+def test_values_through_the_kernel_interface(batched: bool, on_input: bool) -> None:
+    """vLLM's prepare, the experts, vLLM's finalize. A router weight on the input comes with one expert per token."""
+    load_plugins()
+    layer = make_layer(EXPERTS, HIDDEN, INTERMEDIATE, seed=1)
+    made, w13, w2 = kernel(layer, moe_config(swiglu_limit=LIMIT), batched_rows=16 if batched else 0)
+    x = activations(9, HIDDEN, seed=2).float()
+    weights, ids, _, _ = routed(9, EXPERTS, 1 if on_input else TOP_K, seed=3)
+    ids = ids.clamp(min=0) if batched else ids
+    output = made.apply(
+        x.clone(), w13, w2, topk_weights=weights, topk_ids=ids.to(torch.int32), activation=MoEActivation.SILU,
+        global_num_experts=EXPERTS, expert_map=None, apply_router_weight_on_input=on_input,
+    )  # fmt: skip
+    options: dict[str, Any] = {"clamp_limit": LIMIT, "apply_router_weight_on_input": on_input}
+    close(output, reference.moe(x.double(), *layer, weights, ids, **options))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_expert_parallel(rank: int) -> None:
+    load_plugins()
+    layer = make_layer(EXPERTS, HIDDEN, INTERMEDIATE, seed=1 + rank)
+    made, w13, w2 = kernel(layer, moe_config(num_experts=2 * EXPERTS))
+    x = activations(9, HIDDEN, seed=2).float()
+    weights, ids, _, _ = routed(9, 2 * EXPERTS, TOP_K, seed=3)
+    expert_map = torch.full((2 * EXPERTS,), -1, dtype=torch.int32)
+    expert_map[rank * EXPERTS : (rank + 1) * EXPERTS] = torch.arange(EXPERTS, dtype=torch.int32)
+    output = made.apply(
+        x, w13, w2, topk_weights=weights, topk_ids=ids.to(torch.int32), activation=MoEActivation.SILU,
+        global_num_experts=2 * EXPERTS, expert_map=expert_map, apply_router_weight_on_input=False,
+    )  # fmt: skip
+    close(output, reference.moe(x.double(), *layer, weights, ids, expert_map))
+
+
+def test_registering_twice_is_harmless() -> None:
+    load_plugins()
+    assert is_wrapped()
+    before = oracle.select_nvfp4_moe_backend
+    load_plugins()
+    assert oracle.select_nvfp4_moe_backend is before
+
+
+def test_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_NVFP4_VLLM", "off")
+    load_plugins()
+    assert not is_wrapped()
+    monkeypatch.delenv("TORCH_NVFP4_VLLM")
+    load_plugins()
+    assert is_wrapped()
+    monkeypatch.setenv("TORCH_NVFP4_VLLM", "off")
+    with pytest.raises(NotImplementedError, match="No NvFp4 MoE backend"):  # vLLM has none for CPUs
+        modelopt.select_nvfp4_moe_backend(moe_config(), kNvfp4Static, kNvfp4Dynamic)
+
+
+def test_a_bad_mode_gets_through_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_NVFP4_VLLM", "on")
+    with pytest.raises(ValueError, match="TORCH_NVFP4_VLLM: expected auto, require or off, got 'on'"):
+        load_plugins()
+
+
+def test_an_unknown_version_gets_through_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm, "__version__", "0.99.0")
+    with pytest.raises(RuntimeError, match=r"expected vllm 0.24 to 0.33, got 0.99.0.*TORCH_NVFP4_VLLM=off"):
+        load_plugins()
+    assert not is_wrapped()
+
+
+def test_a_changed_signature_gets_through_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make_nvfp4_moe_quant_config(backend: Any, scales: Any) -> None: ...
+
+    monkeypatch.setattr(oracle, "make_nvfp4_moe_quant_config", make_nvfp4_moe_quant_config)
+    with pytest.raises(
+        RuntimeError, match=r"make_nvfp4_moe_quant_config: expected \(backend, .*, got \(backend, scales\)"
+    ):
+        load_plugins()
+    assert oracle.select_nvfp4_moe_backend is ORIGINALS["select_nvfp4_moe_backend"]
+
+
+UNSUPPORTED: list[tuple[dict[str, Any], str]] = [
+    ({"has_bias": True}, "expected experts without biases"),
+    ({"is_lora_enabled": True}, "kernel does not support LoRA"),
+    ({"hidden_dim": 72}, "expected K and I to be multiples of 16"),
+    ({"activation": MoEActivation.SWIGLUOAI}, "got SWIGLUOAI"),
+    ({"activation": MoEActivation.SWIGLUSTEP, "swiglu_limit": 5.0}, "expected swiglu_limit 7.0 with SWIGLUSTEP"),
+    ({"moe_backend": "marlin"}, "expected --moe-backend auto, got marlin"),
+]
+
+
+@pytest.mark.parametrize(("changes", "reason"), UNSUPPORTED)
+def test_what_is_not_supported(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, changes: dict[str, Any], reason: str
+) -> None:
+    """``require`` raises. ``auto`` leaves it to vLLM, which has no kernel here, and logs the reason once."""
+    monkeypatch.setenv("TORCH_NVFP4_VLLM", "require")
+    load_plugins()
+    config = moe_config(**changes)
+    with pytest.raises(ValueError, match="TORCH_NVFP4_VLLM=require: .*" + reason):
+        modelopt.select_nvfp4_moe_backend(config, kNvfp4Static, kNvfp4Dynamic)
+    monkeypatch.setenv("TORCH_NVFP4_VLLM", "auto")
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            with pytest.raises((NotImplementedError, ValueError), match="MoE backend"):
+                modelopt.select_nvfp4_moe_backend(config, kNvfp4Static, kNvfp4Dynamic)
+    ours = [record.getMessage() for record in caplog.records if record.name == "vllm.torch_nvfp4"]
+    assert [reason in message for message in ours] == [True]
+
+
+@pytest.mark.parametrize("damage", ["missing", "not a library", "a library without the ops"])
+def test_a_broken_library_ends_the_process(tmp_path: Path, engine_environment: dict[str, str], damage: str) -> None:
+    """vLLM would swallow an error at import, log it and serve with other kernels."""
+    root = Path(torch_nvfp4.__file__).parent
+    shutil.copytree(root, tmp_path / "torch_nvfp4", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    shutil.copy(root.parent / "torch_nvfp4_vllm.py", tmp_path)
+    if damage == "not a library":
+        (tmp_path / "torch_nvfp4" / "_C.so").write_text("version https://git-lfs.github.com/spec/v1")
+    elif damage == "a library without the ops":
+        other = Path(torch.__file__).parent / "lib" / "libtorch_global_deps.so"
+        shutil.copy(other, tmp_path / "torch_nvfp4" / "_C.so")
+    program = "import vllm.plugins; vllm.plugins.load_general_plugins(); print('went on')"
+    run = subprocess.run(
+        [sys.executable, "-c", program], env=engine_environment | {"PYTHONPATH": str(tmp_path)}, cwd=tmp_path,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 1
+    assert "went on" not in run.stdout
+    assert "RuntimeError: torch_nvfp4 is installed as a plug-in of vLLM but cannot be loaded: " in run.stderr
+    assert ("nvfp4::" if damage == "a library without the ops" else f"{tmp_path}/torch_nvfp4/_C.so") in run.stderr
+    assert "TORCH_NVFP4_VLLM=off" in run.stderr
+
+
+def test_info_agrees() -> None:
+    from torch_nvfp4.integrations.report import report_vllm
+
+    report = report_vllm()
+    assert report.version is not None
+    assert (report.version.partition("+")[0], report.used) == (vllm.__version__.partition("+")[0], True), report.reason
+    assert os.environ.get("TORCH_NVFP4_VLLM") is None

