@@ -214,6 +214,7 @@ def test_backward_names_the_alternative(op: str, device: str) -> None:
 
 FLOAT_ARGUMENTS = [
     ("moe", ["hidden_states", "w13_global_scale", "w2_global_scale", "topk_weights"]),
+    ("batched_moe", ["hidden_states", "w13_global_scale", "w2_global_scale"]),
     ("grouped_gemm", ["x", "global_scale", "topk_weights"]),
     ("grouped_gemm_swiglu", ["x", "global_scale", "topk_weights"]),
     ("combine", ["x", "topk_weights"]),

@@ -113,20 +113,6 @@ def below_autograd(op: str) -> Callable[..., Any]:
     return call
 
 
-def gate_keywords(activation: int, clamp_limit: float | None, alpha: float, beta: float) -> dict[str, Any]:
-    """The gate's keywords of an op, without those that have the schema's default: torch takes 0.3 us for each."""
-    keywords: dict[str, Any] = {}
-    if activation != 0:
-        keywords["activation"] = activation
-    if clamp_limit is not None:
-        keywords["clamp_limit"] = clamp_limit
-    if alpha != 1.0:
-        keywords["alpha"] = alpha
-    if beta != 0.0:
-        keywords["beta"] = beta
-    return keywords
-
-
 def register_fake(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return torch.library.register_fake(f"nvfp4::{op}")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torch_nvfp4.gate import parse_activation
+from torch_nvfp4.gate import gate_keywords, parse_activation
 from torch_nvfp4.ops import _checks
-from torch_nvfp4.ops._library import register_fake, register_no_autograd
+from torch_nvfp4.ops._library import below_autograd, register_fake, register_no_autograd
 
 
 def batched_moe(
@@ -45,16 +45,16 @@ def batched_moe(
 
     Raises what ``moe`` raises.
     """
+    gate = gate_keywords(parse_activation(activation).value, clamp_limit, alpha, beta)
+    arguments = (hidden_states, w13, w13_global_scale, w2, w2_global_scale, expert_num_tokens)
     if out is None:
-        return torch.ops.nvfp4.batched_moe(
-            hidden_states, w13, w13_global_scale, w2, w2_global_scale, expert_num_tokens,
-            activation=parse_activation(activation).value, clamp_limit=clamp_limit, alpha=alpha, beta=beta,
-        )  # fmt: skip
-    torch.ops.nvfp4.batched_moe.out(
-        hidden_states, w13, w13_global_scale, w2, w2_global_scale, expert_num_tokens,
-        activation=parse_activation(activation).value, clamp_limit=clamp_limit, alpha=alpha, beta=beta, out=out,
-    )  # fmt: skip
+        return call_batched_moe((hidden_states, w13_global_scale, w2_global_scale), arguments, gate)
+    torch.ops.nvfp4.batched_moe.out(*arguments, **gate, out=out)
     return out
+
+
+call_batched_moe = below_autograd("batched_moe")
+"""The op past the autograd kernel where there is nothing to differentiate."""
 
 
 def _check(

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from torch_nvfp4.gate import gated_activation, parse_activation
+from torch_nvfp4.gate import gate_keywords, gated_activation, parse_activation
 from torch_nvfp4.ops import _checks
-from torch_nvfp4.ops._library import below_autograd, gate_keywords, register_fake, register_no_autograd
+from torch_nvfp4.ops._library import below_autograd, register_fake, register_no_autograd
 
 
 def moe(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from torch_nvfp4.gate import parse_activation
+from torch_nvfp4.gate import gate_keywords, parse_activation
 from torch_nvfp4.ops import _checks
-from torch_nvfp4.ops._library import below_autograd, gate_keywords, register_fake, register_no_autograd
+from torch_nvfp4.ops._library import below_autograd, register_fake, register_no_autograd
 
 
 def swiglu(
