@@ -12,6 +12,9 @@ namespace {
 
 // ---- the table: the first kernel that has no reason against it
 
+// Batch invariance: stream_gemm and wgmma_experts sum along k in the same order and to the same bits (NOTES.md, "Batch
+// invariance"), whatever their tiles, as long as one warp sums all of an item's k.
+
 // Where wgmma_experts overtakes stream_gemm, in slots per expert. Streaming reads weights faster, but where all of a
 // layer's weights are few, the ends of its items take what it gains: they are equal at 4.6 (0.43 GB) and 5.6 (0.45 GB),
 // and at 7 with 2.1 and 3.6 GB. See NOTES.md, "Small layers".
@@ -32,6 +35,7 @@ int64_t stream_slots_per_expert(const Problem& problem) {
 
 const char* against_few_slots(const Problem& problem, const Device& device, Choice& choice) {
   if (problem.op != Op::moe) return "it runs whole MLPs only";
+  if (problem.batch_invariant) return "how it splits k depends on the batch";
   if (problem.slots() > kInlineSlots) return "it sorts nothing and takes at most 32 slots";
   choice.few_slots = plan_few_slots(problem, device, choice.isa);
   return choice.few_slots.width > 0 ? nullptr : "the tokens do not fit into a CTA's shared memory beside its rings";
@@ -102,7 +106,9 @@ const char* against_stream(const Problem& problem, const Device& device, Choice&
                                                  : std::min(problem.slots(), problem.experts);
   for (int i = 0; i < 2; ++i) {
     const GemmSize& gemm = problem.gemm[i];
-    choice.stream.k_ways[i] = stream_k_ways(k_blocks_of(gemm.k), tiles * panels_of(gemm.n), device.multiprocessors);
+    choice.stream.k_ways[i] =
+        problem.batch_invariant ? 1
+                                : stream_k_ways(k_blocks_of(gemm.k), tiles * panels_of(gemm.n), device.multiprocessors);
   }
   return nullptr;
 }
@@ -272,7 +278,7 @@ std::string explain(const Problem& problem, const Device& device) {
 // bytes with the ending zero, and returns the text's length without it, or its negative length where it is an error.
 extern "C" __attribute__((visibility("default"))) int64_t nvfp4_explain_select(
     const char* op, const char* dtype, int64_t tokens, int64_t top_k, int64_t experts, int64_t k, int64_t n, int silu,
-    int major, int multiprocessors, int shared_memory_per_cta, char* text, int64_t size) {
+    int batch_invariant, int major, int multiprocessors, int shared_memory_per_cta, char* text, int64_t size) {
   using namespace nvfp4::cuda;
   const auto answer = [&](const std::string& result, bool good) {
     if (size > 0) std::snprintf(text, static_cast<size_t>(size), "%s", result.c_str());
@@ -288,7 +294,8 @@ extern "C" __attribute__((visibility("default"))) int64_t nvfp4_explain_select(
                   .top_k = top_k,
                   .experts = experts,
                   .gemm = {},
-                  .silu = silu != 0};
+                  .silu = silu != 0,
+                  .batch_invariant = batch_invariant != 0};
   const bool batched = std::strcmp(op, "batched_moe") == 0;
   if (batched || std::strcmp(op, "moe") == 0) {
     problem.gemm[0] = {2 * n, k};

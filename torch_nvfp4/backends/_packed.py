@@ -10,6 +10,7 @@ from torch import Tensor
 from torch_nvfp4.format import NVFP4Weight
 from torch_nvfp4.gate import Gate, gate_keywords
 from torch_nvfp4.ops import pack, unpack
+from torch_nvfp4.ops.batch_invariance import invariance_keywords, refuse_batch_invariance
 from torch_nvfp4.ops.batched_moe import call_batched_moe
 from torch_nvfp4.ops.moe import call_moe
 from torch_nvfp4.quant_config import MoEQuantConfig
@@ -44,7 +45,7 @@ def apply(
 ) -> Tensor:
     """The layer: hidden_states [M, K] -> [M, K], as ``torch_nvfp4.moe``."""
     w13_scale, w2_scale = tensors["w13_global_scale"], tensors["w2_global_scale"]
-    keywords = _keywords(quant.gate)
+    keywords: dict[str, Any] = {**_keywords(quant.gate), **invariance_keywords(None)}
     if apply_router_weight_on_input:
         keywords["apply_router_weight_on_input"] = True
     return call_moe(
@@ -58,6 +59,7 @@ def apply_batched(
     tensors: Mapping[str, Tensor], quant: MoEQuantConfig, hidden_states: Tensor, expert_num_tokens: Tensor
 ) -> Tensor:
     """The layer's experts: hidden_states [E, T, K] -> [E, T, K], as ``torch_nvfp4.batched_moe``."""
+    refuse_batch_invariance("batched_moe")
     w13_scale, w2_scale = tensors["w13_global_scale"], tensors["w2_global_scale"]
     return call_batched_moe(
         (hidden_states, w13_scale, w2_scale),

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch_nvfp4.gate import gate_keywords, parse_activation
 from torch_nvfp4.ops import _checks
 from torch_nvfp4.ops._library import below_autograd, register_fake, register_no_autograd
+from torch_nvfp4.ops.batch_invariance import refuse_batch_invariance
 
 
 def batched_moe(
@@ -43,8 +44,10 @@ def batched_moe(
     Returns [E, T, K] in hidden_states' dtype, ``out`` if that is given, else with zeros at and behind the counts.
     No tensor may change while the op runs: counts that do lead to undefined values, not out of the tensors.
 
-    Raises what ``moe`` raises.
+    Raises what ``moe`` raises, and NotImplementedError under ``set_batch_invariant(True)``: what is summed by how many
+    warps follows from the counts.
     """
+    refuse_batch_invariance("batched_moe")
     gate = gate_keywords(parse_activation(activation).value, clamp_limit, alpha, beta)
     arguments = (hidden_states, w13, w13_global_scale, w2, w2_global_scale, expert_num_tokens)
     if out is None:

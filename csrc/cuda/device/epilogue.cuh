@@ -87,7 +87,10 @@ __device__ __forceinline__ float2 reduce(const float* partials, int stride, int 
   return total;
 }
 
-__device__ __forceinline__ float2 scaled(float2 v, float scale) { return make_float2(v.x * scale, v.y * scale); }
+// Not contracted with a following addition, which other kernels do not have: a row's bits are those that they give it.
+__device__ __forceinline__ float2 scaled(float2 v, float scale) {
+  return make_float2(__fmul_rn(v.x, scale), __fmul_rn(v.y, scale));
+}
 
 template <class T>
 __device__ __forceinline__ void store_pair(void* out, int64_t at, float2 v) {
