@@ -298,6 +298,14 @@ def test_weights_that_are_inputs_stay_in_pytorch(lowered: Callable[[Model], Grap
     assert tensorrt_moe.unsupported_reason(node).startswith("expected w13 to be a constant of the graph, got")
 
 
+def test_batch_invariant_calls_stay_in_pytorch(lowered: Callable[[Model], GraphModule]) -> None:
+    graph = lowered(Model())
+    claim_cuda(graph)
+    node = moe_node(graph)
+    node.update_kwarg("batch_invariant", True)
+    assert tensorrt_moe.unsupported_reason(node).startswith("expected a call without batch_invariant, got one with it")
+
+
 class RecordingNetwork:
     """Stands for trt.INetworkDefinition."""
 
