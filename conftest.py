@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import torch_nvfp4  # noqa: F401  (registers the ops)
+from helpers.levels import LEVELS
 
 
 def load_build_tools() -> ModuleType:
@@ -28,23 +29,6 @@ def load_build_tools() -> ModuleType:
 
 build_tools = load_build_tools()
 
-# Processor flags that a level needs, as /proc/cpuinfo names them: a second opinion on the library's own detection.
-LEVEL_FLAGS = {
-    "avx512": {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"},
-    "avx2": {"avx2", "fma", "f16c"},
-    "portable": set(),
-}
-
-
-def processor_flags() -> set[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return set()
-    return {flag for line in lines if line.startswith("flags") for flag in line.split(":", 1)[1].split()}
-
-
-LEVELS = [level for level, needed in LEVEL_FLAGS.items() if needed <= processor_flags()]
 HAS_GPU = torch.cuda.is_available() and torch._C._dispatch_has_kernel_for_dispatch_key("nvfp4::moe", "CUDA")
 DEVICES = ["cpu", *(["cuda"] if HAS_GPU else [])]
 

@@ -40,6 +40,7 @@ from build_tools import BuildError, Candidate, Step  # noqa: E402
 CSRC = ROOT / "csrc"
 # Not setuptools' build_temp: pip's editable builds put that into a new folder each.
 OBJECTS = ROOT / "build" / "objects"
+WHEELS = ROOT / "build" / "wheels"  # what the build of a wheel goes through
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # torch 2.11
 CXX_FLAGS = ("-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall", "-Wextra")
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1")
@@ -259,18 +260,37 @@ class BuildLibraries(build_ext):
 class PlatformWheel(bdist_wheel):
     """py3-none-<platform>, and a build tag, 0cpu or 0cu130: the name says whether the CUDA library is inside."""
 
+    def initialize_options(self) -> None:
+        super().initialize_options()
+        self.bdist_dir = str(WHEELS / "tree")
+
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]
 
     def run(self) -> None:
-        build_lib = Path(self.get_finalized_command("build").build_lib)
-        if self.skip_build:
-            with_cuda = (build_lib / "torch_nvfp4" / "_C_cuda.so").exists()
-        else:
-            with_cuda = build_cuda(torch_root())
-            shutil.rmtree(build_lib, ignore_errors=True)  # what an earlier tree left there would come into the wheel
-        self.build_number = self.build_number or f"0{cuda_tag() if with_cuda else 'cpu'}"
-        super().run()
+        """One at a time, in folders that begin empty: what an earlier tree left there would come into the wheel.
+
+        The wheel appears under its name only when it is whole.
+        """
+        with build_tools.exclusive(WHEELS, say):
+            for leftover in ("lib", "tree", "dist"):
+                shutil.rmtree(WHEELS / leftover, ignore_errors=True)
+            build = self.get_finalized_command("build")
+            if self.skip_build:
+                with_cuda = (Path(build.build_lib) / "torch_nvfp4" / "_C_cuda.so").exists()
+            else:
+                with_cuda = build_cuda(torch_root())
+                build.build_lib = str(WHEELS / "lib")
+            self.build_number = self.build_number or f"0{cuda_tag() if with_cuda else 'cpu'}"
+            dist_dir, self.dist_dir = Path(self.dist_dir), str(WHEELS / "dist")
+            super().run()
+            self.dist_dir = str(dist_dir)
+            command, python, written = self.distribution.dist_files.pop()
+            wheel = dist_dir / Path(written).name
+            wheel.parent.mkdir(parents=True, exist_ok=True)
+            build_tools.write_atomically(wheel, Path(written).read_bytes())
+            Path(written).unlink()
+            self.distribution.dist_files.append((command, python, str(wheel)))
 
 
 def say(message: str) -> None:

@@ -44,9 +44,7 @@ def register() -> None:
         return
     try:
         from torch_nvfp4.integrations.vllm import install
-    except (
-        Exception
-    ) as error:  # ImportError, OSError of a library that does not load, a schema that is registered twice
+    except Exception as error:  # also OSError, of a library that does not load
         raise RuntimeError(
             f"torch_nvfp4 is installed as a plug-in of vLLM but cannot be loaded: {type(error).__name__}: {error}. "
             f"Install it again, or set {ENVIRONMENT_VARIABLE}=off to serve with vLLM's own kernels."

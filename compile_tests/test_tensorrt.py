@@ -135,7 +135,7 @@ def test_bind_arguments() -> None:
     names = [argument.name for argument in MOE._schema.arguments]
     positional, keyword_only = names[:8], names[8:]
     defaults = {"expert_map": None, "activation": 0, "clamp_limit": None, "alpha": 1.0, "beta": 0.0}
-    defaults["apply_router_weight_on_input"] = False
+    defaults |= {"apply_router_weight_on_input": False, "batch_invariant": False}
     bind = tensorrt_moe.bind_arguments
     assert bind(positional[:7], {}) == {**dict(zip(positional[:7], positional[:7], strict=True)), **defaults}
     by_name = {name: name for name in names}

@@ -46,6 +46,7 @@ SIZES: dict[str, Any] = {
 }
 SECONDS_PER_CASE = 2.0
 CONSTANT_BYTES = 2**20  # of Python objects beside twice the files
+SECONDS_PER_LINE = 5.0
 RESIDENT_BYTES = 64 * 2**20  # by which the process may grow over all cases
 
 NUMBERS = [
@@ -463,8 +464,14 @@ def run_case(path: Path, layout: str, files: Files, kinds: collections.Counter[s
     return seconds
 
 
-def fuzz(*, cases: int, seed: int, seconds: float = float("inf"), first: int = 0, keep: bool = False) -> dict[str, Any]:
-    """Runs cases until their number or the time is reached; raises AssertionError at the first that fails."""
+def fuzz(
+    *, cases: int, seed: int, seconds: float = float("inf"), first: int = 0, keep: bool = False,
+    tell: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:  # fmt: skip
+    """Runs cases until their number or the time is reached; raises AssertionError at the first that fails.
+
+    ``tell`` is called with a line of progress every few seconds.
+    """
 
     def slow(*_: object) -> None:
         raise _Slow
@@ -475,12 +482,16 @@ def fuzz(*, cases: int, seed: int, seconds: float = float("inf"), first: int = 0
     scratch = Path(tempfile.mkdtemp(prefix="fuzz_checkpoints_", dir=folder))
     kinds: collections.Counter[str] = collections.Counter()
     started, total, worst, number = time.perf_counter(), 0.0, 0.0, first
+    told = started
     try:
         bases = make_bases(scratch)
         for number in range(first, first + cases):
             if time.perf_counter() - started > seconds:
                 number -= 1
                 break
+            if time.perf_counter() - told >= SECONDS_PER_LINE:
+                told = time.perf_counter()
+                tell(f"{number - first} of {cases} cases in {told - started:.0f} s, at most {worst * 1e3:.0f} ms each")
             layout, files = make_case(bases, seed, number)
             try:
                 took = run_case(scratch / "case", layout, files, kinds, trace=number % 50 == 0)
@@ -507,7 +518,7 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="leave the last case's files")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    result = fuzz(**vars(arguments))
+    result = fuzz(**vars(arguments), tell=lambda line: print(line, file=sys.stderr, flush=True))
     print(f"{result['cases']} cases, {result['mean_ms']:.2f} ms each, at most {result['worst_ms']:.0f} ms")
     for kind, count in sorted(result["outcomes"].items()):
         print(f"  {kind}: {count}")

@@ -68,8 +68,9 @@ def test_skewed_cases():
     torch.testing.assert_close(first.topk_weights.sum(-1), torch.ones(64))
 
 
+@pytest.mark.parametrize("on_input", [False, True])
 @pytest.mark.parametrize(("activation", "limit"), [("silu", 5.0), ("silu", None), ("swiglustep", 5.0), ("gelu", None)])
-def test_dequantize_then_matmul_is_the_layer(activation, limit):
+def test_dequantize_then_matmul_is_the_layer(activation, limit, on_input):
     generator = torch.Generator().manual_seed(0)
     w13 = random_weight((4, 64, 64), gated=True, generator=generator)
     w2 = random_weight((4, 64, 32), generator=generator)
@@ -78,9 +79,13 @@ def test_dequantize_then_matmul_is_the_layer(activation, limit):
     topk_ids[0] = torch.tensor([1, 1])
     topk_ids[1] = torch.tensor([-1, 4])
     out = bench.dequantize_then_matmul(
-        bench.Case(x, topk_weights, topk_ids), w13, w2, activation=activation, clamp_limit=limit
-    )
-    expected = reference.moe(x, w13, w2, topk_weights, topk_ids, activation=activation, clamp_limit=limit)
+        bench.Case(x, topk_weights, topk_ids), w13, w2, activation=activation, clamp_limit=limit,
+        apply_router_weight_on_input=on_input,
+    )  # fmt: skip
+    expected = reference.moe(
+        x, w13, w2, topk_weights, topk_ids, activation=activation, clamp_limit=limit,
+        apply_router_weight_on_input=on_input,
+    )  # fmt: skip
     assert relative_l2(out, expected) < 1e-5
     assert torch.equal(out[1], torch.zeros(64))
 

@@ -341,6 +341,27 @@ def test_lost_object_and_lost_library(tree: Tree) -> None:
     assert tree.build() == {"cxx link"}
 
 
+@pytest.mark.parametrize(
+    ("file", "expected"),
+    [
+        ("_C/cpu/rows.cpp.o", cxx("csrc/cpu/rows.cpp")),
+        ("_C/_C.so", cxx("link")),
+        ("_C_cuda-80_90a_90+PTX/cuda/kernels/moe.cu.o", nvcc("csrc/cuda/kernels/moe.cu")),
+    ],
+)
+@pytest.mark.parametrize("kept", [0.0, 0.5])
+def test_damaged_output_is_made_again(tree: Tree, file: str, expected: set[str], kept: float) -> None:
+    """As after a full disk or a power cut. ld takes an object of 0 bytes for an empty script, and links on."""
+    library = (tree.folder / "torch_nvfp4/_C.so").read_bytes()
+    damaged = tree.folder / "build/objects" / file
+    whole = damaged.read_bytes()
+    os.truncate(damaged, int(len(whole) * kept))
+    assert tree.build() == expected
+    assert damaged.read_bytes() == whole
+    assert (tree.folder / "torch_nvfp4/_C.so").read_bytes() == library
+    assert tree.build() == set()
+
+
 def test_interrupted_compile_leaves_no_object(tree: Tree) -> None:
     """A compiler killed in the middle, with half an object written; what was finished before stays."""
     logging_cxx(tree.cxx, 'case "$what" in *rows.cpp) echo half > "$output"; kill -9 $$;; esac')
@@ -698,6 +719,47 @@ def test_a_wheel_says_whether_it_holds_the_cuda_library(tree: Tree) -> None:
     name, files = wheel_of(tree, TORCH_NVFP4_BUILD_CUDA="0")
     assert name.startswith(f"{start}0cpu-py3-none-")
     assert files == package
+
+
+def test_two_wheels_at_once(tree: Tree) -> None:
+    """The second waits for the first, and each is whole."""
+    folders = [tree.folder / "first", tree.folder / "second"]
+    with build_tools.exclusive(tree.folder / "build/wheels", print):
+        running = [
+            subprocess.Popen(
+                [sys.executable, "setup.py", "-q", "bdist_wheel", "-d", str(folder)], cwd=tree.folder,
+                env=clean_environment(**tree.variables()), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            )
+            for folder in folders
+        ]  # fmt: skip
+        for process in running:
+            assert process.stdout is not None
+            assert process.stdout.readline().startswith("torch_nvfp4: waiting for another build in ")
+    package = {f"torch_nvfp4/{name}" for name in ("__init__.py", "_version.py", "py.typed", "_C.so", "_C_cuda.so")}
+    for process, folder in zip(running, folders, strict=True):
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, output
+        (wheel,) = folder.iterdir()
+        with zipfile.ZipFile(wheel) as content:
+            assert content.testzip() is None
+            assert {path for path in content.namelist() if path.startswith("torch_nvfp4/")} == package
+
+
+def test_a_wheel_that_cannot_be_finished_is_not_there(tree: Tree) -> None:
+    """Nor does anything of it come into the next one."""
+    line = "            super().run()\n            self.dist_dir"
+    tree.edit("setup.py", line, line.replace("self", "1 / 0; self"))
+    broken = tree.setup("bdist_wheel", "-d", "broken", "--keep-temp")
+    assert broken.returncode == 1
+    assert "ZeroDivisionError" in broken.stderr
+    assert not (tree.folder / "broken").exists()
+    write(tree.folder / "build/wheels/tree/torch_nvfp4/of_a_killed_build.py", "")
+    write(tree.folder / "build/wheels/dist/partial.whl", "")
+    tree.edit("setup.py", "1 / 0; ", "")
+    assert tree.setup("bdist_wheel", "-d", "whole").returncode == 0
+    (wheel,) = (tree.folder / "whole").iterdir()
+    with zipfile.ZipFile(wheel) as content:
+        assert "torch_nvfp4/of_a_killed_build.py" not in content.namelist()
 
 
 def test_cuda_torch_without_nvcc_is_told(tree: Tree) -> None:

@@ -196,6 +196,13 @@ def test_verify_all_layers(checkpoint):
     assert [check["layer"] for check in json.loads(result.stdout)["layers"]] == [0, 1, 2]
 
 
+def test_verify_of_a_layer_named_twice(checkpoint):
+    layers = ("--layer", "2", "--layer", "0", "--layer", "2")
+    result = run("verify", checkpoint, "--device", "cpu", *layers, "--json", "-")
+    assert [check["layer"] for check in json.loads(result.stdout)["layers"]] == [2, 0]
+    assert "verify passed: 2 layers within" in run("verify", checkpoint, "--device", "cpu", *layers).stdout
+
+
 def test_verify_sees_a_dropped_clamp(checkpoint, monkeypatch):
     # On the way to the kernel only: the reference that verify compares with keeps the limit.
     from_checkpoint = NVFP4Experts.from_checkpoint
@@ -252,6 +259,35 @@ def test_demo(checkpoint, tmp_path, monkeypatch):
         hit = len(set(next(bench.cases(bench.Shape(4, 64, 32, 2), tokens)).topk_ids.flatten().tolist()))
         assert row["touched_bytes"] == hit * (3 * HIDDEN * INTERMEDIATE * 9 // 16 + 12), mode
     assert "demo passed: 2 layers, eager and compiled, within 0.004 of fp64" in result.stdout
+
+
+def test_demo_of_layers_that_differ(tmp_path, monkeypatch):
+    """In their number of experts; and the baseline that is timed applies the router's weight where the layers do."""
+    path = write_checkpoint(
+        tmp_path / "checkpoint", hidden_size=HIDDEN, moe_intermediate_size=INTERMEDIATE, n_routed_experts=[32, 2],
+        num_experts_per_tok=1, num_hidden_layers=2, swiglu_limit=LIMIT,
+    )  # fmt: skip
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"apply_router_weight_on_input": True}))
+    baseline, on_input = bench.dequantize_then_matmul, []
+
+    def recorded(*args, **kwargs):
+        on_input.append(kwargs["apply_router_weight_on_input"])
+        return baseline(*args, **kwargs)
+
+    monkeypatch.setattr(bench, "dequantize_then_matmul", recorded)
+    monkeypatch.setattr(demo, "DEMO_TOKENS", (1, 16))
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)
+    result = run("demo", "--checkpoint", path, "--device", "cpu", "--json", "-")
+    assert result.exit_code == 0, result.output
+    assert on_input == [True] * 8  # two layers, timed twice at each number of tokens
+    for row in json.loads(result.stdout)["rows"]:
+        assert 0 < row["relative_l2"] <= 4e-3
+        hit = sum(
+            next(bench.cases(bench.Shape(experts, HIDDEN, INTERMEDIATE, 1), row["tokens"])).topk_ids.unique().numel()
+            for experts in (32, 2)
+        )
+        assert row["touched_bytes"] == hit * (3 * HIDDEN * INTERMEDIATE * 9 // 16 + 12) // 2
 
 
 def test_demo_fails_when_a_layer_is_wrong(checkpoint, monkeypatch):

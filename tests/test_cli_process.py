@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from torch_nvfp4 import __version__
 from torch_nvfp4.cli import app, output
 from torch_nvfp4.cli.memory import memory_error
 from torch_nvfp4.cli.output import OutputError, json_text, json_writer
@@ -117,7 +119,7 @@ def test_a_checkpoint_on_a_full_disk(server, tmp_path):
     limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (10000, 10000))"
     code, _, err = server.run("demo", "--keep", tmp_path / "kept", before=small_checkpoint() + limit)
     assert code == 2
-    assert_error(err, "expected 60 MiB that can be written, got ")
+    assert_error(err, "expected 130 MiB that can be written, got ")
     assert os.listdir(tmp_path) == []
 
 
@@ -295,6 +297,41 @@ def test_every_command_tries_the_json_file_first(command, checkpoint, monkeypatc
     assert_error(result.stderr, "--json", "No such file or directory")
 
 
+@pytest.mark.parametrize("command", ["inspect", "verify", "demo"])
+def test_json_replaces_no_file_of_the_checkpoint(command, checkpoint, tmp_path):
+    """Whatever it is called: the shards in a download cache are links to files elsewhere."""
+    path, blob, link = tmp_path / "checkpoint", tmp_path / "blob", tmp_path / "link.json"
+    shutil.copytree(checkpoint, path)
+    shard = sorted(path.glob("*.safetensors"))[0]
+    shard.rename(blob)
+    (path / "hf_quant_config.json").unlink()
+    shard.symlink_to(blob)
+    link.symlink_to(path / "config.json")
+    (tmp_path / "hard").hardlink_to(path / "config.json")
+    (tmp_path / "dangling").symlink_to(path / "new.safetensors")
+    (path / "tokenizer.json").write_text("{}")
+    before = {file: file.read_bytes() for file in (blob, shard, *path.glob("*.json"))}
+    arguments = ["--checkpoint", path] if command == "demo" else [path]
+    own = [shard, blob, path / "config.json", path / "tokenizer.json", link, tmp_path / "hard"]
+    new = [path / "new.safetensors", path / "hf_quant_config.json", tmp_path / "dangling"]
+    names = sorted(os.listdir(path))
+    for file in (*own, *new):
+        result = run(command, *arguments, "--json", file)
+        assert (result.exit_code, result.stdout) == (2, "")
+        got = "one of its files" if file in own else "one that would be read as part of it"
+        assert_error(
+            result.stderr, f"--json {file}: expected a file that does not belong to the checkpoint {path}, got {got}"
+        )
+    assert {file: file.read_bytes() for file in before} == before
+    assert sorted(os.listdir(path)) == names
+
+
+def test_json_beside_the_files_of_a_checkpoint(checkpoint, tmp_path):
+    path = shutil.copytree(checkpoint, tmp_path / "checkpoint")
+    assert run("inspect", path, "--device", "cpu", "--json", path / "facts.json").exit_code == 0
+    assert json.loads((path / "facts.json").read_text())["path"] == str(path)
+
+
 def test_keep_takes_a_new_or_an_empty_directory(tmp_path, monkeypatch):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "config.json").write_text("{}")
@@ -345,3 +382,85 @@ def test_usage_errors_are_one_line():
         assert_error(result.stderr, "expected what torch-nvfp4 ", " --help lists, got: ")
     assert run().exit_code == 2
     assert "Usage:" in run().output
+
+
+# The start: torch, which takes seconds to import, is a stand-in here.
+
+
+@pytest.fixture(params=["-m", "script"])
+def started(request, tmp_path):
+    """Runs the command as it is started, by python -m and by the script that pip writes, with a torch that is text."""
+    script = tmp_path / "bin" / "torch-nvfp4"
+    script.parent.mkdir()
+    script.write_text("import sys\nfrom torch_nvfp4.cli import app\nsys.exit(app())\n")
+    command = ["-m", "torch_nvfp4"] if request.param == "-m" else [str(script)]
+
+    def start(torch_text, *args, command=command, **options):
+        (tmp_path / "torch.py").write_text(torch_text)
+        env = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+        return subprocess.Popen([sys.executable, *command, *args], env=env, text=True, **streams)
+
+    return start
+
+
+SLOW_TORCH = "import pathlib, time\npathlib.Path({stopped!r}).touch()\ntime.sleep(60)\n"
+
+
+def test_ctrl_c_while_torch_is_imported(started, tmp_path):
+    stopped = tmp_path / "stopped"
+    process = started(SLOW_TORCH.format(stopped=str(stopped)), "info")
+    while not stopped.exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30) == ("", "torch-nvfp4: interrupted\n")
+    assert process.returncode == 130
+
+
+def test_ctrl_c_that_is_ignored_stays_ignored_at_the_start(started):
+    torch_text = (
+        "import signal\nprint(signal.getsignal(signal.SIGINT) is signal.SIG_IGN, flush=True)\nraise SystemExit(7)\n"
+    )
+    process = started(torch_text, "info", preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+    assert process.communicate(timeout=30) == ("True\n", "")
+    assert process.returncode == 7
+
+
+def test_the_version_needs_no_torch(started):
+    process = started("raise SystemExit('torch was imported')", "--version")
+    assert process.communicate(timeout=30) == (f"torch-nvfp4 {__version__}\n", "")
+    assert process.returncode == 0
+    # What cannot be printed is left to the command, which has words for it.
+    with open("/dev/full", "w") as full:
+        process = started("raise SystemExit('torch was imported')", "--version", stdout=full)
+    assert process.communicate(timeout=30)[1] == "torch was imported\n"
+
+
+@pytest.mark.parametrize(
+    "command", [["-c", "import torch_nvfp4"], ["-m", "other", "-m", "torch_nvfp4"], ["-m", "other", "torch_nvfp4"]]
+)
+def test_other_programs_keep_their_signals(started, tmp_path, command):
+    """Also one that has the command's name among its arguments, and a package of which Python looks for a module."""
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "__init__.py").write_text("import torch_nvfp4")
+    torch_text = (
+        "import signal\nprint(signal.getsignal(signal.SIGINT) is signal.default_int_handler, flush=True)\n"
+        "raise SystemExit(7)\n"
+    )
+    process = started(torch_text, "--version", command=command)
+    assert process.communicate(timeout=30) == ("True\n", "")
+    assert process.returncode == 7
+
+
+def test_a_command_takes_over_from_the_start(server, checkpoint, tmp_path):
+    """What has been made by then is cleaned up, and the command says its name."""
+    file, stopped = tmp_path / "checks.json", tmp_path / "stopped"
+    before = WAIT.format(stopped=str(stopped)) + (
+        "import signal\nfrom torch_nvfp4._start import end_at_interrupt\n"
+        "signal.signal(signal.SIGINT, end_at_interrupt)\n"
+        "from torch_nvfp4.cli import verify\nverify.verify_layer = wait"
+    )
+    assert stop(server, signal.SIGINT, stopped, "verify", checkpoint, "--json", file, before=before) == 130
+    assert (server.folder / "err").read_text() == "torch-nvfp4 verify: interrupted\n"
+    assert os.listdir(tmp_path) == ["stopped"]

@@ -147,11 +147,17 @@ PUBLIC = [
     "torch_nvfp4.errors",
     "torch_nvfp4.format",
     "torch_nvfp4.gate",
+    "torch_nvfp4.integrations.report",
+    "torch_nvfp4.integrations.vllm",
+    "torch_nvfp4.integrations.vllm.support",
+    "torch_nvfp4.integrations.vllm.versions",
+    "torch_nvfp4.integrations.vllm.weights",
     "torch_nvfp4.nn",
     "torch_nvfp4.ops",
     "torch_nvfp4.quant_config",
     "torch_nvfp4.reference",
     "torch_nvfp4.testing",
+    "torch_nvfp4_vllm",
 ]
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import torch_nvfp4
-from conftest import LEVELS
+from helpers.levels import LEVELS
 from torch_nvfp4 import reference
 from torch_nvfp4.testing import assert_accurate, random_routing, random_weight
 
@@ -478,6 +478,31 @@ def test_views_that_begin_between_elements() -> None:
             f"nvfp4::moe: {name} must begin at a multiple of {good.element_size()} bytes in memory, got a view that "
             "does not; call .clone() first"
         )
+
+
+def test_storage_that_was_freed_under_a_tensor(device: str) -> None:
+    """Sharded data parallelism frees a parameter's storage between its uses."""
+    layer = Layer(device)
+    expert_map = torch.arange(E, dtype=torch.int32, device=device)
+    names = ("hidden_states", "w13", "w13_global_scale", "w2", "w2_global_scale", "topk_weights", "topk_ids")
+    tensors = (layer.x, *layer.packed, layer.weights, layer.ids)
+    arguments = dict(zip(names, tensors, strict=True)) | {"expert_map": expert_map}
+    for name, good in arguments.items():
+        freed = good.clone()
+        storage = freed.untyped_storage()
+        nbytes = storage.nbytes()
+        storage.resize_(0)
+        call = lambda name=name, freed=freed: torch.ops.nvfp4.moe(**(arguments | {name: freed}), clamp_limit=7.0)  # noqa: E731
+        assert message_of(call) == (
+            f"nvfp4::moe: {name} must have its memory, got a tensor whose storage was freed; give the storage its size "
+            "and contents back first"
+        )
+        storage.resize_(nbytes)
+        freed.copy_(good)
+        assert_accurate(call(), layer.expected())
+    empty = layer.x[:0].clone()
+    empty.untyped_storage().resize_(0)
+    assert torch_nvfp4.moe(empty, *layer.packed, layer.weights[:0], layer.ids[:0]).shape == (0, K)
 
 
 @pytest.mark.gpu

@@ -6,7 +6,7 @@ happen before the first trace.
 
 from typing import Any
 
-from torch_nvfp4 import reference
+from torch_nvfp4 import _start, reference  # noqa: F401  (_start comes before whatever imports torch)
 from torch_nvfp4._version import __version__
 from torch_nvfp4.backends import select_moe_backend
 from torch_nvfp4.format import NVFP4Weight, dequantize, quantize

@@ -80,6 +80,9 @@ bool matches(const Tensor& tensor, const Dims& dims) {
 
 bool on_one_device(const Tensor& tensor, const Tensor& like) { return tensor.device() == like.device(); }
 
+// storage.resize_(0) frees memory under a tensor, as sharded data parallelism does between uses of a parameter.
+bool has_memory(const Tensor& tensor) { return tensor.data_ptr() != nullptr || tensor.numel() == 0; }
+
 bool begins_at_multiple(const Tensor& tensor, int64_t bytes) {
   return reinterpret_cast<uintptr_t>(tensor.data_ptr()) % static_cast<uintptr_t>(bytes) == 0;
 }
@@ -90,7 +93,8 @@ bool is_as_expected(const Tensor& tensor, const Tensor& like, std::initializer_l
                     const Dims& dims) {
   const ScalarType dtype = tensor.scalar_type();
   return std::find(dtypes.begin(), dtypes.end(), dtype) != dtypes.end() && on_one_device(tensor, like) &&
-         matches(tensor, dims) && tensor.is_contiguous() && begins_at_multiple(tensor, item_size(dtype));
+         has_memory(tensor) && matches(tensor, dims) && tensor.is_contiguous() &&
+         begins_at_multiple(tensor, item_size(dtype));
 }
 
 void check_dtype(const char* op, const char* name, const Tensor& tensor, std::initializer_list<ScalarType> dtypes) {
@@ -170,6 +174,10 @@ void check_tensor(const char* op, const char* name, const Tensor& tensor, const 
   check_dtype(op, name, tensor, dtypes);
   if (!on_one_device(tensor, like)) {
     fail(op, name, " must be on ", device_name(like), " like ", like_name, ", got ", device_name(tensor));
+  }
+  if (!has_memory(tensor)) {
+    fail(op, name, " must have its memory, got a tensor whose storage was freed; give the storage its size and ",
+         "contents back first");
   }
   if (!matches(tensor, dims)) {
     fail(op, name, " must have shape ", describe(dims), note, ", got ", shape_of(tensor));

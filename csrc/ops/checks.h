@@ -71,7 +71,7 @@ struct Advice {
 };
 
 // Checks dtype, device (that of `like`), shape, contiguity and alignment, in this order. `note` follows the expected
-// shape.
+// shape. Before the shape: a tensor whose storage was freed has nothing to read.
 void check_tensor(const char* op, const char* name, const Tensor& tensor, const char* like_name, const Tensor& like,
                   std::initializer_list<ScalarType> dtypes, const Dims& dims, const std::string& note = "",
                   const Advice& advice = {});

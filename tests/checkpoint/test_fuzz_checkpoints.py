@@ -60,3 +60,10 @@ def test_wrong_values_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(headers, "_indexed_tensors", stale)
     with pytest.raises(AssertionError, match="values of expert 1 of layer 0"):
         fuzz_checkpoints.fuzz(cases=2000, seed=0)
+
+
+def test_progress_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fuzz_checkpoints, "SECONDS_PER_LINE", 0.0)
+    lines: list[str] = []
+    fuzz_checkpoints.fuzz(cases=3, seed=1, first=20, tell=lines.append)
+    assert [line.partition(" in ")[0] for line in lines] == ["0 of 3 cases", "1 of 3 cases", "2 of 3 cases"]

@@ -1,6 +1,6 @@
 """As much of vLLM as its plug-in touches, made from the table of what each version has, for tests without vLLM.
 
-``engine_tests`` runs the plug-in inside the real one.
+``tests/engines`` runs the plug-in inside the real one.
 """
 
 from __future__ import annotations

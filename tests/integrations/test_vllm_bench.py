@@ -23,15 +23,15 @@ CPU = torch.device("cpu")
 ONE_LAYER = replace(TINY, layers=1)
 
 
-def test_the_model_is_a_checkpoint_whose_experts_enlarge_by_two(tmp_path):
+def test_the_model_is_a_checkpoint_whose_experts_enlarge_as_meant(tmp_path):
     checkpoint = open_checkpoint(write_model(tmp_path, TINY, device=CPU))
     assert (checkpoint.layers, checkpoint.num_experts, checkpoint.top_k) == ((0, 1), 8, 2)
     experts = checkpoint.experts(1)
     assert list(experts.w13.data.shape) == [8, 128, 64]
     assert list(experts.w2.data.shape) == [8, 128, 32]
-    # What the writer aims at: rows of length 2.
-    for weight in (experts.w13, experts.w2):
-        assert dequantize(weight).norm(dim=-1).mean() == pytest.approx(2.0, rel=0.05)
+    # What the writer aims at: rows of length 2, and what goes back into the residual stream smaller with the depth.
+    for weight, length in ((experts.w13, 2.0), (experts.w2, 2.0 * 0.5 / 2**0.5)):
+        assert dequantize(weight).norm(dim=-1).mean() == pytest.approx(length, rel=0.05)
 
 
 def test_a_model_that_is_there_is_left_and_another_is_written(tmp_path):

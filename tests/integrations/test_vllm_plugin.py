@@ -1,6 +1,6 @@
 """The plug-in inside a stand-in for each version of vLLM: which layers it takes, and the values that come out.
 
-``engine_tests`` runs it inside the real vLLM.
+``tests/engines`` runs it inside the real vLLM.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch_nvfp4 import reference
 from torch_nvfp4.backends import Libraries
 from torch_nvfp4.format import NVFP4Weight
 from torch_nvfp4.gate import Gate
+from torch_nvfp4.integrations.vllm import versions
 from torch_nvfp4.integrations.vllm.support import device_error, layer_error, layer_gate
 from torch_nvfp4.integrations.vllm.weights import gate_up_scales
 
@@ -83,7 +84,9 @@ def vllm_layer(layer: Any, layout: str) -> tuple[SimpleNamespace, dict[str, Tens
 
 def build(plugin: Plugin, layer: Any, layout: str, config: SimpleNamespace) -> tuple[Any, Tensor, Tensor]:
     """The experts that vLLM makes of a layer, and the two weights it calls them with."""
-    backend, cls = plugin.user.select_nvfp4_moe_backend(config, "static", "dynamic")
+    backend = plugin.module.Backend.TORCH_NVFP4
+    batched_format = config.moe_parallel_config.use_batched_activation_format
+    cls = plugin.module.NVFP4BatchedExperts if batched_format else plugin.module.NVFP4Experts
     held, handed = vllm_layer(layer, layout)
     w13, w13_scale, w13_scale_2, a13_scale, w2, w2_scale, w2_scale_2, a2_scale = (
         plugin.user.convert_to_nvfp4_moe_kernel_format(
@@ -97,9 +100,7 @@ def build(plugin: Plugin, layer: Any, layout: str, config: SimpleNamespace) -> t
         backend=backend, w13_scale=w13_scale, w2_scale=w2_scale, w13_scale_2=w13_scale_2, w2_scale_2=w2_scale_2,
         a13_scale=None, a2_scale=None, swiglu_limit=config.swiglu_limit,
     )  # fmt: skip
-    batched = (
-        {"max_num_tokens": 8, "num_dispatchers": 1} if config.moe_parallel_config.use_batched_activation_format else {}
-    )
+    batched = {"max_num_tokens": 8, "num_dispatchers": 1} if batched_format else {}
     return cls(config, quant, **batched), w13, w2
 
 
@@ -136,6 +137,19 @@ def test_values_in_every_version(make_plugin: Callable[..., Plugin], version: st
     assert float((expected - unclamped).abs().max()) > 0.1 * float(expected.abs().max())
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+def test_selected_in_every_version(make_plugin: Callable[..., Plugin], version: str) -> None:
+    """On a CPU from 0.30 on: vLLM's buffers need an accelerator before."""
+    plugin = make_plugin(version)
+    plugin.mode = "require"
+    if versions.release(version) >= (0, 30):
+        assert select(plugin) == (plugin.module.Backend.TORCH_NVFP4, plugin.module.NVFP4Experts)
+        assert select(plugin, batched=True)[1] is plugin.module.NVFP4BatchedExperts
+        return
+    with pytest.raises(ValueError, match=f"expected vllm 0.30 or later on a CPU, got {version}"):
+        select(plugin)
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_expert_parallel(make_plugin: Callable[..., Plugin], rank: int) -> None:
     """The layer holds experts of this rank, the ids are global."""
@@ -158,11 +172,42 @@ def test_router_weight_on_the_input(make_plugin: Callable[..., Plugin]) -> None:
     layer = make_layer(EXPERTS, HIDDEN, INTERMEDIATE, seed=1)
     experts, w13, w2 = build(plugin, layer, "modelopt", moe_config(in_dtype=torch.float32, swiglu_limit=0.7))
     x = activations(9, HIDDEN, seed=2).float()
-    weights, ids, _, _ = routed(9, EXPERTS, 1, seed=3)
+    _, ids, _, _ = routed(9, EXPERTS, 1, seed=3)
+    weights = torch.linspace(0.1, 0.9, 9).unsqueeze(1)
     output = torch.full((9, HIDDEN), torch.nan)
     apply(experts, output, x * weights, w13, w2, weights, ids, on_input=True)
     options = {"clamp_limit": 0.7, "apply_router_weight_on_input": True}
     close(output, reference.moe(x.double(), *layer, weights, ids, **options))
+
+
+ACTIVATIONS: list[tuple[str, dict[str, float], dict[str, Any]]] = [
+    ("SILU", {}, {}),
+    ("SILU", {"swiglu_limit": 2.0}, {"clamp_limit": 2.0}),
+    ("SWIGLUOAI_UNINTERLEAVE", {"swiglu_limit": 7.0, "swiglu_alpha": 1.702, "swiglu_beta": 1.0},
+     {"clamp_limit": 7.0, "alpha": 1.702, "beta": 1.0}),
+    ("SWIGLUSTEP", {}, {"activation": "swiglustep", "clamp_limit": 7.0}),
+    ("GELU", {}, {"activation": "gelu"}),
+    ("GELU_TANH", {}, {"activation": "gelu_tanh"}),
+    ("RELU2", {}, {"activation": "relu2"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "of_vllm", "of_reference"), ACTIVATIONS)
+@pytest.mark.parametrize("version", ["0.24.0", "0.28.0", "0.33.0"])
+def test_every_activation(
+    make_plugin: Callable[..., Plugin], version: str, name: str, of_vllm: dict[str, float], of_reference: dict[str, Any]
+) -> None:
+    """alpha and beta reach the experts in versions whose quantization config does not carry them, too."""
+    layer = make_layer(EXPERTS, HIDDEN, INTERMEDIATE, seed=1)
+    config = moe_config(in_dtype=torch.float32, activation=name, **of_vllm)
+    experts, w13, w2 = build(make_plugin(version), layer, "modelopt", config)
+    x = activations(9, HIDDEN, seed=2, scale=3.0).float()
+    weights, ids, _, _ = routed(9, EXPERTS, TOP_K, seed=3)
+    output = torch.full((9, HIDDEN), torch.nan)
+    apply(experts, output, x, w13, w2, weights, ids)
+    result = reference.moe_with_clamped_share(x.double(), *layer, weights, ids, **of_reference)
+    close(output, result.output)
+    assert (result.clamped_share > 0.01) is ("clamp_limit" in of_reference)
 
 
 @pytest.mark.parametrize("version", ["0.24.0", "0.33.0"])
@@ -357,6 +402,9 @@ def test_global_scales_off_the_layer() -> None:
     inverse = torch.tensor([[3.0, 7.0], [0.1, 11.0]])
     got = gate_up_scales(SimpleNamespace(w13_weight_global_scale=inverse), 1.0 / inverse[:, 0].contiguous())
     assert torch.equal(got, 1.0 / inverse)
+    # Loaded again: the layer of compressed-tensors keeps what the first load was converted to.
+    again = SimpleNamespace(w13_weight_global_scale=inverse, w13_weight_scale_2=both)
+    assert torch.equal(gate_up_scales(again, 1.0 / inverse[:, 0].contiguous()), 1.0 / inverse)
     for layer, words in (
         (SimpleNamespace(), r"w13_weight_global_scale \[2, 2\] \(gate, up\), got neither"),
         (SimpleNamespace(w13_weight_scale_2=gate), r"got shape \[2\]"),

@@ -108,7 +108,7 @@ def test_the_entry_point_is_declared() -> None:
     text = (Path(__file__).parent.parent.parent / "pyproject.toml").read_text()
     declared = '[project.entry-points."vllm.general_plugins"]\ntorch_nvfp4 = "torch_nvfp4_vllm:register"\n'
     assert declared in text
-    assert 'py-modules = ["torch_nvfp4_vllm"]' in text
+    assert 'py-modules = ["torch_nvfp4_sglang", "torch_nvfp4_vllm"]' in text
 
 
 @pytest.mark.parametrize(("value", "mode"), [(None, "auto"), ("", "auto"), ("auto", "auto"), ("require", "require")])

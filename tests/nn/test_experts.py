@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -81,6 +82,38 @@ def test_leading_dimensions_empty_batches_and_router_dtype() -> None:
     assert torch.equal(transposed, out)
     rounded = topk_weights.to(torch.bfloat16)
     assert torch.equal(module(x, rounded, topk_ids), module(x, rounded.float(), topk_ids))
+
+
+def test_leading_dimensions_that_differ() -> None:
+    """As many tokens in another order would give each one another's experts."""
+    module = experts()
+    x, topk_weights, topk_ids = inputs(6)
+    batch = {
+        "hidden_states": x.view(2, 3, K),
+        "topk_weights": topk_weights.view(2, 3, TOP_K),
+        "topk_ids": topk_ids.view(2, 3, TOP_K),
+    }
+    for name, tensor in batch.items():
+        swapped = batch | {name: tensor.transpose(0, 1)}
+        got = ", ".join(f"{other} {list(value.shape)}" for other, value in swapped.items())
+        with pytest.raises(ValueError, match=re.escape(f"the same dimensions before the last one, got {got}")):
+            module(**swapped)
+    with pytest.raises(ValueError, match=r"got topk_weights \[2, 3, 2\], topk_ids \[3, 2, 2\]"):
+        module(x, batch["topk_weights"], topk_ids.view(3, 2, TOP_K))
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    assert torch.equal(compiled(**batch), module(**batch))
+    # A router's matrix beside a batch of sequences, and one token.
+    out = module(x, topk_weights, topk_ids)
+    assert torch.equal(module(batch["hidden_states"], topk_weights, topk_ids).view(6, K), out)
+    assert torch.equal(module(x, batch["topk_weights"], batch["topk_ids"]), out)
+    assert torch.equal(module(x[0], topk_weights[0], topk_ids[0]), module(x[:1], topk_weights[:1], topk_ids[:1])[0])
+
+
+@pytest.mark.parametrize("tokens", [(2, 3), (2, 0), (0, 3), (6,)])
+def test_no_expert_for_any_token(tokens: tuple[int, ...]) -> None:
+    none = torch.zeros(*tokens, 0)
+    out = experts()(torch.ones(*tokens, K), none, none.long())
+    assert torch.equal(out, torch.zeros(*tokens, K))
 
 
 def test_router_weight_on_input_and_expert_map() -> None:

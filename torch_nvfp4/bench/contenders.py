@@ -32,7 +32,7 @@ from torch_nvfp4.nn import NVFP4Experts
 
 def dequantize_then_matmul(
     case: Case, w13: NVFP4Weight, w2: NVFP4Weight, *, activation: str | int = "silu", clamp_limit: float | None,
-    alpha: float = 1.0, beta: float = 0.0,
+    alpha: float = 1.0, beta: float = 0.0, apply_router_weight_on_input: bool = False,
 ) -> Tensor:  # fmt: skip
     """The layer in plain torch: each expert that was hit is dequantized to the dtype of the input, then multiplied."""
     x, topk_weights, topk_ids = case
@@ -42,10 +42,12 @@ def dequantize_then_matmul(
         if not 0 <= expert < w13.data.shape[0]:
             continue
         token, slot = torch.where(topk_ids == expert)
-        gate, up = F.linear(x[token], _dequantize_expert(w13, expert, x.dtype)).chunk(2, -1)
+        router = topk_weights[token, slot, None].to(x.dtype)
+        rows = x[token] * router if apply_router_weight_on_input else x[token]
+        gate, up = F.linear(rows, _dequantize_expert(w13, expert, x.dtype)).chunk(2, -1)
         hidden = gated_activation(gate, up, act, clamp_limit, alpha, beta)
         hidden = F.linear(hidden, _dequantize_expert(w2, expert, x.dtype))
-        out.index_add_(0, token, hidden * topk_weights[token, slot, None].to(x.dtype))
+        out.index_add_(0, token, hidden if apply_router_weight_on_input else hidden * router)
     return out
 
 

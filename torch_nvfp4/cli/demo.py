@@ -47,8 +47,8 @@ def command(
 ) -> None:
     """The whole way: write a checkpoint in DeepSeek-V4-Flash's layout, load it, check it, compile it, time it.
 
-    Exit code 1 if a layer's error is above the tolerance. It takes about a minute and writes 60 MiB, to $TMPDIR without
-    --keep.
+    Exit code 1 if a layer's error is above the tolerance. It takes about a minute and writes 130 MiB, to $TMPDIR
+    without --keep.
 
     \b
     Examples:
@@ -62,7 +62,7 @@ def command(
         raise ValueError("expected --checkpoint or --keep, got both")
     where = parse_device(device)
     activations = parse_dtype(dtype, where)
-    with json_writer(json_file) as write_json, _checkpoint(terminal, checkpoint, keep) as path:
+    with json_writer(json_file, checkpoint) as write_json, _checkpoint(terminal, checkpoint, keep) as path:
         opened = open_checkpoint(terminal, path)
         if not opened.layers:
             raise CheckpointError(refusal(path, "a checkpoint with NVFP4 experts", "none in its headers"))
@@ -137,7 +137,7 @@ def _write(path: Path) -> None:
     try:
         write_checkpoint(path)
     except (OSError, SafetensorError) as problem:
-        raise OutputError(refusal(path, "60 MiB that can be written", str(problem))) from problem
+        raise OutputError(refusal(path, "130 MiB that can be written", str(problem))) from problem
 
 
 def _print_rows(terminal: Terminal, rows: Sequence[DemoRow], tolerance: float) -> None:

@@ -21,7 +21,8 @@ from torch_nvfp4.gate import Gate
 from torch_nvfp4.nn import NVFP4Experts
 from torch_nvfp4.verify import checked_top_k, relative_error
 
-_Model = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+# hidden_states [M, K], and for every layer topk_weights and topk_ids, [M, top_k] both.
+_Model = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor]], tuple[Tensor, Tensor]]
 
 
 class ExpertLayers(nn.Module):
@@ -34,11 +35,11 @@ class ExpertLayers(nn.Module):
         super().__init__()
         self.experts = nn.ModuleList(experts)
 
-    def forward(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, topk_weights: Sequence[Tensor], topk_ids: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         inputs, outputs = [], []
-        for experts in self.experts:
+        for experts, weights, ids in zip(self.experts, topk_weights, topk_ids, strict=True):
             inputs.append(F.rms_norm(x, x.shape[-1:]))
-            outputs.append(experts(inputs[-1], topk_weights, topk_ids))
+            outputs.append(experts(inputs[-1], weights, ids))
             x = x + outputs[-1]
         return torch.stack(inputs), torch.stack(outputs)
 
@@ -46,12 +47,15 @@ class ExpertLayers(nn.Module):
 class DequantizeExperts(nn.Module):
     """The baseline of ``demo``: ``bench.dequantize_then_matmul`` as a layer."""
 
-    def __init__(self, weights: ExpertWeights, gate: Gate) -> None:
+    def __init__(self, weights: ExpertWeights, gate: Gate, on_input: bool) -> None:
         super().__init__()
-        self.weights, self.gate = weights, gate
+        self.weights, self.gate, self.on_input = weights, gate, on_input
 
     def forward(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
-        return bench.dequantize_then_matmul(bench.Case(x, topk_weights, topk_ids), *self.weights, **self.gate.kwargs())
+        return bench.dequantize_then_matmul(
+            bench.Case(x, topk_weights, topk_ids), *self.weights, **self.gate.kwargs(),
+            apply_router_weight_on_input=self.on_input,
+        )  # fmt: skip
 
 
 @dataclass
@@ -62,7 +66,7 @@ class DemoRow:
     mode: str
     seconds: float
     dequantize_seconds: float
-    touched_bytes: int  # of NVFP4 weights, a layer
+    touched_bytes: int  # of NVFP4 weights, mean over the layers
     clamped_share: float = 0.0  # mean over the layers
     relative_l2: float = 0.0  # the largest of the layers
 
@@ -78,13 +82,23 @@ class _Loaded(NamedTuple):
     experts: NVFP4Experts
     weights: ExpertWeights
     gate: Gate
+    on_input: bool  # where the router's weight acts
+    shape: bench.Shape
+
+
+class _Inputs(NamedTuple):
+    """What a model takes: layers may differ in their number of experts, so that each has a routing of its own."""
+
+    hidden_states: Tensor  # [M, K]
+    topk_weights: list[Tensor]  # per layer, [M, top_k]
+    topk_ids: list[Tensor]
 
 
 class _Run(NamedTuple):
     """One row of the table, and what each layer took and gave in it, [layers, M, K] both."""
 
     row: DemoRow
-    case: bench.Case
+    given: _Inputs
     inputs: Tensor
     outputs: Tensor
 
@@ -107,24 +121,20 @@ def run_demo(
             progress.begin(f"loading layer {layer}")
             loaded.append(_load(checkpoint, layer, device, backend))
             progress.advance()
-        first = loaded[0].experts
-        top_k = checked_top_k(checkpoint, first.num_experts)
-        shape = bench.Shape(first.num_experts, first.hidden_size, first.intermediate_size, top_k)
-        cases = [next(bench.cases(shape, count, device=device)) for count in tokens]
-        cases = [case._replace(hidden_states=case.hidden_states.to(dtype)) for case in cases]
+        given = [_inputs(loaded, count, dtype, device) for count in tokens]
         model = ExpertLayers([part.experts for part in loaded])
         modes: dict[str, _Model] = {"eager": model, "compiled": torch.compile(model, fullgraph=True, dynamic=True)}
-        baseline = ExpertLayers([DequantizeExperts(part.weights, part.gate) for part in loaded])
+        baseline = ExpertLayers([DequantizeExperts(part.weights, part.gate, part.on_input) for part in loaded])
         progress.stage(len(tokens))
         runs: list[_Run] = []
-        for case in cases:
-            progress.begin(f"compiling and timing M = {case.hidden_states.shape[0]}")
-            runs += _time_modes(modes, baseline, case, shape, len(layers), device)
+        for inputs in given:
+            progress.begin(f"compiling and timing M = {inputs.hidden_states.shape[0]}")
+            runs += _time_modes(modes, baseline, inputs, loaded, device)
             progress.advance()
         progress.stage(len(layers))
         for index, part in enumerate(loaded):
             progress.begin(f"checking layer {part.layer} against fp64")
-            _check(part, index, runs, len(layers), checkpoint.apply_router_weight_on_input(part.layer))
+            _check(part, index, runs, len(layers))
             progress.advance()
     return [run.row for run in runs]
 
@@ -133,16 +143,26 @@ def _load(checkpoint: Checkpoint, layer: int, device: torch.device, backend: str
     experts = NVFP4Experts.from_checkpoint(checkpoint, layer, device=device, backend=backend)
     canonical = checkpoint.experts(layer)
     weights = ExpertWeights(*(NVFP4Weight(*(part.to(device) for part in weight)) for weight in canonical))
-    return _Loaded(layer, experts, weights, checkpoint.gate(layer))
+    top_k = checked_top_k(checkpoint, experts.num_experts)
+    shape = bench.Shape(experts.num_experts, experts.hidden_size, experts.intermediate_size, top_k)
+    on_input = checkpoint.apply_router_weight_on_input(layer)
+    return _Loaded(layer, experts, weights, checkpoint.gate(layer), on_input, shape)
 
 
-def _check(part: _Loaded, index: int, runs: Sequence[_Run], layers: int, on_input: bool) -> None:
+def _inputs(loaded: Sequence[_Loaded], tokens: int, dtype: torch.dtype, device: torch.device) -> _Inputs:
+    cases = [next(bench.cases(part.shape, tokens, device=device)) for part in loaded]
+    return _Inputs(
+        cases[0].hidden_states.to(dtype), [case.topk_weights for case in cases], [case.topk_ids for case in cases]
+    )
+
+
+def _check(part: _Loaded, index: int, runs: Sequence[_Run], layers: int) -> None:
     """Adds the layer's error and its share of clamped values to every row."""
     dense = _dense_if_small(part.weights)
     for run in runs:
         expected = reference.moe_with_clamped_share(
-            run.inputs[index], *dense, run.case.topk_weights, run.case.topk_ids, **part.gate.kwargs(),
-            apply_router_weight_on_input=on_input,
+            run.inputs[index], *dense, run.given.topk_weights[index], run.given.topk_ids[index], **part.gate.kwargs(),
+            apply_router_weight_on_input=part.on_input,
         )  # fmt: skip
         run.row.clamped_share += expected.clamped_share / layers
         run.row.relative_l2 = max(run.row.relative_l2, relative_error(run.outputs[index], expected.output))
@@ -159,14 +179,13 @@ def _dense_if_small(weights: ExpertWeights) -> tuple[reference.Weight, reference
 def _time_modes(
     modes: dict[str, _Model],
     baseline: _Model,
-    case: bench.Case,
-    shape: bench.Shape,
-    layers: int,
+    given: _Inputs,
+    loaded: Sequence[_Loaded],
     device: torch.device,
 ) -> list[_Run]:
     """Every mode, timed in turns."""
     runs: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
-        name: lambda model=model: model(*case)  # type: ignore[misc]
+        name: lambda model=model: model(*given)  # type: ignore[misc]
         for name, model in modes.items()
     }
     results = {name: run() for name, run in runs.items()}
@@ -185,22 +204,23 @@ def _time_modes(
         results["CUDA graph"] = (inputs.clone(), outputs.clone())
     clock = bench.event_seconds if device.type == "cuda" else bench.wall_seconds
     times: dict[str, list[float]] = {name: [] for name in runs}
-    baseline_times = [clock(lambda: baseline(*case)) for _ in range(2)]
+    baseline_times = [clock(lambda: baseline(*given)) for _ in range(2)]
     started = time.perf_counter()
     while len(times["eager"]) < 5 or (len(times["eager"]) < 50 and time.perf_counter() - started < 0.5):
         for name, run in runs.items():
             times[name].append(clock(run))
-    touched = shape.touched_bytes(case.topk_ids)
+    layers = len(loaded)
+    touched = sum(part.shape.touched_bytes(ids) for part, ids in zip(loaded, given.topk_ids, strict=True)) // layers
     return [
         _Run(
             DemoRow(
-                case.hidden_states.shape[0],
+                given.hidden_states.shape[0],
                 name,
                 statistics.median(values) / layers,
                 min(baseline_times) / layers,
                 touched,
             ),
-            case,
+            given,
             *results[name],
         )
         for name, values in times.items()

@@ -32,7 +32,7 @@ def command(
       torch-nvfp4 inspect DeepSeek-V4-Flash-NVFP4 --device cuda --json -
     """
     terminal = Terminal(json_file)
-    with json_writer(json_file) as write_json:
+    with json_writer(json_file, checkpoint) as write_json:
         opened = open_checkpoint(terminal, checkpoint)
         facts = collect_checkpoint(opened, parse_device(device), backend or None)
         write_json(facts)

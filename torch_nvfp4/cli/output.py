@@ -12,6 +12,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from torch_nvfp4.errors import refusal
+
+_READ_NAMES = ("config.json", "hf_quant_config.json", "model.safetensors.index.json")
+
 
 class OutputError(RuntimeError):
     """A file or directory that a command was told to write, and cannot."""
@@ -33,13 +37,43 @@ def _finite(value: Any) -> Any:
 
 
 @contextmanager
-def json_writer(file: Path | None) -> Iterator[Callable[[Any], None]]:
-    """A function that writes its argument as JSON to ``file`` (None: nowhere; ``-``: stdout). Raises OutputError."""
+def json_writer(file: Path | None, checkpoint: Path | None = None) -> Iterator[Callable[[Any], None]]:
+    """A function that writes its argument as JSON to ``file`` (None: nowhere; ``-``: stdout).
+
+    Raises OutputError, also where ``file`` is one of ``checkpoint``'s.
+    """
     if file is not None and str(file) == "-":
         yield _write_stdout
         return
+    if file is not None and checkpoint is not None:
+        _check_apart("--json", file, checkpoint)
     with placed("--json", file) as place:
         yield lambda content: None if place is None else place.write(json_text(content))
+
+
+def _check_apart(option: str, file: Path, checkpoint: Path) -> None:
+    """A result must not replace a file of the checkpoint (under any name: shards may be links), nor be read as one."""
+    name, got = f"{option} {file}", None
+    with _said_plainly(name):
+        target = Path(os.path.realpath(file))
+        if target.exists() and any(os.path.samestat(target.stat(), other.stat()) for other in _files(checkpoint)):
+            got = "one of its files"
+        elif any(_would_be_read(place, checkpoint) for place in (file, target)):
+            got = "one that would be read as part of it"
+    if got is not None:
+        raise OutputError(refusal(name, f"a file that does not belong to the checkpoint {checkpoint}", got))
+
+
+def _would_be_read(file: Path, checkpoint: Path) -> bool:
+    read = file.suffix == ".safetensors" or file.name in _READ_NAMES
+    return read and os.path.realpath(file.parent) == os.path.realpath(checkpoint)
+
+
+def _files(directory: Path) -> list[Path]:
+    try:
+        return [path for path in directory.iterdir() if path.exists()]
+    except OSError:  # for the reader to say
+        return []
 
 
 def _write_stdout(content: Any) -> None:

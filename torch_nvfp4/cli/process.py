@@ -18,6 +18,7 @@ from typing import Any, NoReturn, TypeVar
 import typer
 from typer.core import TyperGroup
 
+from torch_nvfp4._start import end_at_interrupt
 from torch_nvfp4._version import __version__
 from torch_nvfp4.bench import CPU_LEVEL_VARIABLE, BenchError
 from torch_nvfp4.cli.memory import memory_advice, memory_error
@@ -137,7 +138,7 @@ def _discard_output() -> None:
 def _signals() -> Iterator[None]:
     """SIGTERM, SIGHUP and SIGINT run the clean-up on the way out; a second one ends the process at once.
 
-    Only where the signal has Python's own handling: one that is ignored (nohup) stays ignored.
+    Only where the signal has Python's own handling, or that of the start: one that is ignored (nohup) stays ignored.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -152,7 +153,7 @@ def _signals() -> Iterator[None]:
             raise KeyboardInterrupt
         raise SystemExit(128 + number)
 
-    own = (signal.SIG_DFL, signal.default_int_handler)
+    own = (signal.SIG_DFL, signal.default_int_handler, end_at_interrupt)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     taken = {number: handler for number, handler in before.items() if handler in own}
     try:

@@ -57,11 +57,11 @@ def command(
       torch-nvfp4 verify DeepSeek-V4-Flash-NVFP4 --tokens 64 --dtype fp16 --json checks.json
     """
     terminal = Terminal(json_file)
-    with json_writer(json_file) as write_json:
+    with json_writer(json_file, checkpoint) as write_json:
         where = parse_device(device)
         activations = parse_dtype(dtype, where)
         opened = open_checkpoint(terminal, checkpoint)
-        layers = opened.layers if layer is None else tuple(layer)
+        layers = opened.layers if layer is None else tuple(dict.fromkeys(layer))  # each once
         if not layers:
             expected = "a checkpoint with NVFP4 experts"
             raise CheckpointError(refusal(checkpoint, expected, "none in its headers"))

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import torch
 
 import torch_nvfp4_vllm
+from torch_nvfp4.integrations.sglang.report import report as _sglang
 from torch_nvfp4.integrations.vllm.support import device_error
-from torch_nvfp4.integrations.vllm.versions import unknown_version
+from torch_nvfp4.integrations.vllm.versions import cpu_error, unknown_version
 
-__all__ = ["REPORTS", "EngineReport", "engine_reports", "installed_version", "report_vllm"]
+__all__ = ["REPORTS", "EngineReport", "engine_reports", "installed_version", "report_sglang", "report_vllm"]
 
 
 @dataclass(frozen=True)
@@ -72,13 +73,18 @@ def _reason_against_vllm(version: str, for_cpu: bool) -> str | None:
     if problem is not None:
         return problem
     if for_cpu:
-        return device_error("cpu", None)
+        return cpu_error(version) or device_error("cpu", None)
     if not torch.cuda.is_available():
         return "expected a CUDA device or vLLM's build for CPUs, got neither"
     return device_error("cuda", torch.cuda.get_device_capability())
 
 
-REPORTS: tuple[Callable[[], EngineReport], ...] = (report_vllm,)
+def report_sglang() -> EngineReport:
+    """SGLang, likewise."""
+    return EngineReport("sglang", *_sglang())
+
+
+REPORTS: tuple[Callable[[], EngineReport], ...] = (report_vllm, report_sglang)
 """One function per engine."""
 
 

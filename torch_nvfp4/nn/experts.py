@@ -224,10 +224,13 @@ class NVFP4Experts(PackedModule):
         """hidden_states [..., K], topk_weights and topk_ids [..., top_k] -> [..., K] in hidden_states' dtype.
 
         topk_weights of another floating point dtype are taken as float32.
+
+        Raises ValueError where leading dimensions differ: a token would get another one's routing. A matrix beside a
+        batch of sequences holds the tokens in the same order.
         """
-        buffers: Mapping[str, Any] = (
-            self._buffers
-        )  # past nn.Module.__getattr__, which takes as long as the rest of this
+        _check_leading_dimensions(hidden_states=hidden_states, topk_weights=topk_weights, topk_ids=topk_ids)
+        # Past nn.Module.__getattr__, which takes as long as the rest of this.
+        buffers: Mapping[str, Any] = self._buffers
         output = moe_backend(self.backend).apply(
             {name: buffers[name] for name in self._packed_names},
             self.quant_config,
@@ -281,10 +284,18 @@ class NVFP4Experts(PackedModule):
         return {"w13_": w13, "w2_": w2}
 
 
+def _check_leading_dimensions(**tensors: Tensor) -> None:
+    """Tensors of a batch of sequences have the same ones. A matrix holds all tokens in rows, which the ops count."""
+    batched = [(name, tensor.shape) for name, tensor in tensors.items() if tensor.dim() > 2]
+    if any(shape[:-1] != batched[0][1][:-1] for _, shape in batched):
+        got = ", ".join(f"{name} {list(shape)}" for name, shape in batched)
+        raise ValueError(f"NVFP4Experts: expected the same dimensions before the last one, got {got}")
+
+
 def _as_matrix(tensor: Tensor) -> Tensor:
     """Contiguous, leading dimensions as one."""
     if tensor.dim() != 2:
-        tensor = tensor.reshape(-1, tensor.shape[-1])
+        tensor = tensor.flatten(0, -2) if tensor.dim() > 2 else tensor.unsqueeze(0)
     return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 

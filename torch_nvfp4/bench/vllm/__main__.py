@@ -116,15 +116,15 @@ def _serve(options: argparse.Namespace, progress: _Progress) -> dict[str, Any]:
     )  # fmt: skip
     result: dict[str, Any] = {**_machine(), "sizes": asdict(sizes), "job": asdict(job), "pairs": []}
     counted: list[Pair] = result["pairs"]
-    longest = 0.0
+    last = 0.0  # what the last pair took
     for number in range(options.pairs + 1):
-        if number and progress.seconds() + longest > options.seconds:
+        if number and progress.seconds() + last > options.seconds:
             progress(f"no time for pair {number} within {options.seconds:g} s")
             break
         begin = progress.seconds()
         torch.cuda.empty_cache()  # the processes want the memory
         pair, files = run_pair(job, number, directory, timeout=options.timeout, progress=progress)
-        longest = max(longest, progress.seconds() - begin)
+        last = progress.seconds() - begin
         if files:
             result["scores"] = score(job, files, device, progress)
             _print_scores(result["scores"])

@@ -41,7 +41,7 @@ class LayerSizes:
     limit: float = 10.0
 
 
-_TINY = LayerSizes(experts=8, hidden=128, intermediate=64, top_k=2)
+_TINY = LayerSizes(experts=8, hidden=512, intermediate=256, top_k=2)  # which the GPU kernels of both sides take
 
 
 def run_layer(tokens: Sequence[int], tiny: bool, progress: Callable[[str], None]) -> dict[str, Any]:

@@ -12,10 +12,16 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-__all__ = ["FIRST", "LAST", "ORACLE", "check_installed", "parameters", "unknown_version", "unmet"]
+__all__ = [
+    "FIRST", "FIRST_ON_CPU", "LAST", "ORACLE", "check_installed", "cpu_error", "parameters", "release",
+    "unknown_version", "unmet",
+]  # fmt: skip
 
 FIRST, LAST = (0, 24), (0, 33)
 """The known versions, both inclusive. 0.24 is the first whose backends apply ``swiglu_limit`` to NVFP4 experts."""
+
+FIRST_ON_CPU = (0, 30)
+"""Earlier ones take the buffers of every modular MoE kernel through an interface that needs an accelerator."""
 
 _MOE = "vllm.model_executor.layers.fused_moe"
 ORACLE = f"{_MOE}.oracle.nvfp4"
@@ -107,6 +113,14 @@ def unknown_version(version: str) -> str | None:
     if number is not None and FIRST <= number <= LAST:
         return None
     return f"expected vllm {FIRST[0]}.{FIRST[1]} to {LAST[0]}.{LAST[1]}, got {version}"
+
+
+def cpu_error(version: str) -> str | None:
+    """Why a known version of vLLM cannot call torch_nvfp4 on a CPU, or None."""
+    number = release(version)
+    if number is not None and number >= FIRST_ON_CPU:
+        return None
+    return f"expected vllm {FIRST_ON_CPU[0]}.{FIRST_ON_CPU[1]} or later on a CPU, got {version}"
 
 
 def unmet(version: str, load: Callable[[str], Any] = importlib.import_module) -> Iterator[str]:

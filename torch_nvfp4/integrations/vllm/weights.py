@@ -25,10 +25,9 @@ def gate_up_scales(layer: Any, gate_scale: Tensor) -> Tensor:
 
     Raises RuntimeError where the layer has neither, or its first column is not ``gate_scale``.
     """
-    both = getattr(layer, "w13_weight_scale_2", None)
+    # compressed-tensors first: its layers also hold, as w13_weight_scale_2, what an earlier load was converted to.
     inverse = getattr(layer, "w13_weight_global_scale", None)
-    if both is None and inverse is not None:
-        both = 1.0 / inverse
+    both = getattr(layer, "w13_weight_scale_2", None) if inverse is None else 1.0 / inverse
     wanted = [gate_scale.shape[0], 2]
     if both is None or list(both.shape) != wanted:
         got = "neither" if both is None else f"shape {list(both.shape)}"

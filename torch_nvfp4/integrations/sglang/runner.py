@@ -1,0 +1,72 @@
+"""The runner that SGLang's MoeRunner calls with what its dispatcher hands out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from sglang.srt.layers.moe.moe_runner.base import DispatchMoeRunnerCore, MoeQuantInfo, MoeRunnerConfig
+from sglang.srt.layers.moe.token_dispatcher.standard import StandardCombineInput
+from sglang.srt.layers.moe.topk import TopKOutputChecker
+from sglang.srt.layers.moe.utils import RegisteredMoeRunnerBackend
+from torch import Tensor
+
+from torch_nvfp4.integrations.sglang.support import layer_gate
+from torch_nvfp4.ops.batch_invariance import invariance_keywords
+
+__all__ = ["NAME", "NVFP4QuantInfo", "NVFP4RunnerCore"]
+
+NAME = "torch_nvfp4"
+"""Of the backend, as SGLang registers and prints it."""
+
+
+@dataclass
+class NVFP4QuantInfo(MoeQuantInfo):  # type: ignore[misc]
+    """A layer's weights as ``torch.ops.nvfp4.moe`` takes them; the experts of this rank."""
+
+    w13: Tensor  # packed [E, 2I, K], gate rows first
+    w13_global_scale: Tensor  # [E, 2] float32: gate, up
+    w2: Tensor  # packed [E, K, I]
+    w2_global_scale: Tensor  # [E] float32
+
+
+class NVFP4RunnerCore(DispatchMoeRunnerCore):  # type: ignore[misc]
+    """hidden_states [M, K] and ids of this rank's experts, -1 for those of other ranks: one call of the op."""
+
+    def __init__(self, config: MoeRunnerConfig) -> None:
+        super().__init__(config)
+        self._gate_kwargs = layer_gate(config).kwargs()
+
+    @property
+    def runner_backend(self) -> RegisteredMoeRunnerBackend:
+        return RegisteredMoeRunnerBackend(NAME)
+
+    def run_from_dispatch(
+        self, dispatch_output: Any, quant_info: NVFP4QuantInfo, runner_config: MoeRunnerConfig, hooks: Any = None
+    ) -> StandardCombineInput:
+        """Raises RuntimeError (expected and got) for formats that no layer should get here with."""
+        if hooks is not None:
+            raise RuntimeError("torch_nvfp4: expected no LoRA hooks, got some")
+        if not dispatch_output.format.is_standard():
+            raise RuntimeError(
+                f"torch_nvfp4: expected the standard dispatch format, got {dispatch_output.format.value}"
+            )
+        topk_output, hidden_states = dispatch_output.topk_output, dispatch_output.hidden_states
+        if not TopKOutputChecker.format_is_standard(topk_output):
+            raise RuntimeError(f"torch_nvfp4: expected topk_weights and topk_ids, got {type(topk_output).__name__}")
+        if dispatch_output.hidden_states_scale is not None:
+            raise RuntimeError("torch_nvfp4: expected hidden_states that are not quantized, got some with a scale")
+        output = torch.ops.nvfp4.moe(
+            hidden_states.contiguous(),
+            quant_info.w13,
+            quant_info.w13_global_scale,
+            quant_info.w2,
+            quant_info.w2_global_scale,
+            topk_output.topk_weights.to(torch.float32),
+            topk_output.topk_ids,
+            apply_router_weight_on_input=runner_config.apply_router_weight_on_input,
+            **self._gate_kwargs,
+            **invariance_keywords(None),
+        )
+        return StandardCombineInput(hidden_states=output)

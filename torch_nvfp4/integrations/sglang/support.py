@@ -1,0 +1,135 @@
+"""Which layers of a model SGLang gives to torch_nvfp4, and why not the others. Does not import SGLang."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from torch_nvfp4.backends import Libraries, MoEBackendConfig, explain_moe_backends
+from torch_nvfp4.gate import Activation, Gate
+
+__all__ = ["Process", "device_error", "layer_error", "layer_gate"]
+
+_ACTIVATIONS = {"silu": Activation.silu, "gelu": Activation.gelu, "gelu_tanh": Activation.gelu_tanh}
+_OUR_BACKEND = {"cpu": "cpu", "cuda": "marlin"}
+_FP4_TENSOR_CORES = (10, 0)
+
+
+@dataclass(frozen=True)
+class Process:
+    """What SGLang was told, and where it runs: the same for every layer of a process."""
+
+    device_type: str  # "cpu", "cuda", or the name of another of SGLang's platforms
+    compute_capability: tuple[int, int] | None = None  # CUDA only
+    runner_backend: str = "auto"  # --moe-runner-backend
+    all_to_all: str = "none"  # --moe-a2a-backend
+    lora: bool = False
+    load_balancing: bool = False  # --enable-eplb
+    paged_experts: bool = False
+    replicated_weights: bool = False  # --dwdp-size above 1
+    libraries: Libraries | None = None  # None: those of this process
+
+
+def layer_gate(config: Any) -> Gate:
+    """The gate of a layer.
+
+    SGLang's runners do not agree on every combination of these fields; only those are taken on which the Triton and
+    the Marlin runner do.
+
+    Args:
+        config: a MoeRunnerConfig (``activation``, ``is_gated``, ``swiglu_limit``, ``gemm1_alpha``, ``gemm1_beta``,
+            ``gemm1_clamp_limit``, ``gate_up_interleaved``).
+
+    Raises ValueError (expected and got) for what torch_nvfp4 has not, or where SGLang's meaning is not certain.
+    """
+    activation = _ACTIVATIONS.get(config.activation)
+    if activation is None:
+        raise ValueError(f"expected an activation of {', '.join(_ACTIVATIONS)}, got {config.activation}")
+    if not config.is_gated:
+        raise ValueError("expected gated experts, got some without a gate")
+    limits = {limit for limit in (config.swiglu_limit, config.gemm1_clamp_limit) if limit is not None}
+    if len(limits) > 1:
+        raise ValueError(
+            f"expected one limit per layer, got swiglu_limit {config.swiglu_limit:g} and gemm1_clamp_limit "
+            f"{config.gemm1_clamp_limit:g}"
+        )
+    limit = limits.pop() if limits else None
+    if config.gemm1_alpha is None:
+        if config.gemm1_beta is not None:
+            raise ValueError(f"expected no gemm1_beta without gemm1_alpha, got {config.gemm1_beta:g}")
+        return Gate(activation, limit)
+    if activation is not Activation.silu:
+        raise ValueError(f"expected no gemm1_alpha with {config.activation}, got {config.gemm1_alpha:g}")
+    if config.gemm1_clamp_limit is None:
+        raise ValueError("expected a gemm1_clamp_limit with gemm1_alpha, as SGLang's runners do, got none")
+    if config.gemm1_beta not in (None, 1.0):
+        raise ValueError(f"expected gemm1_beta 1, which SGLang's runners have built in, got {config.gemm1_beta:g}")
+    if config.gate_up_interleaved:
+        raise ValueError("expected gate rows first with gemm1_alpha, got gate_up_interleaved")
+    return Gate(activation, limit, config.gemm1_alpha, 1.0)
+
+
+def device_error(
+    device_type: str, capability: tuple[int, int] | None, libraries: Libraries | None = None
+) -> str | None:
+    """Why no layer is taken on this device, as "expected ..., got ...", or None.
+
+    Args:
+        device_type, capability: as in ``Process``.
+        libraries: default: those of this process.
+    """
+    return _backend_error(Process(device_type, capability, libraries=libraries), 16, 16, None, Gate())
+
+
+def layer_error(config: Any, process: Process, dtype: torch.dtype | None, *, with_bias: bool = False) -> str | None:
+    """Why torch_nvfp4 does not take a layer, as "expected ..., got ...", or None.
+
+    Args:
+        config: SGLang's MoeRunnerConfig, see ``layer_gate``.
+        process: what holds for every layer.
+        dtype: of hidden_states.
+        with_bias: whether the experts have biases.
+    """
+    if process.runner_backend != "auto":
+        return f"expected --moe-runner-backend auto, got {process.runner_backend}"
+    error = device_error(process.device_type, process.compute_capability, process.libraries)
+    if error is not None:
+        return error
+    if process.all_to_all != "none":
+        return f"expected --moe-a2a-backend none, got {process.all_to_all}"
+    refused = {
+        "LoRA": process.lora,
+        "load balancing of experts (--enable-eplb)": process.load_balancing,
+        "paged experts": process.paged_experts,
+        "weights replicated after loading (--dwdp-size)": process.replicated_weights,
+        "biases": with_bias,
+        "outputs per expert (no_combine)": config.no_combine,
+    }
+    for what, present in refused.items():
+        if present:
+            return f"expected no {what}, got it"
+    factor = config.routed_scaling_factor
+    if process.device_type != "cuda" and factor not in (None, 1.0):
+        return f"expected a routed_scaling_factor of 1 off CUDA, where SGLang's models apply it again, got {factor:g}"
+    try:
+        gate = layer_gate(config)
+    except ValueError as error_of_gate:
+        return str(error_of_gate)
+    return _backend_error(process, config.hidden_size, config.intermediate_size_per_partition, dtype, gate)
+
+
+def _backend_error(
+    process: Process, hidden: int, intermediate: int, dtype: torch.dtype | None, gate: Gate
+) -> str | None:
+    backend = _OUR_BACKEND.get(process.device_type)
+    if backend is None:
+        return f"expected a cpu or cuda device, got {process.device_type}"
+    capability = process.compute_capability
+    if capability is not None and capability >= _FP4_TENSOR_CORES:
+        got = "{}.{}".format(*capability)
+        return f"expected a GPU without FP4 tensor cores, for which SGLang has kernels, got compute capability {got}"
+    libraries = Libraries.detect() if process.libraries is None else process.libraries
+    config = MoEBackendConfig(process.device_type, hidden, intermediate, capability, dtype, gate, libraries=libraries)
+    return explain_moe_backends(config)[backend]
