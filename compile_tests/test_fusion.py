@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -134,6 +135,17 @@ def test_linear_shapes(shape: tuple[int, ...], device: str) -> None:
 
 def test_router_weights_on_the_input(device: str) -> None:
     assert_fused(grouped_layer(router_weights=True, device=device), deepseek_v4, **MODELS[deepseek_v4])
+
+
+@pytest.mark.parametrize("make", [grouped_layer, linear_layer])
+def test_batch_invariance_goes_on_to_the_fused_op(make: Callable[..., Layer]) -> None:
+    layer = make()
+    for batch_invariant in (False, True):
+        op = partial(layer.op, batch_invariant=batch_invariant)
+        gm = trace(layer._replace(op=op), deepseek_v4)
+        assert fuse(gm) == 1
+        (node,) = [node for node in gm.graph.nodes if "grouped_gemm_swiglu" in str(node.target)]
+        assert node.kwargs.get("batch_invariant", False) is batch_invariant
 
 
 # The halves, by every way of writing them.

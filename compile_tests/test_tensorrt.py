@@ -135,7 +135,7 @@ def test_bind_arguments() -> None:
     names = [argument.name for argument in MOE._schema.arguments]
     positional, keyword_only = names[:8], names[8:]
     defaults = {"expert_map": None, "activation": 0, "clamp_limit": None, "alpha": 1.0, "beta": 0.0}
-    defaults["apply_router_weight_on_input"] = False
+    defaults |= {"apply_router_weight_on_input": False, "batch_invariant": False}
     bind = tensorrt_moe.bind_arguments
     assert bind(positional[:7], {}) == {**dict(zip(positional[:7], positional[:7], strict=True)), **defaults}
     by_name = {name: name for name in names}
@@ -296,6 +296,14 @@ def test_weights_that_are_inputs_stay_in_pytorch(lowered: Callable[[Model], Grap
     node = moe_node(graph)
     node.replace_input_with(node.args[1], node.args[0])
     assert tensorrt_moe.unsupported_reason(node).startswith("expected w13 to be a constant of the graph, got")
+
+
+def test_batch_invariant_calls_stay_in_pytorch(lowered: Callable[[Model], GraphModule]) -> None:
+    graph = lowered(Model())
+    claim_cuda(graph)
+    node = moe_node(graph)
+    node.update_kwarg("batch_invariant", True)
+    assert tensorrt_moe.unsupported_reason(node).startswith("expected a call without batch_invariant, got one with it")
 
 
 class RecordingNetwork:

@@ -99,7 +99,8 @@ struct GroupedGemmArgs {
   const int32_t* order;     // [slots]
   const int32_t* offsets;   // [experts + 1]
   const float* slot_scale;  // [slots] or null
-  const Gate* gate;  // null: out is [slots, n], gate rows first; else the weight is gated and out is [slots, n / 2]
+  const Gate* gate;      // null: out is [slots, n], gate rows first; else the weight is gated and out is [slots, n / 2]
+  bool batch_invariant;  // a row's bits depend on nothing but the row
   void* out;
 };
 
@@ -122,6 +123,7 @@ struct MoeArgs {
   Routing routing;
   Gate gate;
   bool apply_router_weight_on_input;  // scale GEMM1's pre-activations instead of the output
+  bool batch_invariant;               // as in GroupedGemmArgs
   void* out;                          // [tokens, w13.k]; may be hidden_states
 };
 
@@ -143,9 +145,10 @@ struct LinearArgs {
   DType dtype;
   const void* x;  // [rows, k]
   int64_t rows;
-  Weight weight;     // experts == 1
-  const void* bias;  // [n] in dtype, or null
-  void* out;         // [rows, n]
+  Weight weight;         // experts == 1
+  const void* bias;      // [n] in dtype, or null
+  bool batch_invariant;  // as in GroupedGemmArgs
+  void* out;             // [rows, n]
 };
 
 struct SwigluArgs {

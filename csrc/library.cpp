@@ -9,13 +9,15 @@ STABLE_TORCH_LIBRARY(nvfp4, m) {
   m.def(
       "moe(Tensor hidden_states, Tensor w13, Tensor w13_global_scale, Tensor w2, Tensor w2_global_scale, "
       "Tensor topk_weights, Tensor topk_ids, Tensor? expert_map=None, *, int activation=0, float? clamp_limit=None, "
-      "float alpha=1.0, float beta=0.0, bool apply_router_weight_on_input=False) -> Tensor");
+      "float alpha=1.0, float beta=0.0, bool apply_router_weight_on_input=False, bool batch_invariant=False) -> "
+      "Tensor");
   // An out overload returns nothing: torch.compile functionalizes an op of its own making only if no result is an alias
   // of an argument (torch 2.11 to 2.13 refuse `-> Tensor(a!)`).
   m.def(
       "moe.out(Tensor hidden_states, Tensor w13, Tensor w13_global_scale, Tensor w2, Tensor w2_global_scale, "
       "Tensor topk_weights, Tensor topk_ids, Tensor? expert_map=None, *, int activation=0, float? clamp_limit=None, "
-      "float alpha=1.0, float beta=0.0, bool apply_router_weight_on_input=False, Tensor(a!) out) -> ()");
+      "float alpha=1.0, float beta=0.0, bool apply_router_weight_on_input=False, bool batch_invariant=False, "
+      "Tensor(a!) out) -> ()");
   m.def(
       "batched_moe(Tensor hidden_states, Tensor w13, Tensor w13_global_scale, Tensor w2, Tensor w2_global_scale, "
       "Tensor expert_num_tokens, *, int activation=0, float? clamp_limit=None, float alpha=1.0, float beta=0.0) "
@@ -27,13 +29,15 @@ STABLE_TORCH_LIBRARY(nvfp4, m) {
   m.def("route(Tensor topk_ids, Tensor? expert_map, int num_experts) -> (Tensor order, Tensor offsets)");
   m.def(
       "grouped_gemm(Tensor x, Tensor weight, Tensor global_scale, Tensor order, Tensor offsets, "
-      "Tensor? topk_weights=None) -> Tensor");
+      "Tensor? topk_weights=None, *, bool batch_invariant=False) -> Tensor");
   m.def(
       "grouped_gemm_swiglu(Tensor x, Tensor weight, Tensor global_scale, Tensor order, Tensor offsets, "
-      "Tensor? topk_weights=None, *, int activation=0, float? clamp_limit=None, float alpha=1.0, float beta=0.0) "
-      "-> Tensor");
+      "Tensor? topk_weights=None, *, int activation=0, float? clamp_limit=None, float alpha=1.0, float beta=0.0, "
+      "bool batch_invariant=False) -> Tensor");
   m.def("combine(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor? expert_map, int num_experts) -> Tensor");
-  m.def("linear(Tensor x, Tensor weight, Tensor global_scale, Tensor? bias=None) -> Tensor");
+  m.def(
+      "linear(Tensor x, Tensor weight, Tensor global_scale, Tensor? bias=None, *, "
+      "bool batch_invariant=False) -> Tensor");
   m.def(
       "swiglu(Tensor gate_up, *, int activation=0, float? clamp_limit=None, float alpha=1.0, float beta=0.0) "
       "-> Tensor");

@@ -304,6 +304,64 @@ def make_report(device, peers):
     return bench.Report(device, "a processor", 2, "today", {}, TINY._asdict(), "bf16", 10.0, [row])
 
 
+def test_host_ratios_are_taken_within_a_round(monkeypatch):
+    """A fake clock on which the machine is twice as slow in every other round."""
+    clock = itertools.count()
+    costs = {"add": 1.0, "moe": 4.0, "module": 6.0}
+    now = [0.0]
+    slow = [1.0]
+
+    def cost(name):
+        def run():
+            now[0] += costs[name] * slow[0]
+
+        return run
+
+    def contenders(layer, tokens, dtype):
+        del layer, tokens, dtype
+        runs = {bench.host.ADD: cost("add"), bench.host.MOE: cost("moe"), bench.host.MODULE: cost("module")}
+        add = runs[bench.host.ADD]
+
+        def first_of_a_round():
+            if next(clock) % 100 == 0:
+                slow[0] = 3.0 - slow[0]
+            add()
+
+        return runs | {bench.host.ADD: first_of_a_round}
+
+    monkeypatch.setattr(bench.host, "host_contenders", contenders)
+    monkeypatch.setattr(bench.host.time, "perf_counter", lambda: now[0])
+    layer = bench.Layer.random(TINY, clamp_limit=10.0)
+    rows = bench.measure_host(layer, 1, dtype=torch.bfloat16, seconds=0.0, min_rounds=6)
+    assert [row.mode for row in rows] == ["inference", "no_grad", "grad"]
+    for row in rows:
+        assert row.rounds == 6
+        assert row.over_add == pytest.approx({"aten add": 1.0, "moe": 4.0, "NVFP4Experts": 6.0})
+        assert row.module_over_moe == pytest.approx(1.5)
+        assert row.seconds["moe"] == pytest.approx(6.0)  # the median of 4 and 8
+
+
+def test_host_time_of_a_tiny_layer(tmp_path):
+    """The table and the JSON have the same figures, and what is timed computes the layer."""
+    file = tmp_path / "host.json"
+    arguments = ["bench", "--device", "cpu", "--host-time", "--shape", "4,64,32,2", "--tokens", "1,3", "--seconds", "0"]
+    result = CliRunner().invoke(app, [*arguments, "--json", str(file)])
+    assert result.exit_code == 0, result.output
+    report = json.loads(file.read_text())
+    assert report["shape"] == TINY._asdict()
+    assert [(row["tokens"], row["mode"]) for row in report["rows"]] == [
+        (tokens, mode) for tokens in (1, 3) for mode in ("inference", "no_grad", "grad")
+    ]
+    assert all(set(row["seconds"]) == set(row["over_add"]) for row in report["rows"])
+    assert all(row["over_add"]["aten add"] == 1.0 for row in report["rows"])
+    layer = bench.Layer.random(TINY, clamp_limit=10.0)
+    runs = bench.host.host_contenders(layer, 3, torch.bfloat16)
+    case = next(bench.cases(TINY, 3))
+    expected = bench.dequantize_then_matmul(case, layer.w13, layer.w2, clamp_limit=10.0)
+    for name in (bench.host.MOE, bench.host.MODULE, "torch.ops.nvfp4.moe"):
+        assert relative_l2(runs[name](), expected) < 1e-2
+
+
 @pytest.mark.parametrize(
     ("device", "peers"),
     [

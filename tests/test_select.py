@@ -10,6 +10,9 @@ import torch
 from torch_nvfp4.ops.select import CudaDevice, explain_select
 
 FLASH = {"top_k": 6, "experts": 256, "hidden": 4096, "features": 2048}
+QWEN = {"top_k": 8, "experts": 256, "hidden": 2048, "features": 512}
+GEMMA = {"top_k": 8, "experts": 128, "hidden": 2816, "features": 704}
+KIMI = {"top_k": 16, "experts": 896, "hidden": 3584, "features": 384}
 H100 = CudaDevice()
 A100 = CudaDevice(8, 108, 166912)
 
@@ -59,12 +62,60 @@ def test_kernel_and_tile(tokens: int, changes: dict[str, Any], expected: str) ->
     assert brief(tokens, **changes) == expected
 
 
+@pytest.mark.parametrize(
+    ("layer", "last_streamed"),
+    [
+        (GEMMA, 80),  # 0.43 GB of weights: 5 slots per expert are 80 tokens
+        (QWEN, 160),  # 0.45 GB
+        (QWEN | {"experts": 512}, 320),  # 0.91 GB
+        (QWEN | {"experts": 640}, 560),  # 1.13 GB: 7 slots per expert
+        (KIMI, 392),  # 2.1 GB
+        (FLASH, 298),  # 3.6 GB
+        (FLASH | {"op": "grouped_gemm", "experts": 64}, 53),  # [64, 2048, 4096] alone: 0.3 GB
+    ],
+)
+def test_small_layers_stream_less(layer: dict[str, Any], last_streamed: int) -> None:
+    assert brief(last_streamed, **layer).startswith("stream_gemm")
+    assert brief(last_streamed + 1, **layer).startswith("wgmma_experts")
+    slots = 5 if last_streamed * layer["top_k"] <= 5 * layer["experts"] else 7
+    suffix = " in a layer of at most 1 GB" if slots == 5 else ""
+    reason = f"it needs more than {slots} slots per expert to be ahead{suffix}"
+    assert ask(last_streamed, **layer)["not wgmma_experts"] == reason
+
+
+@pytest.mark.parametrize(
+    ("tokens", "layer", "rows"),
+    [
+        (1, GEMMA, 32),  # w13 has 8 x 22 panels for 132 SMs: two of them for some SMs, or three halves
+        (2, GEMMA, 32),
+        (3, GEMMA, 64),  # 528 panels are four per SM
+        (4, GEMMA, 64),
+        (1, KIMI, 32),
+        (2, KIMI, 64),
+        (2, QWEN, 64),
+        (1, FLASH, 64),
+        (1, GEMMA | {"device": A100}, 64),  # the SM80 kernel has no halves
+    ],
+)
+def test_half_panels_where_whole_ones_spread_badly(tokens: int, layer: dict[str, Any], rows: int) -> None:
+    assert brief(tokens, **layer) == f"few_slots_mlp {rows} rows x at most {tokens} tokens"
+
+
+@pytest.mark.parametrize(
+    ("layer", "last"),
+    [(QWEN, 1464), (GEMMA, 1065), (KIMI, 418), (FLASH, 976)],  # 48 MB of [tokens x top-k, K] in 16 bits
+)
+def test_weights_leave_l2_first_where_the_results_fit(layer: dict[str, Any], last: int) -> None:
+    assert ask(last, **layer)["L2"] == "weights leave first"
+    assert ask(last + 1, **layer)["L2"] == "no hints"
+    assert ask(last, **layer, op="grouped_gemm")["L2"] == "no hints"
+
+
 def test_split() -> None:
     # 132 x 16 = 2112 warps. 8 of them per item up to 264 items, 4 up to 528, then 2; each with 4 blocks of k or more,
     # and 2 only with 6.
-    assert ask(6, experts=6)["split"] == "k over 4 warps in w13, over 4 in w2"
-    assert ask(9, experts=8)["split"] == "k over 4 warps in w13, over 4 in w2"
-    assert ask(9, experts=9)["split"] == "k over 2 warps in w13, over 2 in w2"
+    assert ask(6, experts=8)["split"] == "k over 4 warps in w13, over 4 in w2"
+    assert ask(6, experts=9)["split"] == "k over 2 warps in w13, over 2 in w2"
     assert ask(16, features=768)["split"] == "k over 2 warps in w13, over 2 in w2"
     assert ask(16, features=704)["split"] == "k over 2 warps in w13, over 1 in w2"
     assert ask(64)["split"] == "k over 2 warps in w13, over 2 in w2"

@@ -71,20 +71,21 @@ int64_t cut_expert_tiles(const int32_t* offsets, int64_t experts, ExpertTile* ex
 }
 
 // A tile of up to k columns and `tokens` tokens.
-TokenTile take_tile(Workspace& space, int64_t k, int64_t tokens, bool exact) {
+TokenTile take_tile(Workspace& space, int64_t k, int64_t tokens, bool exact, bool batch_invariant) {
   const int64_t rows = blocks_of(k) * tokens;
-  if (exact) return {0, 0, true, space.take<float>(rows * kBlockColumns), nullptr, nullptr};
+  if (exact) return {0, 0, true, batch_invariant, space.take<float>(rows * kBlockColumns), nullptr, nullptr};
   void* values = space.take<int16_t>(rows * kBlockColumns);
   auto* scale = space.take<float>(rows);
-  return {0, 0, false, values, scale, space.take<int32_t>(rows)};
+  return {0, 0, false, batch_invariant, values, scale, space.take<int32_t>(rows)};
 }
 
 // A Scratch for each thread, for expert tiles of up to `slots` slots.
-Scratch* take_scratch(Workspace& space, const Context& context, int64_t k, int64_t slots, bool exact) {
+Scratch* take_scratch(Workspace& space, const Context& context, int64_t k, int64_t slots, bool exact,
+                      bool batch_invariant) {
   const int64_t tokens = std::min<int64_t>(slots, kMaxTileTokens);
   auto* scratch = space.take<Scratch>(context.threads);
   for (int thread = 0; thread < context.threads; ++thread) {
-    const TokenTile tile = take_tile(space, k, tokens, exact);
+    const TokenTile tile = take_tile(space, k, tokens, exact, batch_invariant);
     auto* rows = space.take<int32_t>(tokens);
     auto* sums = space.take<float>(tokens * 2 * kPanelRows);
     if (scratch != nullptr) scratch[thread] = {tile, nullptr, rows, sums};
@@ -213,7 +214,7 @@ struct HiddenTiles {
 
   TokenTile of(const ExpertTile& expert_tile) const {
     const int64_t first = expert_tile.begin * blocks_of(k);
-    TokenTile tile{expert_tile.count, blocks_of(k), all.exact, nullptr, nullptr, nullptr};
+    TokenTile tile{expert_tile.count, blocks_of(k), all.exact, all.batch_invariant, nullptr, nullptr, nullptr};
     if (all.exact) {
       tile.values = static_cast<float*>(all.values) + first * kBlockColumns;
     } else {
@@ -308,7 +309,8 @@ GroupedGemmWorkspace lay_out(Workspace& space, const GroupedGemmArgs& args, cons
   return {space.take<uint8_t>(args.slots), space.take<int32_t>(args.slots),
           space.take<int32_t>(args.weight.experts + 1),
           space.take<ExpertTile>(most_expert_tiles(args.slots, args.weight.experts)),
-          take_scratch(space, context, args.weight.k, args.slots, multiplies_exactly(context, args.dtype))};
+          take_scratch(space, context, args.weight.k, args.slots, multiplies_exactly(context, args.dtype),
+                       args.batch_invariant)};
 }
 
 struct LinearWorkspace {
@@ -319,7 +321,8 @@ struct LinearWorkspace {
 
 LinearWorkspace lay_out(Workspace& space, const LinearArgs& args, const Context& context) {
   return {space.take<int32_t>(args.rows), space.take<ExpertTile>(most_expert_tiles(args.rows, 1)),
-          take_scratch(space, context, args.weight.k, args.rows, multiplies_exactly(context, args.dtype))};
+          take_scratch(space, context, args.weight.k, args.rows, multiplies_exactly(context, args.dtype),
+                       args.batch_invariant)};
 }
 
 struct MoeWorkspace {
@@ -352,8 +355,8 @@ MoeWorkspace lay_out(Workspace& space, const MoeArgs& args, const Context& conte
           space.take<int32_t>(slots),
           space.take<int32_t>(args.routing.experts + 1),
           space.take<ExpertTile>(most_expert_tiles(slots, args.routing.experts)),
-          take_scratch(space, context, args.w13.k, slots, exact),
-          {take_tile(space, args.w2.k, slots, exact), args.w2.k},
+          take_scratch(space, context, args.w13.k, slots, exact, args.batch_invariant),
+          {take_tile(space, args.w2.k, slots, exact, args.batch_invariant), args.w2.k},
           take_per_thread(space, context, std::min<int64_t>(slots, kMaxTileTokens) * kBlockColumns),
           take_per_thread(space, context, sums)};
 }
@@ -374,8 +377,8 @@ BatchedMoeWorkspace lay_out(Workspace& space, const BatchedMoeArgs& args, const 
   return {space.take<int32_t>(tokens),
           space.take<int32_t>(experts + 1),
           space.take<ExpertTile>(most_expert_tiles(tokens, experts)),
-          take_scratch(space, context, args.w13.k, tokens, exact),
-          {take_tile(space, args.w2.k, tokens, exact), args.w2.k},
+          take_scratch(space, context, args.w13.k, tokens, exact, /*batch_invariant=*/false),
+          {take_tile(space, args.w2.k, tokens, exact, /*batch_invariant=*/false), args.w2.k},
           take_per_thread(space, context, std::min<int64_t>(tokens, kMaxTileTokens) * kBlockColumns)};
 }
 

@@ -18,6 +18,7 @@ struct TokenTile {
   int64_t count;         // tokens, at most kMaxTileTokens
   int64_t blocks;        // of 64 columns
   bool exact;            // fp32 values: activations in fp32, or a level that has nothing faster
+  bool batch_invariant;  // a token's sums must have the same bits for every count
   void* values;          // int16 or float [blocks, count, 64]
   float* scale;          // [blocks, count], int16 only: what one unit of (2 * code * scale * 2^-8) * value is worth
   int32_t* corrections;  // [blocks, count], int16 only: room for a level's own use

@@ -11,6 +11,9 @@ namespace nvfp4::cuda {
 const Device& device() {
   int ordinal = 0;
   check(cudaGetDevice(&ordinal), "current device");
+  // Every launch asks; a thread seldom changes its device.
+  static thread_local const Device* last = nullptr;
+  if (last != nullptr && last->ordinal == ordinal) return *last;
   static std::mutex mutex;
   static std::map<int, Device> known;
   const std::lock_guard<std::mutex> lock(mutex);
@@ -23,7 +26,8 @@ const Device& device() {
     check(cudaDeviceGetAttribute(&d.shared_memory_per_cta, cudaDevAttrMaxSharedMemoryPerBlockOptin, ordinal),
           "device attribute");
   }
-  return entry->second;
+  last = &entry->second;
+  return *last;
 }
 
 int active_level() { return static_cast<int>(isa_of(device())); }

@@ -26,7 +26,8 @@ Problem problem_of(const GroupedGemmArgs& args) {
           .top_k = args.slots / args.rows,
           .experts = args.weight.experts,
           .gemm = {{args.weight.n, args.weight.k}, {}},
-          .silu = args.gate == nullptr || args.gate->activation == Activation::silu};
+          .silu = args.gate == nullptr || args.gate->activation == Activation::silu,
+          .batch_invariant = args.batch_invariant};
 }
 
 Plan plan_of(const GroupedGemmArgs& args, const Context& context) {

@@ -13,7 +13,8 @@ Problem problem_of(const LinearArgs& args) {
           .top_k = 1,
           .experts = 1,
           .gemm = {{args.weight.n, args.weight.k}, {}},
-          .silu = true};
+          .silu = true,
+          .batch_invariant = args.batch_invariant};
 }
 
 }  // namespace

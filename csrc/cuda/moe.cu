@@ -34,7 +34,8 @@ Problem problem_of(const MoeArgs& args) {
           .top_k = args.routing.top_k,
           .experts = args.routing.experts,
           .gemm = {{args.w13.n, args.w13.k}, {args.w2.n, args.w2.k}},
-          .silu = args.gate.activation == Activation::silu};
+          .silu = args.gate.activation == Activation::silu,
+          .batch_invariant = args.batch_invariant};
 }
 
 ExpertMlpArgs wgmma_args(const MoeArgs& args, const Plan& plan) {

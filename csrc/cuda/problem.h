@@ -15,11 +15,12 @@ struct GemmSize {
 struct Problem {
   Op op;
   DType dtype;
-  int64_t tokens;    // rows of x
-  int64_t top_k;     // slots per row; 1 for linear
-  int64_t experts;   // local ones; 1 for linear
-  GemmSize gemm[2];  // moe: w13 and w2; else the second is empty
-  bool silu;         // the gate is SiLU, or there is none
+  int64_t tokens;        // rows of x
+  int64_t top_k;         // slots per row; 1 for linear
+  int64_t experts;       // local ones; 1 for linear
+  GemmSize gemm[2];      // moe: w13 and w2; else the second is empty
+  bool silu;             // the gate is SiLU, or there is none
+  bool batch_invariant;  // a row's bits must not depend on what else is in the batch
 
   int64_t slots() const { return tokens * top_k; }
 };

@@ -12,12 +12,30 @@ namespace {
 
 // ---- the table: the first kernel that has no reason against it
 
-// Where wgmma_experts overtakes stream_gemm. At 6 slots per expert streaming is 3-7 % ahead, at 7 they are equal
-// (I = 2048; with I = 512 they are equal at 5).
+// Batch invariance: stream_gemm and wgmma_experts sum along k in the same order and to the same bits (NOTES.md, "Batch
+// invariance"), whatever their tiles, as long as one warp sums all of an item's k.
+
+// Where wgmma_experts overtakes stream_gemm, in slots per expert. Streaming reads weights faster, but where all of a
+// layer's weights are few, the ends of its items take what it gains: they are equal at 4.6 (0.43 GB) and 5.6 (0.45 GB),
+// and at 7 with 2.1 and 3.6 GB. See NOTES.md, "Small layers".
 constexpr int64_t kStreamSlotsPerExpert = 7;
+constexpr int64_t kStreamSlotsPerSmallExpert = 5;
+constexpr double kSmallLayerBytes = 1e9;
+
+double bytes_per_expert(const Problem& problem) {
+  double blocks = 0;
+  for (const GemmSize& gemm : problem.gemm) blocks += static_cast<double>(k_blocks_of(gemm.k)) * panels_of(gemm.n);
+  return blocks * kBlockBytes;
+}
+
+int64_t stream_slots_per_expert(const Problem& problem) {
+  const bool small = bytes_per_expert(problem) * static_cast<double>(problem.experts) <= kSmallLayerBytes;
+  return small ? kStreamSlotsPerSmallExpert : kStreamSlotsPerExpert;
+}
 
 const char* against_few_slots(const Problem& problem, const Device& device, Choice& choice) {
   if (problem.op != Op::moe) return "it runs whole MLPs only";
+  if (problem.batch_invariant) return "how it splits k depends on the batch";
   if (problem.slots() > kInlineSlots) return "it sorts nothing and takes at most 32 slots";
   choice.few_slots = plan_few_slots(problem, device, choice.isa);
   return choice.few_slots.width > 0 ? nullptr : "the tokens do not fit into a CTA's shared memory beside its rings";
@@ -42,19 +60,32 @@ int wgmma_width(WgmmaTiles tiles, const Problem& problem) {
   return tiles == WgmmaTiles::wide ? wgmma_experts::Wide::kMaxWidth : wgmma_experts::Tall::kMaxWidth;
 }
 
+// Whether the experts' results, which combine reads at once, fit into L2 if the weights that stream past leave first.
+// Those of a larger layer do not fit, and weights that several tiles share would be read from memory again.
+bool combine_reads_l2(const Problem& problem) {
+  constexpr double kResultBytes = 48e6;
+  return problem.op == Op::moe &&
+         static_cast<double>(problem.slots()) * static_cast<double>(problem.gemm[1].n) * kElementBytes <= kResultBytes;
+}
+
 const char* against_wgmma(const Problem& problem, const Device& device, Choice& choice) {
   if (choice.isa != Isa::sm90) return "wgmma needs SM90 instructions";
   if (problem.op == Op::linear) return "it knows no bias and no rows without a routing";
-  if (problem.slots() <= kStreamSlotsPerExpert * problem.experts)
-    return "it needs more than 7 slots per expert to be ahead";
+  const int64_t streamed = stream_slots_per_expert(problem);
+  if (problem.slots() <= streamed * problem.experts) {
+    return streamed == kStreamSlotsPerExpert
+               ? "it needs more than 7 slots per expert to be ahead"
+               : "it needs more than 5 slots per expert to be ahead in a layer of at most 1 GB";
+  }
   if (problem.experts > kWgmmaMaxExperts) return "its shared memory holds the tables of at most 2048 experts";
   const WgmmaTiles tiles = wgmma_tiles(problem);
   choice.wgmma = plan_wgmma(tiles, wgmma_width(tiles, problem), problem.experts, device);
+  choice.wgmma.weights_leave_first = combine_reads_l2(problem);
   return choice.wgmma.stages > 0 ? nullptr : "a CTA's shared memory has no room for three of its stages";
 }
 
-static_assert(kInlineSlots == 32 && kStreamSlotsPerExpert == 7 && kWgmmaMaxExperts == 2048 &&
-                  wgmma_experts::kMinStages == 3,
+static_assert(kInlineSlots == 32 && kStreamSlotsPerExpert == 7 && kStreamSlotsPerSmallExpert == 5 &&
+                  kWgmmaMaxExperts == 2048 && wgmma_experts::kMinStages == 3,
               "the reasons above name these numbers");
 
 // A CTA that sorts for itself spares a launch and the way of its table through memory, 2-3 us per call, and streams
@@ -64,9 +95,7 @@ bool stream_sorts(const Problem& problem, StreamTiles tiles, Isa isa) {
   if (problem.slots() == 0 || problem.slots() > kCtaSortSlots || problem.experts > kCtaSortExperts) return false;
   const int64_t experts_hit = std::min(problem.slots(), problem.experts);
   constexpr double kMostBytes = 1.2e9;
-  double blocks = 0;  // of an expert
-  for (const GemmSize& gemm : problem.gemm) blocks += static_cast<double>(k_blocks_of(gemm.k)) * panels_of(gemm.n);
-  return static_cast<double>(experts_hit) * blocks * kBlockBytes <= kMostBytes;
+  return static_cast<double>(experts_hit) * bytes_per_expert(problem) <= kMostBytes;
 }
 
 const char* against_stream(const Problem& problem, const Device& device, Choice& choice) {
@@ -77,7 +106,9 @@ const char* against_stream(const Problem& problem, const Device& device, Choice&
                                                  : std::min(problem.slots(), problem.experts);
   for (int i = 0; i < 2; ++i) {
     const GemmSize& gemm = problem.gemm[i];
-    choice.stream.k_ways[i] = stream_k_ways(k_blocks_of(gemm.k), tiles * panels_of(gemm.n), device.multiprocessors);
+    choice.stream.k_ways[i] =
+        problem.batch_invariant ? 1
+                                : stream_k_ways(k_blocks_of(gemm.k), tiles * panels_of(gemm.n), device.multiprocessors);
   }
   return nullptr;
 }
@@ -135,7 +166,8 @@ void describe(const Problem& p, const Device& device, Isa isa, std::string& text
 void describe_plan(const Problem& problem, const Choice& c, std::string& text) {
   switch (c.kernel) {
     case Kernel::few_slots_mlp:
-      line(text, "tile: %d rows x at most %d tokens", kBlockRows, c.few_slots.width);
+      line(text, "tile: %d rows x at most %d tokens", c.few_slots.halves ? kBlockRows / 2 : kBlockRows,
+           c.few_slots.width);
       line(text, "split: each of %d warps takes an equal run of its CTA's weight blocks", kFewSlotsWarps);
       line(text, "shared memory: %d bytes, %d of them tokens", c.few_slots.shared_bytes, c.few_slots.token_bytes);
       break;
@@ -146,6 +178,7 @@ void describe_plan(const Problem& problem, const Choice& c, std::string& text) {
            wide ? "wide" : "tall");
       line(text, "%s", "split: none");
       line(text, "shared memory: %d bytes, %d stages", c.wgmma.shared_bytes, c.wgmma.stages);
+      line(text, "L2: %s", c.wgmma.weights_leave_first ? "weights leave first" : "no hints");
       break;
     }
     case Kernel::stream_gemm:
@@ -245,7 +278,7 @@ std::string explain(const Problem& problem, const Device& device) {
 // bytes with the ending zero, and returns the text's length without it, or its negative length where it is an error.
 extern "C" __attribute__((visibility("default"))) int64_t nvfp4_explain_select(
     const char* op, const char* dtype, int64_t tokens, int64_t top_k, int64_t experts, int64_t k, int64_t n, int silu,
-    int major, int multiprocessors, int shared_memory_per_cta, char* text, int64_t size) {
+    int batch_invariant, int major, int multiprocessors, int shared_memory_per_cta, char* text, int64_t size) {
   using namespace nvfp4::cuda;
   const auto answer = [&](const std::string& result, bool good) {
     if (size > 0) std::snprintf(text, static_cast<size_t>(size), "%s", result.c_str());
@@ -261,7 +294,8 @@ extern "C" __attribute__((visibility("default"))) int64_t nvfp4_explain_select(
                   .top_k = top_k,
                   .experts = experts,
                   .gemm = {},
-                  .silu = silu != 0};
+                  .silu = silu != 0,
+                  .batch_invariant = batch_invariant != 0};
   const bool batched = std::strcmp(op, "batched_moe") == 0;
   if (batched || std::strcmp(op, "moe") == 0) {
     problem.gemm[0] = {2 * n, k};

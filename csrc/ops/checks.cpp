@@ -1,5 +1,7 @@
 #include "checks.h"
 
+#include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdio>
 #include <iterator>
@@ -68,11 +70,31 @@ std::string describe(const Dims& dims) {
 }
 
 bool matches(const Tensor& tensor, const Dims& dims) {
-  if (tensor.dim() != static_cast<int64_t>(dims.size())) return false;
+  const auto sizes = tensor.sizes();
+  if (sizes.size() != dims.size()) return false;
   for (size_t i = 0; i < dims.size(); ++i) {
-    if (dims[i].size >= 0 && tensor.size(static_cast<int64_t>(i)) != dims[i].size) return false;
+    if (dims[i].size >= 0 && sizes[i] != dims[i].size) return false;
   }
   return true;
+}
+
+bool on_one_device(const Tensor& tensor, const Tensor& like) { return tensor.device() == like.device(); }
+
+// storage.resize_(0) frees memory under a tensor, as sharded data parallelism does between uses of a parameter.
+bool has_memory(const Tensor& tensor) { return tensor.data_ptr() != nullptr || tensor.numel() == 0; }
+
+bool begins_at_multiple(const Tensor& tensor, int64_t bytes) {
+  return reinterpret_cast<uintptr_t>(tensor.data_ptr()) % static_cast<uintptr_t>(bytes) == 0;
+}
+
+// Whether check_tensor has nothing to say, without making the words in which it would say it: every call of an op asks
+// this of every argument.
+bool is_as_expected(const Tensor& tensor, const Tensor& like, std::initializer_list<ScalarType> dtypes,
+                    const Dims& dims) {
+  const ScalarType dtype = tensor.scalar_type();
+  return std::find(dtypes.begin(), dtypes.end(), dtype) != dtypes.end() && on_one_device(tensor, like) &&
+         has_memory(tensor) && matches(tensor, dims) && tensor.is_contiguous() &&
+         begins_at_multiple(tensor, item_size(dtype));
 }
 
 void check_dtype(const char* op, const char* name, const Tensor& tensor, std::initializer_list<ScalarType> dtypes) {
@@ -87,16 +109,22 @@ void check_dtype(const char* op, const char* name, const Tensor& tensor, std::in
 // A view into bytes, as torch.frombuffer gives, may begin anywhere.
 void check_alignment(const char* op, const char* name, const Tensor& tensor, int64_t bytes,
                      const char* advice = Advice{}.misaligned) {
-  if (reinterpret_cast<uintptr_t>(tensor.data_ptr()) % static_cast<uintptr_t>(bytes) != 0) {
+  if (!begins_at_multiple(tensor, bytes)) {
     fail(op, name, " must begin at a multiple of ", bytes, " bytes in memory, got a view that does not; ", advice);
   }
 }
 
 // Trailing dimensions of a packed weight: [KB, 36] on the CPU (64 values are 32 bytes of codes and 4 scales), and one
 // dimension on CUDA, where 64 x 64 blocks are spread evenly over the rows.
-std::vector<int64_t> packed_tail(int64_t n, int64_t k) {
-  if (!kIsCuda) return {ceil_div<int64_t>(k, 64), 36};
-  return {ceil_div(round_up<int64_t>(n, 64) * round_up<int64_t>(k, 64) / 16 * 9, n)};
+constexpr size_t kPackedTailRank = kIsCuda ? 1 : 2;
+struct PackedTail {
+  std::array<int64_t, 2> sizes;
+  const int64_t* begin() const { return sizes.data(); }
+  const int64_t* end() const { return sizes.data() + kPackedTailRank; }
+};
+PackedTail packed_tail(int64_t n, int64_t k) {
+  if (!kIsCuda) return {{ceil_div<int64_t>(k, 64), 36}};
+  return {{ceil_div(round_up<int64_t>(n, 64) * round_up<int64_t>(k, 64) / 16 * 9, n), 0}};
 }
 
 // Python's f"{value:g}".
@@ -142,13 +170,12 @@ std::string list(const std::vector<int64_t>& numbers) {
 void check_tensor(const char* op, const char* name, const Tensor& tensor, const char* like_name, const Tensor& like,
                   std::initializer_list<ScalarType> dtypes, const Dims& dims, const std::string& note,
                   const Advice& advice) {
+  if (is_as_expected(tensor, like, dtypes, dims)) return;
   check_dtype(op, name, tensor, dtypes);
-  const std::string expected_device = device_name(like);
-  if (device_name(tensor) != expected_device) {
-    fail(op, name, " must be on ", expected_device, " like ", like_name, ", got ", device_name(tensor));
+  if (!on_one_device(tensor, like)) {
+    fail(op, name, " must be on ", device_name(like), " like ", like_name, ", got ", device_name(tensor));
   }
-  // storage.resize_(0) frees memory under a tensor, as sharded data parallelism does between uses of a parameter.
-  if (tensor.data_ptr() == nullptr && tensor.numel() > 0) {
+  if (!has_memory(tensor)) {
     fail(op, name, " must have its memory, got a tensor whose storage was freed; give the storage its size and ",
          "contents back first");
   }
@@ -235,14 +262,14 @@ std::vector<int64_t> packed_shape(std::optional<int64_t> experts, int64_t n, int
 int64_t check_packed(const char* op, const char* name, const Tensor& packed, const char* like_name, const Tensor& like,
                      const PackedSize& size) {
   const int64_t halves = size.gated ? 2 : 1;
-  const size_t tail_rank = packed_tail(kGroupSize, size.k).size();
   Dims dims;
+  dims.reserve(5);
   if (size.batched) dims.push_back(size.experts < 0 ? Dim("E") : Dim(size.experts));
   if (size.gated) dims.push_back(2);
   const auto row_dim = static_cast<int64_t>(dims.size());
   dims.push_back(size.n < 0 ? Dim(size.gated ? "I" : "N") : Dim(size.n / halves));
   int64_t n = size.n;
-  if (n < 0 && packed.dim() == row_dim + 1 + static_cast<int64_t>(tail_rank)) {
+  if (n < 0 && packed.dim() == row_dim + 1 + static_cast<int64_t>(kPackedTailRank)) {
     const int64_t rows = packed.size(row_dim);
     if (rows >= kIndexLimit / halves) {
       fail(op, name, "'s dimension ", row_dim, " must be below 2**", size.gated ? 30 : 31, ", got ", rows);
@@ -254,9 +281,11 @@ int64_t check_packed(const char* op, const char* name, const Tensor& packed, con
   } else {
     dims.push_back("R");
   }
-  const std::string note = std::string(", as torch_nvfp4.pack(gated=") + (size.gated ? "True" : "False") +
-                           ") gives on " + (kIsCuda ? "cuda" : "cpu") + " for K = " + std::to_string(size.k);
-  check_tensor(op, name, packed, like_name, like, {ScalarType::Byte}, dims, note);
+  if (!is_as_expected(packed, like, {ScalarType::Byte}, dims)) {
+    const std::string note = std::string(", as torch_nvfp4.pack(gated=") + (size.gated ? "True" : "False") +
+                             ") gives on " + (kIsCuda ? "cuda" : "cpu") + " for K = " + std::to_string(size.k);
+    check_tensor(op, name, packed, like_name, like, {ScalarType::Byte}, dims, note);
+  }
   if (n <= 0 || n / halves % kGroupSize != 0) {
     fail(op, name, "'s dimension ", row_dim, " must be a positive multiple of 16, got ", n / halves);
   }
@@ -275,8 +304,10 @@ Weight check_weight(const char* op, const char* name, const Tensor& packed, cons
   Dims scale_dims;
   if (size.batched) scale_dims.push_back(experts);
   if (size.gated) scale_dims.push_back(2);
-  const std::string scale_name = std::string(name) == "weight" ? "global_scale" : std::string(name) + "_global_scale";
-  check_tensor(op, scale_name.c_str(), global_scale, like_name, like, {ScalarType::Float}, scale_dims);
+  if (!is_as_expected(global_scale, like, {ScalarType::Float}, scale_dims)) {
+    const std::string scale_name = std::string(name) == "weight" ? "global_scale" : std::string(name) + "_global_scale";
+    check_tensor(op, scale_name.c_str(), global_scale, like_name, like, {ScalarType::Float}, scale_dims);
+  }
   return Weight{
       .packed = static_cast<const uint8_t*>(packed.data_ptr()),
       .expert_bytes = packed.numel() / experts,

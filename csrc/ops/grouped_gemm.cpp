@@ -6,7 +6,8 @@ namespace {
 
 // Both ops are one GEMM; with a gate the result is [slots, I], without [slots, N].
 Tensor run(const char* op, const Tensor& x, const Tensor& weight, const Tensor& global_scale, const Tensor& order,
-           const Tensor& offsets, const std::optional<Tensor>& topk_weights, bool gated, const Gate* gate) {
+           const Tensor& offsets, const std::optional<Tensor>& topk_weights, bool gated, const Gate* gate,
+           bool batch_invariant) {
   const int64_t rows = x.size(0);
   const Weight packed = check_weight(op, "weight", weight, global_scale, "x", x,
                                      {.batched = true, .gated = gated, .experts = -1, .n = -1, .k = x.size(1)});
@@ -32,6 +33,7 @@ Tensor run(const char* op, const Tensor& x, const Tensor& weight, const Tensor& 
       .offsets = static_cast<const int32_t*>(offsets.data_ptr()),
       .slot_scale = optional_data<const float>(topk_weights),
       .gate = gate,
+      .batch_invariant = batch_invariant,
       .out = out.data_ptr(),
   };
   Launch launch(op, x);
@@ -45,15 +47,17 @@ void check_x(const char* op, const Tensor& x) {
   check_k(op, "x", x);
 }
 
-Tensor grouped_gemm(const Tensor& x,                              // [rows, K]
-                    const Tensor& weight,                         // packed [E, N, K]
-                    const Tensor& global_scale,                   // [E], or [E, 2] when packed gated
-                    const Tensor& order,                          // [slots]
-                    const Tensor& offsets,                        // [E + 1]
-                    const std::optional<Tensor>& topk_weights) {  // [rows, slots / rows]
+Tensor grouped_gemm(const Tensor& x,                            // [rows, K]
+                    const Tensor& weight,                       // packed [E, N, K]
+                    const Tensor& global_scale,                 // [E], or [E, 2] when packed gated
+                    const Tensor& order,                        // [slots]
+                    const Tensor& offsets,                      // [E + 1]
+                    const std::optional<Tensor>& topk_weights,  // [rows, slots / rows]
+                    bool batch_invariant) {
   const char* op = "grouped_gemm";
   check_x(op, x);
-  return run(op, x, weight, global_scale, order, offsets, topk_weights, is_gated(op, global_scale, true), nullptr);
+  return run(op, x, weight, global_scale, order, offsets, topk_weights, is_gated(op, global_scale, true), nullptr,
+             batch_invariant);
 }
 
 Tensor grouped_gemm_swiglu(const Tensor& x,                            // [rows, K]
@@ -62,11 +66,12 @@ Tensor grouped_gemm_swiglu(const Tensor& x,                            // [rows,
                            const Tensor& order,                        // [slots]
                            const Tensor& offsets,                      // [E + 1]
                            const std::optional<Tensor>& topk_weights,  // [rows, slots / rows]
-                           int64_t activation, std::optional<double> clamp_limit, double alpha, double beta) {
+                           int64_t activation, std::optional<double> clamp_limit, double alpha, double beta,
+                           bool batch_invariant) {
   const char* op = "grouped_gemm_swiglu";
   check_x(op, x);
   const Gate gate = check_gate(op, activation, clamp_limit, alpha, beta);
-  return run(op, x, weight, global_scale, order, offsets, topk_weights, true, &gate);
+  return run(op, x, weight, global_scale, order, offsets, topk_weights, true, &gate, batch_invariant);
 }
 
 }  // namespace

@@ -4,10 +4,11 @@
 namespace nvfp4 {
 namespace {
 
-Tensor linear(const Tensor& x,                      // [..., K]
-              const Tensor& weight,                 // packed [N, K]
-              const Tensor& global_scale,           // [], or [2] when packed gated
-              const std::optional<Tensor>& bias) {  // [N]
+Tensor linear(const Tensor& x,                    // [..., K]
+              const Tensor& weight,               // packed [N, K]
+              const Tensor& global_scale,         // [], or [2] when packed gated
+              const std::optional<Tensor>& bias,  // [N]
+              bool batch_invariant) {
   const char* op = "linear";
   check_activations(op, "x", x, any_shape(x, "K"));
   check_k(op, "x", x);
@@ -25,6 +26,7 @@ Tensor linear(const Tensor& x,                      // [..., K]
       .rows = x.numel() / k,
       .weight = packed,
       .bias = optional_data<const void>(bias),
+      .batch_invariant = batch_invariant,
       .out = out.data_ptr(),
   };
   Launch launch(op, x);

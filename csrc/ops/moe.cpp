@@ -16,7 +16,7 @@ MoeArgs check_moe(const char* op, const Tensor& hidden_states,  // [M, K]
                   const Tensor& topk_ids,                       // [M, top_k]
                   const std::optional<Tensor>& expert_map,      // [global experts]
                   int64_t activation, std::optional<double> clamp_limit, double alpha, double beta,
-                  bool apply_router_weight_on_input) {
+                  bool apply_router_weight_on_input, bool batch_invariant) {
   check_activations(op, kLike, hidden_states, {"M", "K"});
   check_k(op, kLike, hidden_states);
   const int64_t tokens = hidden_states.size(0);
@@ -39,6 +39,7 @@ MoeArgs check_moe(const char* op, const Tensor& hidden_states,  // [M, K]
       .routing = routing,
       .gate = gate,
       .apply_router_weight_on_input = apply_router_weight_on_input,
+      .batch_invariant = batch_invariant,
       .out = nullptr,
   };
 }
@@ -52,10 +53,11 @@ void run(const char* op, const Tensor& hidden_states, const MoeArgs& args) {
 Tensor moe(const Tensor& hidden_states, const Tensor& w13, const Tensor& w13_global_scale, const Tensor& w2,
            const Tensor& w2_global_scale, const Tensor& topk_weights, const Tensor& topk_ids,
            const std::optional<Tensor>& expert_map, int64_t activation, std::optional<double> clamp_limit, double alpha,
-           double beta, bool apply_router_weight_on_input) {
+           double beta, bool apply_router_weight_on_input, bool batch_invariant) {
   const char* op = "moe";
-  MoeArgs args = check_moe(op, hidden_states, w13, w13_global_scale, w2, w2_global_scale, topk_weights, topk_ids,
-                           expert_map, activation, clamp_limit, alpha, beta, apply_router_weight_on_input);
+  MoeArgs args =
+      check_moe(op, hidden_states, w13, w13_global_scale, w2, w2_global_scale, topk_weights, topk_ids, expert_map,
+                activation, clamp_limit, alpha, beta, apply_router_weight_on_input, batch_invariant);
   const std::vector<int64_t> shape{hidden_states.size(0), hidden_states.size(1)};
   Tensor out = empty(op, "out", hidden_states, shape, hidden_states.scalar_type());
   if (out.numel() == 0) return out;
@@ -67,10 +69,11 @@ Tensor moe(const Tensor& hidden_states, const Tensor& w13, const Tensor& w13_glo
 void moe_out(const Tensor& hidden_states, const Tensor& w13, const Tensor& w13_global_scale, const Tensor& w2,
              const Tensor& w2_global_scale, const Tensor& topk_weights, const Tensor& topk_ids,
              const std::optional<Tensor>& expert_map, int64_t activation, std::optional<double> clamp_limit,
-             double alpha, double beta, bool apply_router_weight_on_input, const Tensor& out) {
+             double alpha, double beta, bool apply_router_weight_on_input, bool batch_invariant, const Tensor& out) {
   const char* op = "moe.out";
-  MoeArgs args = check_moe(op, hidden_states, w13, w13_global_scale, w2, w2_global_scale, topk_weights, topk_ids,
-                           expert_map, activation, clamp_limit, alpha, beta, apply_router_weight_on_input);
+  MoeArgs args =
+      check_moe(op, hidden_states, w13, w13_global_scale, w2, w2_global_scale, topk_weights, topk_ids, expert_map,
+                activation, clamp_limit, alpha, beta, apply_router_weight_on_input, batch_invariant);
   check_out(op, out, kLike, hidden_states, {hidden_states.size(0), hidden_states.size(1)});
   check_apart(op, out, kLike, hidden_states, /*whole=*/true);
   check_apart(op, out, "w13", w13);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -209,6 +210,48 @@ def test_backward_names_the_alternative(op: str, device: str) -> None:
     assert activations.grad is None
     with torch.no_grad():
         assert not call(op, arguments).requires_grad
+
+
+FLOAT_ARGUMENTS = [
+    ("moe", ["hidden_states", "w13_global_scale", "w2_global_scale", "topk_weights"]),
+    ("batched_moe", ["hidden_states", "w13_global_scale", "w2_global_scale"]),
+    ("grouped_gemm", ["x", "global_scale", "topk_weights"]),
+    ("grouped_gemm_swiglu", ["x", "global_scale", "topk_weights"]),
+    ("combine", ["x", "topk_weights"]),
+    ("linear", ["x", "global_scale", "bias"]),
+    ("swiglu", ["gate_up"]),
+]
+
+
+@pytest.mark.parametrize(("op", "name"), [(op, name) for op, names in FLOAT_ARGUMENTS for name in names])
+def test_every_derivative_is_refused(op: str, name: str, device: str) -> None:
+    """The functions pass the op's autograd kernel only where nothing requires a gradient."""
+    public, arguments = getattr(torch_nvfp4, op), good_arguments(op, device)
+    floats = {key for key, value in arguments.items() if isinstance(value, Tensor) and value.is_floating_point()}
+    assert floats <= set(dict(FLOAT_ARGUMENTS)[op])
+    expected = public(**arguments)
+    assert not expected.requires_grad
+    arguments[name] = arguments[name].requires_grad_()
+    out = public(**arguments)
+    assert torch.equal(out, expected)
+    with pytest.raises(NotImplementedError, match=rf"^nvfp4::{op} has no gradient"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("op", [op for op, _ in FLOAT_ARGUMENTS])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+def test_without_a_derivative_no_python_runs_below_the_function(
+    op: str, mode: type[torch.no_grad], device: str
+) -> None:
+    public, arguments = getattr(torch_nvfp4, op), good_arguments(op, device)
+    names: list[str] = []
+    with mode():
+        public(**arguments)
+        sys.setprofile(lambda frame, event, _: names.append(frame.f_code.co_name) if event == "call" else None)
+        public(**arguments)
+        sys.setprofile(None)
+    assert "call" in names
+    assert "autograd" not in names
 
 
 @pytest.mark.parametrize("op", [op for op in ROWS if op.endswith(".out")])

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from torch_nvfp4.format import NVFP4Weight
+from torch_nvfp4.gate import Gate, gate_keywords
 from torch_nvfp4.ops import pack, unpack
+from torch_nvfp4.ops.batch_invariance import invariance_keywords, refuse_batch_invariance
+from torch_nvfp4.ops.batched_moe import call_batched_moe
+from torch_nvfp4.ops.moe import call_moe
 from torch_nvfp4.quant_config import MoEQuantConfig
 
 
@@ -40,17 +44,14 @@ def apply(
     apply_router_weight_on_input: bool = False,
 ) -> Tensor:
     """The layer: hidden_states [M, K] -> [M, K], as ``torch_nvfp4.moe``."""
-    return torch.ops.nvfp4.moe(
-        hidden_states,
-        tensors["w13"],
-        tensors["w13_global_scale"],
-        tensors["w2"],
-        tensors["w2_global_scale"],
-        topk_weights,
-        topk_ids,
-        expert_map,
-        **quant.gate.kwargs(),
-        apply_router_weight_on_input=apply_router_weight_on_input,
+    w13_scale, w2_scale = tensors["w13_global_scale"], tensors["w2_global_scale"]
+    keywords: dict[str, Any] = {**_keywords(quant.gate), **invariance_keywords(None)}
+    if apply_router_weight_on_input:
+        keywords["apply_router_weight_on_input"] = True
+    return call_moe(
+        (hidden_states, w13_scale, w2_scale, topk_weights),
+        (hidden_states, tensors["w13"], w13_scale, tensors["w2"], w2_scale, topk_weights, topk_ids, expert_map),
+        keywords,
     )
 
 
@@ -58,12 +59,14 @@ def apply_batched(
     tensors: Mapping[str, Tensor], quant: MoEQuantConfig, hidden_states: Tensor, expert_num_tokens: Tensor
 ) -> Tensor:
     """The layer's experts: hidden_states [E, T, K] -> [E, T, K], as ``torch_nvfp4.batched_moe``."""
-    return torch.ops.nvfp4.batched_moe(
-        hidden_states,
-        tensors["w13"],
-        tensors["w13_global_scale"],
-        tensors["w2"],
-        tensors["w2_global_scale"],
-        expert_num_tokens,
-        **quant.gate.kwargs(),
+    refuse_batch_invariance("batched_moe")
+    w13_scale, w2_scale = tensors["w13_global_scale"], tensors["w2_global_scale"]
+    return call_batched_moe(
+        (hidden_states, w13_scale, w2_scale),
+        (hidden_states, tensors["w13"], w13_scale, tensors["w2"], w2_scale, expert_num_tokens),
+        _keywords(quant.gate),
     )
+
+
+def _keywords(gate: Gate) -> dict[str, Any]:
+    return gate_keywords(gate.activation.value, gate.clamp_limit, gate.alpha, gate.beta)

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch_nvfp4.backends.config import MoEBackendConfig, dtype_error, size_error
 from torch_nvfp4.format import GROUP_SIZE, NVFP4Weight, validate
 from torch_nvfp4.gate import Activation
+from torch_nvfp4.ops.batch_invariance import refuse_batch_invariance
 from torch_nvfp4.quant_config import MoEQuantConfig
 
 name = "flashinfer_trtllm"
@@ -113,6 +114,7 @@ def apply(
     """The layer: hidden_states bf16 [M, K] -> bf16 [M, K]."""
     import flashinfer
 
+    refuse_batch_invariance(f"backend {name}")
     if expert_map is not None or apply_router_weight_on_input:
         raise ValueError(
             f"{name}: expected no expert_map and router weights on the output, got expert_map "
@@ -124,11 +126,9 @@ def apply(
     gate_scale, up_scale = (tensors["w13_global_scale"] * a13).unbind(1)  # [E] each
     per_expert = torch.ones_like(gate_scale)
     limit = quant.gate.clamp_limit
+    to_codes = torch.full((1,), 1 / a13, device=hidden_states.device)
     codes, scales = flashinfer.fp4_quantize(
-        hidden_states,
-        torch.full((1,), 1 / a13, device=hidden_states.device),
-        sf_vec_size=GROUP_SIZE,
-        is_sf_swizzled_layout=False,
+        hidden_states, to_codes, sf_vec_size=GROUP_SIZE, is_sf_swizzled_layout=False
     )
     experts, _, hidden_groups = tensors["w13_scale"].shape
     outputs = flashinfer.trtllm_fp4_block_scale_routed_moe(

@@ -15,6 +15,7 @@ from torch_nvfp4 import reference
 from torch_nvfp4.backends.config import MoEBackendConfig, dtype_error, size_error
 from torch_nvfp4.format import NVFP4Weight, validate, validate_layout
 from torch_nvfp4.gate import CLAMP_ACTIVATIONS
+from torch_nvfp4.ops.batch_invariance import refuse_batch_invariance
 from torch_nvfp4.quant_config import MoEQuantConfig
 
 __all__ = ["CLAMP_ACTIVATIONS", "apply", "apply_batched", "name", "prepare", "restore", "supports"]
@@ -57,6 +58,7 @@ def apply(
     apply_router_weight_on_input: bool = False,
 ) -> Tensor:
     """The layer: hidden_states [M, K] -> [M, K] in their dtype, computed in fp32 (fp64 for fp64)."""
+    refuse_batch_invariance(f"backend {name}")
     return torch.ops.nvfp4_reference.moe(
         hidden_states,
         tensors["w13_data"],

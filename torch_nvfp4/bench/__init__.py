@@ -22,6 +22,7 @@ from torch_nvfp4.bench.contenders import (
 )
 from torch_nvfp4.bench.cpu import Probes, measure_cpu, peak_extra_bytes, wall_seconds
 from torch_nvfp4.bench.cuda import event_seconds, measure_cuda
+from torch_nvfp4.bench.host import HOST_SHAPE, HostReport, HostRow, measure_host
 from torch_nvfp4.bench.layer import (
     COMPILED,
     DEQUANTIZE,
@@ -39,7 +40,7 @@ from torch_nvfp4.bench.layer import (
     parse_tokens,
 )
 from torch_nvfp4.bench.report import Report, Row, caption, cpu_name, plot, title
-from torch_nvfp4.bench.run import CPU_LEVEL_VARIABLE, default_peers, run_cpu, run_cuda
+from torch_nvfp4.bench.run import CPU_LEVEL_VARIABLE, default_peers, host_times, run_cpu, run_cuda
 
 __all__ = [
     "COMPILED",
@@ -47,11 +48,14 @@ __all__ = [
     "CPU_PEERS",
     "CUDA_PEERS",
     "DEQUANTIZE",
+    "HOST_SHAPE",
     "OURS",
     "SHAPES",
     "BenchError",
     "Case",
     "Contender",
+    "HostReport",
+    "HostRow",
     "Layer",
     "Probes",
     "Report",
@@ -67,9 +71,11 @@ __all__ = [
     "dequantize_then_matmul",
     "dtype_name",
     "event_seconds",
+    "host_times",
     "humming_contenders",
     "measure_cpu",
     "measure_cuda",
+    "measure_host",
     "our_contender",
     "parse_shape",
     "parse_tokens",

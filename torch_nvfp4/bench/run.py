@@ -12,6 +12,7 @@ import torch
 from torch_nvfp4.bench.contenders import CPU_PEERS, CUDA_PEERS, our_contender
 from torch_nvfp4.bench.cpu import Probes, measure_cpu
 from torch_nvfp4.bench.cuda import measure_cuda
+from torch_nvfp4.bench.host import HostReport, run_host
 from torch_nvfp4.bench.layer import DEQUANTIZE, Layer, Shape, cases, check_agreement, dtype_name
 from torch_nvfp4.bench.report import Report, cpu_name
 
@@ -82,6 +83,21 @@ def _report(
         clamp_limit=clamp_limit,
         skew=skew,
     )
+
+
+def host_times(
+    device: str, shape: Shape, tokens: Sequence[int], *, dtype: torch.dtype, clamp_limit: float, seconds: float
+) -> HostReport:
+    """What calls cost the host on ``device``, on which torch's calls run beside ours."""
+    report = HostReport(
+        device=device,
+        machine=torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
+        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        versions={"torch": importlib.metadata.version("torch")},
+        shape={},
+        dtype="",
+    )
+    return run_host(report, shape, tokens, dtype=dtype, clamp_limit=clamp_limit, seconds=seconds)
 
 
 def default_peers(device: str) -> list[str]:

@@ -15,12 +15,14 @@ from torch_nvfp4.backends import Libraries
 from torch_nvfp4.bench import (
     CPU_PEERS,
     CUDA_PEERS,
+    HOST_SHAPE,
     SHAPES,
     BenchError,
     Report,
     Shape,
     caption,
     default_peers,
+    host_times,
     parse_shape,
     parse_tokens,
     plot,
@@ -28,7 +30,7 @@ from torch_nvfp4.bench import (
     run_cuda,
     title,
 )
-from torch_nvfp4.cli.bench_table import bench_table
+from torch_nvfp4.cli.bench_table import bench_table, host_table
 from torch_nvfp4.cli.options import DtypeOption, JsonOption, parse_dtype
 from torch_nvfp4.cli.output import json_writer, placed
 from torch_nvfp4.cli.terminal import Terminal
@@ -94,6 +96,13 @@ def command(
     breakdown: Annotated[
         bool, typer.Option("--breakdown/--no-breakdown", help="CUDA: also print the time of each kernel.")
     ] = False,
+    host_time: Annotated[
+        bool,
+        typer.Option(
+            "--host-time/--no-host-time",
+            help="Instead: what a call costs the host, in inference mode, without and with grad mode, over aten's add."
+        ),
+    ] = False,
     json_file: JsonOption = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw the times into this PNG file.")] = None,
 ) -> None:  # fmt: skip
@@ -104,9 +113,14 @@ def command(
       torch-nvfp4 bench
       torch-nvfp4 bench --tokens 1,4 --peer none --seconds 3
       torch-nvfp4 bench --peer compiled
+      torch-nvfp4 bench --host-time
       torch-nvfp4 bench --device cuda --peer vllm --json h200.json --plot h200.png
     """
     terminal = Terminal(json_file)
+    if host_time:
+        request = _understand(device, tokens or "1", shape, dtype, clamp_limit, 0.0, ["none"])
+        _host_time(terminal, json_file, request, shape, seconds)
+        return
     if plot_file is not None and importlib.util.find_spec("matplotlib") is None:
         raise BenchError("--plot: expected matplotlib, which is not installed; pip install 'torch-nvfp4[bench]'")
     request = _understand(device, tokens, shape, dtype, clamp_limit, skew, peer)
@@ -124,6 +138,22 @@ def command(
     for row in report.rows if breakdown else ():
         kernels = ", ".join(f"{name} {value * 1e6:.1f}" for name, value in row.kernels.items())
         terminal.paragraph(f"M = {row.tokens}, µs per call: {kernels}")
+
+
+def _host_time(terminal: Terminal, json_file: Path | None, request: _Request, shape: str, seconds: float) -> None:
+    sizes = request.shape if shape or request.device == "cuda" else HOST_SHAPE
+    with json_writer(json_file) as write_json:
+        report = host_times(
+            request.device, sizes, request.tokens, dtype=request.dtype, clamp_limit=request.clamp_limit, seconds=seconds
+        )
+        write_json(report.to_json())
+    experts, hidden, intermediate, top_k = sizes
+    terminal.line(
+        f"Host time per call, E={experts} K={hidden} I={intermediate} top-k {top_k}, {report.dtype}; {report.machine}",
+        "bold",
+    )
+    terminal.table(*host_table(report))
+    terminal.paragraph("Medians over rounds; ratios are medians of the ratios within a round.", "dim")
 
 
 def _understand(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from torch_nvfp4.bench import COMPILED, DEQUANTIZE, OURS, Report
+from torch_nvfp4.bench import COMPILED, DEQUANTIZE, OURS, HostReport, Report
 from torch_nvfp4.cli.wording import significant
 
 _MIB = 2**20
@@ -73,6 +73,29 @@ def _cuda_table(report: Report) -> BenchTable:
                 _mib(row.extra_bytes),
             ]
         )
+    return BenchTable(titles, rows)
+
+
+def host_table(report: HostReport) -> BenchTable:
+    """Microseconds per call and ratios to aten's add; the last column is the module's time over moe's."""
+    names = list(report.rows[0].seconds)
+    titles = [
+        "M",
+        "mode",
+        *(f"{name}\nµs" for name in names),
+        *(f"{name}\n/ add" for name in names[1:]),
+        "module\n/ moe",
+    ]
+    rows = [
+        [
+            f"{row.tokens}",
+            row.mode,
+            *(significant(row.seconds[name] * 1e6) for name in names),
+            *(f"{row.over_add[name]:.2f}x" for name in names[1:]),
+            f"{row.module_over_moe:.2f}x",
+        ]
+        for row in report.rows
+    ]
     return BenchTable(titles, rows)
 
 

@@ -12,6 +12,7 @@ from torch.fx import Graph, Node
 from torch_nvfp4.compiler.expression import CASTS, GEMMS, Half, Reader, gate_form
 from torch_nvfp4.compiler.graph import NoMatchError, arguments_of, insert, packet_of, same_shape, value_of
 from torch_nvfp4.gate import Gate
+from torch_nvfp4.ops.batch_invariance import invariance_keywords
 
 __all__ = ["fuse_gates"]
 
@@ -94,7 +95,7 @@ def _match(node: Node) -> _Match | None:
 
 def _replace(graph: Graph, match: _Match) -> None:
     args = arguments_of(match.half.gemm)
-    parameters = match.gate.kwargs()
+    parameters = match.gate.kwargs() | invariance_keywords(args["batch_invariant"])
 
     def grouped(*tensors: Tensor) -> Tensor:
         return nvfp4.grouped_gemm_swiglu(*tensors, **parameters)

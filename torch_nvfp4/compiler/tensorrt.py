@@ -92,6 +92,8 @@ def bind_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, 
 def unsupported_reason(node: Node) -> str | None:
     """Why this call of ``torch.ops.nvfp4.moe`` has to stay in PyTorch, or None."""
     bound = bind_arguments(node.args, node.kwargs)
+    if bound["batch_invariant"]:
+        return "expected a call without batch_invariant, got one with it: the plugin does not know it"
     for name in _WEIGHTS:
         if not (isinstance(bound[name], Node) and bound[name].op == "get_attr"):
             return f"expected {name} to be a constant of the graph, got {bound[name]}"

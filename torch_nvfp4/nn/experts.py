@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -228,13 +229,15 @@ class NVFP4Experts(PackedModule):
         batch of sequences holds the tokens in the same order.
         """
         _check_leading_dimensions(hidden_states=hidden_states, topk_weights=topk_weights, topk_ids=topk_ids)
+        # Past nn.Module.__getattr__, which takes as long as the rest of this.
+        buffers: Mapping[str, Any] = self._buffers
         output = moe_backend(self.backend).apply(
-            {name: self._buffer(name) for name in self._packed_names},
+            {name: buffers[name] for name in self._packed_names},
             self.quant_config,
             _as_matrix(hidden_states),
             _as_matrix(topk_weights if topk_weights.dtype == torch.float32 else topk_weights.float()),
             _as_matrix(topk_ids),
-            self.expert_map,
+            buffers["expert_map"],
             self.apply_router_weight_on_input,
         )
         return output if hidden_states.dim() == 2 else output.reshape(hidden_states.shape)
@@ -293,7 +296,7 @@ def _as_matrix(tensor: Tensor) -> Tensor:
     """Contiguous, leading dimensions as one."""
     if tensor.dim() != 2:
         tensor = tensor.flatten(0, -2) if tensor.dim() > 2 else tensor.unsqueeze(0)
-    return tensor.contiguous()
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
 def _one_gate(parameters: Gate, gate: Gate | None, quant_config: MoEQuantConfig | None) -> MoEQuantConfig:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch_nvfp4.checkpoint import Checkpoint
 from torch_nvfp4.format import NVFP4Weight, dequantize, quantize, validate, validate_layout
 from torch_nvfp4.nn.packed_module import PackedModule, WeightShape
-from torch_nvfp4.ops import pack, unpack
+from torch_nvfp4.ops import linear, pack, unpack
 
 __all__ = ["NVFP4Linear"]
 
@@ -96,7 +96,7 @@ class NVFP4Linear(PackedModule):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if self.backend == "kernel":
             packed, global_scale = self._buffer("packed"), self._buffer("global_scale")
-            return torch.ops.nvfp4.linear(x.contiguous(), packed, global_scale, bias)
+            return linear(x.contiguous(), packed, global_scale, bias)
         dtype = torch.promote_types(x.dtype, torch.float32)
         dense = dequantize(self._unpack()[""], dtype)
         return nn.functional.linear(x.to(dtype), dense, None if bias is None else bias.to(dtype)).to(x.dtype)

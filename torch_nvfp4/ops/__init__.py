@@ -1,6 +1,7 @@
 """The ops of ``torch.ops.nvfp4``: one file per op with its typed wrapper, docstring, fake and autograd."""
 
 from torch_nvfp4.ops._library import library_paths
+from torch_nvfp4.ops.batch_invariance import is_batch_invariant, set_batch_invariant
 from torch_nvfp4.ops.batched_moe import batched_moe
 from torch_nvfp4.ops.combine import combine
 from torch_nvfp4.ops.grouped_gemm import grouped_gemm, grouped_gemm_swiglu
@@ -16,11 +17,13 @@ __all__ = [
     "decompositions",
     "grouped_gemm",
     "grouped_gemm_swiglu",
+    "is_batch_invariant",
     "library_paths",
     "linear",
     "moe",
     "pack",
     "route",
+    "set_batch_invariant",
     "swiglu",
     "unpack",
 ]

@@ -88,6 +88,31 @@ def register_no_autograd(op: str, alternative: str) -> None:
     _AUTOGRAD.impl(op, autograd_out if overload_name == "out" else autograd, "Autograd")
 
 
+def below_autograd(op: str) -> Callable[..., Any]:
+    """``call(tensors, args, kwargs)``: the op with ``args`` and ``kwargs``, past its autograd kernel where nothing asks
+    for a derivative with respect to any of ``tensors`` (None counts as none).
+
+    The stable ABI cannot ask a tensor whether it requires a gradient, so that kernel is Python, and costs as much as
+    the rest of a call.
+    """
+    overload = getattr(torch.ops.nvfp4, op).default
+    is_compiling, is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
+    is_inference, transforms = torch.is_inference_mode_enabled, torch._C._are_functorch_transforms_active
+    guard = torch._C._AutoDispatchBelowAutograd
+
+    def call(tensors: tuple[torch.Tensor | None, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if is_compiling() or is_inference() or forward_ad._current_level >= 0 or transforms():
+            return overload(*args, **kwargs)
+        if is_grad_enabled():
+            for tensor in tensors:
+                if tensor is not None and tensor.requires_grad:
+                    return overload(*args, **kwargs)
+        with guard():
+            return overload(*args, **kwargs)
+
+    return call
+
+
 def register_fake(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return torch.library.register_fake(f"nvfp4::{op}")
 

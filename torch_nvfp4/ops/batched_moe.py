@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torch_nvfp4.gate import parse_activation
+from torch_nvfp4.gate import gate_keywords, parse_activation
 from torch_nvfp4.ops import _checks
-from torch_nvfp4.ops._library import register_fake, register_no_autograd
+from torch_nvfp4.ops._library import below_autograd, register_fake, register_no_autograd
+from torch_nvfp4.ops.batch_invariance import refuse_batch_invariance
 
 
 def batched_moe(
@@ -43,18 +44,20 @@ def batched_moe(
     Returns [E, T, K] in hidden_states' dtype, ``out`` if that is given, else with zeros at and behind the counts.
     No tensor may change while the op runs: counts that do lead to undefined values, not out of the tensors.
 
-    Raises what ``moe`` raises.
+    Raises what ``moe`` raises, and NotImplementedError under ``set_batch_invariant(True)``: what is summed by how many
+    warps follows from the counts.
     """
+    refuse_batch_invariance("batched_moe")
+    gate = gate_keywords(parse_activation(activation).value, clamp_limit, alpha, beta)
+    arguments = (hidden_states, w13, w13_global_scale, w2, w2_global_scale, expert_num_tokens)
     if out is None:
-        return torch.ops.nvfp4.batched_moe(
-            hidden_states, w13, w13_global_scale, w2, w2_global_scale, expert_num_tokens,
-            activation=parse_activation(activation).value, clamp_limit=clamp_limit, alpha=alpha, beta=beta,
-        )  # fmt: skip
-    torch.ops.nvfp4.batched_moe.out(
-        hidden_states, w13, w13_global_scale, w2, w2_global_scale, expert_num_tokens,
-        activation=parse_activation(activation).value, clamp_limit=clamp_limit, alpha=alpha, beta=beta, out=out,
-    )  # fmt: skip
+        return call_batched_moe((hidden_states, w13_global_scale, w2_global_scale), arguments, gate)
+    torch.ops.nvfp4.batched_moe.out(*arguments, **gate, out=out)
     return out
+
+
+call_batched_moe = below_autograd("batched_moe")
+"""The op past the autograd kernel where there is nothing to differentiate."""
 
 
 def _check(

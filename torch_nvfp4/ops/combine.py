@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from torch_nvfp4.ops import _checks
-from torch_nvfp4.ops._library import register_fake, register_no_autograd
+from torch_nvfp4.ops._library import below_autograd, register_fake, register_no_autograd
 
 
 def combine(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, expert_map: Tensor | None, num_experts: int) -> Tensor:
@@ -19,7 +19,10 @@ def combine(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, expert_map: Tenso
 
     Returns [M, N] in x's dtype. Raises RuntimeError (expected and got).
     """
-    return torch.ops.nvfp4.combine(x, topk_weights, topk_ids, expert_map, num_experts)
+    return _call((x, topk_weights), (x, topk_weights, topk_ids, expert_map, num_experts), {})
+
+
+_call = below_autograd("combine")
 
 
 @register_fake("combine")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from torch_nvfp4.gate import parse_activation
+from torch_nvfp4.gate import gate_keywords, parse_activation
 from torch_nvfp4.ops import _checks
-from torch_nvfp4.ops._library import register_fake, register_no_autograd
+from torch_nvfp4.ops._library import below_autograd, register_fake, register_no_autograd
+from torch_nvfp4.ops.batch_invariance import invariance_keywords
 
 
 def grouped_gemm(
@@ -17,6 +20,8 @@ def grouped_gemm(
     order: Tensor,
     offsets: Tensor,
     topk_weights: Tensor | None = None,
+    *,
+    batch_invariant: bool | None = None,
 ) -> Tensor:
     """``out[s] = x[s // (slots // rows)] @ W[expert of s]^T``, times the slot's topk weight if given.
 
@@ -27,6 +32,7 @@ def grouped_gemm(
         global_scale: float32 [E], or [E, 2] (gate, up) for a weight packed with gated=True.
         order, offsets: int32 [slots] and [E + 1], from ``route``.
         topk_weights: float32 [rows, slots / rows].
+        batch_invariant: a row's bits depend on nothing but the row; None: as ``set_batch_invariant`` says.
 
     Returns [slots, N] in x's dtype, one row per slot, gate columns before up columns; slots without an expert are zero.
 
@@ -34,7 +40,8 @@ def grouped_gemm(
     with 0, not decrease, and not exceed the slots. Where the values cannot be looked at without waiting for the device,
     on CUDA, all of the result is NaN instead.
     """
-    return torch.ops.nvfp4.grouped_gemm(x, weight, global_scale, order, offsets, topk_weights)
+    arguments = (x, weight, global_scale, order, offsets, topk_weights)
+    return _call((x, global_scale, topk_weights), arguments, invariance_keywords(batch_invariant))
 
 
 def grouped_gemm_swiglu(
@@ -49,6 +56,7 @@ def grouped_gemm_swiglu(
     clamp_limit: float | None = None,
     alpha: float = 1.0,
     beta: float = 0.0,
+    batch_invariant: bool | None = None,
 ) -> Tensor:
     """``swiglu(grouped_gemm(...))`` of a gated weight [E, 2I, K], with the clamp applied before any rounding.
 
@@ -56,10 +64,14 @@ def grouped_gemm_swiglu(
 
     Returns [slots, I] in x's dtype. Raises RuntimeError (expected and got), ValueError for an unknown activation name.
     """
-    return torch.ops.nvfp4.grouped_gemm_swiglu(
-        x, weight, global_scale, order, offsets, topk_weights,
-        activation=parse_activation(activation).value, clamp_limit=clamp_limit, alpha=alpha, beta=beta,
-    )  # fmt: skip
+    keywords: dict[str, Any] = gate_keywords(parse_activation(activation).value, clamp_limit, alpha, beta)
+    keywords.update(invariance_keywords(batch_invariant))
+    arguments = (x, weight, global_scale, order, offsets, topk_weights)
+    return _call_swiglu((x, global_scale, topk_weights), arguments, keywords)
+
+
+_call = below_autograd("grouped_gemm")
+_call_swiglu = below_autograd("grouped_gemm_swiglu")
 
 
 def _check(
@@ -95,6 +107,8 @@ def _(
     order: Tensor,
     offsets: Tensor,
     topk_weights: Tensor | None = None,
+    *,
+    batch_invariant: bool = False,
 ) -> Tensor:
     op = "grouped_gemm"
     _check_x(op, x)
@@ -116,6 +130,7 @@ def _(
     clamp_limit: float | None = None,
     alpha: float = 1.0,
     beta: float = 0.0,
+    batch_invariant: bool = False,
 ) -> Tensor:
     op = "grouped_gemm_swiglu"
     _check_x(op, x)

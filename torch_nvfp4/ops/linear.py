@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from torch_nvfp4.ops import _checks
-from torch_nvfp4.ops._library import register_fake, register_no_autograd
+from torch_nvfp4.ops._library import below_autograd, register_fake, register_no_autograd
+from torch_nvfp4.ops.batch_invariance import invariance_keywords
 
 
-def linear(x: Tensor, weight: Tensor, global_scale: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    global_scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    batch_invariant: bool | None = None,
+) -> Tensor:
     """``x @ W^T + bias``, accumulated in fp32 and rounded once.
 
     Args:
@@ -17,14 +24,25 @@ def linear(x: Tensor, weight: Tensor, global_scale: Tensor, bias: Tensor | None 
         weight: ``pack`` of [N, K], gated or not.
         global_scale: float32 [], or [2] (gate, up) for a weight packed with gated=True.
         bias: [N] in x's dtype.
+        batch_invariant: a row's bits depend on nothing but the row; None: as ``set_batch_invariant`` says.
 
     Returns [..., N] in x's dtype, gate columns before up columns. Raises RuntimeError (expected and got).
     """
-    return torch.ops.nvfp4.linear(x, weight, global_scale, bias)
+    return _call((x, global_scale, bias), (x, weight, global_scale, bias), invariance_keywords(batch_invariant))
+
+
+_call = below_autograd("linear")
 
 
 @register_fake("linear")
-def _(x: Tensor, weight: Tensor, global_scale: Tensor, bias: Tensor | None = None) -> Tensor:
+def _(
+    x: Tensor,
+    weight: Tensor,
+    global_scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    batch_invariant: bool = False,
+) -> Tensor:
     op = "linear"
     _checks.check_activations(op, "x", x, _checks.any_shape(x, "K"))
     _checks.check_k(op, "x", x)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from torch_nvfp4.gate import gated_activation, parse_activation
+from torch_nvfp4.gate import gate_keywords, gated_activation, parse_activation
 from torch_nvfp4.ops import _checks
-from torch_nvfp4.ops._library import register_fake, register_no_autograd
+from torch_nvfp4.ops._library import below_autograd, register_fake, register_no_autograd
+from torch_nvfp4.ops.batch_invariance import invariance_keywords
 
 
 def moe(
@@ -28,6 +30,7 @@ def moe(
     alpha: float = 1.0,
     beta: float = 0.0,
     apply_router_weight_on_input: bool = False,
+    batch_invariant: bool | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """For every token, the weighted sum over its experts e of ``w2[e] @ act(w13[e] @ x)``.
@@ -49,6 +52,7 @@ def moe(
         clamp_limit: finite and positive, or None for no clamp; only silu and swiglustep have one.
         alpha, beta: of silu, ``g * sigmoid(alpha * g) * (u + beta)``.
         apply_router_weight_on_input: topk_weights scale the pre-activations (before the clamp), not the output.
+        batch_invariant: a row's bits depend on nothing but the row; None: as ``set_batch_invariant`` says.
         out: a buffer for the result (``nvfp4::moe.out``): [M, K] in hidden_states' dtype, contiguous, on CUDA beginning
             at a multiple of 16 bytes. It may be hidden_states itself, whose rows are all read before the first is
             written, and must share no memory with any other argument.
@@ -60,18 +64,19 @@ def moe(
     Raises RuntimeError (expected and got) for a wrong dtype, device, shape, layout or gate parameter, ValueError for an
     unknown activation name. NotImplementedError where a gradient is wanted.
     """
+    keywords: dict[str, Any] = gate_keywords(parse_activation(activation).value, clamp_limit, alpha, beta)
+    keywords.update(invariance_keywords(batch_invariant))
+    if apply_router_weight_on_input:
+        keywords["apply_router_weight_on_input"] = True
+    arguments = (hidden_states, w13, w13_global_scale, w2, w2_global_scale, topk_weights, topk_ids, expert_map)
     if out is None:
-        return torch.ops.nvfp4.moe(
-            hidden_states, w13, w13_global_scale, w2, w2_global_scale, topk_weights, topk_ids, expert_map,
-            activation=parse_activation(activation).value, clamp_limit=clamp_limit, alpha=alpha, beta=beta,
-            apply_router_weight_on_input=apply_router_weight_on_input,
-        )  # fmt: skip
-    torch.ops.nvfp4.moe.out(
-        hidden_states, w13, w13_global_scale, w2, w2_global_scale, topk_weights, topk_ids, expert_map,
-        activation=parse_activation(activation).value, clamp_limit=clamp_limit, alpha=alpha, beta=beta,
-        apply_router_weight_on_input=apply_router_weight_on_input, out=out,
-    )  # fmt: skip
+        return call_moe((hidden_states, w13_global_scale, w2_global_scale, topk_weights), arguments, keywords)
+    torch.ops.nvfp4.moe.out(*arguments, **keywords, out=out)
     return out
+
+
+call_moe = below_autograd("moe")
+"""The op past the autograd kernel where there is nothing to differentiate."""
 
 
 def _check(
@@ -119,6 +124,7 @@ def _(
     alpha: float = 1.0,
     beta: float = 0.0,
     apply_router_weight_on_input: bool = False,
+    batch_invariant: bool = False,
 ) -> Tensor:
     _check(
         "moe", hidden_states, w13, w13_global_scale, w2, w2_global_scale, topk_weights, topk_ids, expert_map,
@@ -143,6 +149,7 @@ def _(
     alpha: float = 1.0,
     beta: float = 0.0,
     apply_router_weight_on_input: bool = False,
+    batch_invariant: bool = False,
     out: Tensor,
 ) -> None:
     op = "moe.out"
@@ -168,6 +175,7 @@ def decomposed_moe(
     alpha: float = 1.0,
     beta: float = 0.0,
     apply_router_weight_on_input: bool = False,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """``torch.ops.nvfp4.moe`` as its steps, with the clamp and the activation in aten.
 
@@ -178,10 +186,11 @@ def decomposed_moe(
     nvfp4, experts = torch.ops.nvfp4, w13.shape[0]
     order, offsets = nvfp4.route(topk_ids, expert_map, experts)
     on_input = topk_weights if apply_router_weight_on_input else None
-    gate_up = nvfp4.grouped_gemm(hidden_states, w13, w13_global_scale, order, offsets, on_input)
+    how = invariance_keywords(batch_invariant)
+    gate_up = nvfp4.grouped_gemm(hidden_states, w13, w13_global_scale, order, offsets, on_input, **how)
     gate, up = gate_up.to(torch.float32).chunk(2, dim=-1)
     intermediate = gated_activation(gate, up, activation, clamp_limit, alpha, beta).to(hidden_states.dtype)
-    expert_out = nvfp4.grouped_gemm(intermediate, w2, w2_global_scale, order, offsets)
+    expert_out = nvfp4.grouped_gemm(intermediate, w2, w2_global_scale, order, offsets, **how)
     on_output = torch.ones_like(topk_weights) if apply_router_weight_on_input else topk_weights
     return nvfp4.combine(expert_out, on_output, topk_ids, expert_map, experts)
 

@@ -32,7 +32,7 @@ class CudaDevice:
 def _function() -> Any:
     # The CPU library is always there and holds the table too. Not an op: a returned str leaks in the stable ABI.
     function = ctypes.CDLL(library_paths()[0]).nvfp4_explain_select
-    sizes, numbers = [ctypes.c_int64] * 5, [ctypes.c_int] * 4
+    sizes, numbers = [ctypes.c_int64] * 5, [ctypes.c_int] * 5
     function.argtypes = [ctypes.c_char_p, ctypes.c_char_p, *sizes, *numbers, ctypes.c_char_p, ctypes.c_int64]
     function.restype = ctypes.c_int64
     return function
@@ -48,6 +48,7 @@ def explain_select(
     op: str = "moe",
     dtype: torch.dtype = torch.bfloat16,
     activation: str | int | None = "silu",
+    batch_invariant: bool = False,
     device: CudaDevice | None = None,
 ) -> dict[str, str]:
     """Which kernel, tile and split an op of these sizes runs with on ``device``, and why, as lines ``{name: text}``.
@@ -61,6 +62,7 @@ def explain_select(
         op: ``"moe"``, ``"batched_moe"``, ``"grouped_gemm"`` or ``"linear"``.
         dtype: ``torch.bfloat16`` or ``torch.float16``.
         activation: the gate, or None without one.
+        batch_invariant: as the op takes it; not for ``op="batched_moe"``.
         device: default: the current CUDA device, or an H100 where there is none.
 
     Returns:
@@ -83,7 +85,9 @@ def explain_select(
     if any(not 0 <= fact < 2**31 for fact in facts):
         raise ValueError(f"expected numbers of a device from 0 to 2^31 - 1, got {facts}")
     text = ctypes.create_string_buffer(4096)
-    length = _function()(op.encode(), names.get(dtype, str(dtype)).encode(), *sizes, silu, *facts, text, len(text))
+    name = names.get(dtype, str(dtype))
+    flags = (silu, batch_invariant)
+    length = _function()(op.encode(), name.encode(), *sizes, *flags, *facts, text, len(text))
     answer = text.value.decode()
     if length < 0:
         raise ValueError(answer)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from torch_nvfp4.gate import parse_activation
+from torch_nvfp4.gate import gate_keywords, parse_activation
 from torch_nvfp4.ops import _checks
-from torch_nvfp4.ops._library import register_fake, register_no_autograd
+from torch_nvfp4.ops._library import below_autograd, register_fake, register_no_autograd
 
 
 def swiglu(
@@ -26,9 +25,11 @@ def swiglu(
     Returns [..., I] in gate_up's dtype. Raises RuntimeError (expected and got), ValueError for an unknown activation
     name.
     """
-    return torch.ops.nvfp4.swiglu(
-        gate_up, activation=parse_activation(activation).value, clamp_limit=clamp_limit, alpha=alpha, beta=beta
-    )
+    gate = gate_keywords(parse_activation(activation).value, clamp_limit, alpha, beta)
+    return _call((gate_up,), (gate_up,), gate)
+
+
+_call = below_autograd("swiglu")
 
 
 @register_fake("swiglu")

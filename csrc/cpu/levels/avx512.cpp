@@ -270,10 +270,11 @@ constexpr MultiplyBlock kMultiplyPaired[kTileTokens] = {multiply_folded<1, true>
                                                         multiply_folded<3, true>, multiply_folded<4, true>,
                                                         multiply_folded<5, true>, multiply_folded<6, true>};
 
-// Decodes the same block of both panels and chooses the kernels that go with it.
-NVFP4_INLINE const MultiplyBlock* decode_block(const uint8_t* first, const uint8_t* second, bool pairing,
+// Decodes the same block of both panels and chooses the kernels that go with it. Only multiply_grouped rounds as
+// multiply_few does, at every group: folded products are exact over a block.
+NVFP4_INLINE const MultiplyBlock* decode_block(const uint8_t* first, const uint8_t* second, bool may_fold, bool pairing,
                                                DecodedBlock* out) {
-  if (decode_folded(first, 0, out) && decode_folded(second, 1, out)) {
+  if (may_fold && decode_folded(first, 0, out) && decode_folded(second, 1, out)) {
     return pairing ? kMultiplyPaired : kMultiplyFolded;
   }
   decode_grouped(first, 0, out);
@@ -286,6 +287,7 @@ NVFP4_INLINE void prefetch_block(const uint8_t* block) {
 }
 
 void multiply_many(const uint8_t* first, const uint8_t* second, const TokenTile& tile, float* sums) {
+  const bool may_fold = !tile.batch_invariant;
   const bool pairing = pairing_is_faster();
   const int64_t count = tile.count;
   // Steps of equal size, give or take one token: short steps keep the multipliers less busy.
@@ -298,7 +300,7 @@ void multiply_many(const uint8_t* first, const uint8_t* second, const TokenTile&
     prefetch_block(first + (block + 2) * kBlockBytes);
     prefetch_block(second + (block + 2) * kBlockBytes);
     const MultiplyBlock* multiply =
-        decode_block(first + block * kBlockBytes, second + block * kBlockBytes, pairing, &decoded);
+        decode_block(first + block * kBlockBytes, second + block * kBlockBytes, may_fold, pairing, &decoded);
     const int16_t* values = static_cast<const int16_t*>(tile.values) + block * count * kBlockColumns;
     int64_t token = 0;
     for (int64_t step = 0; step < steps; ++step) {
@@ -411,7 +413,8 @@ void multiply(const uint8_t* panels, int64_t panel_count, const TokenTile& tile,
       multiply_few_exact<5>, multiply_few_exact<6>, multiply_few_exact<7>, multiply_few_exact<8>};
   const int64_t bytes = tile.blocks * kBlockBytes;
   const uint8_t* second = panels + (panel_count - 1) * bytes;
-  if (tile.count > kFewTokens) {
+  // multiply_few_exact sums group by group, multiply_many_exact column by column.
+  if (tile.count > kFewTokens || (tile.exact && tile.batch_invariant)) {
     return tile.exact ? multiply_many_exact(panels, second, tile, sums) : multiply_many(panels, second, tile, sums);
   }
   const auto& few = tile.exact ? kMultiplyFewExact : kMultiplyFew;

@@ -50,7 +50,8 @@ __device__ __forceinline__ float2 reduce(const PartialSums* warps, int ways, int
 }
 
 // The same where a warp's sums have room for a run-time number of tokens only: the first `tokens` of a column tile's 8.
-__device__ __forceinline__ void store_partial(float* partial, int tokens, const float (&sum)[4][1][4]) {
+template <int kRowTiles>
+__device__ __forceinline__ void store_partial(float* partial, int tokens, const float (&sum)[kRowTiles][1][4]) {
   const int lane = threadIdx.x % kWarp;
   const int column = lane % 4 * 2;
   float* at = partial + column * kPartialRows + lane / 4;
@@ -58,7 +59,7 @@ __device__ __forceinline__ void store_partial(float* partial, int tokens, const 
   for (int i = 0; i < 2; ++i) {
     if (column + i >= tokens) continue;
 #pragma unroll
-    for (int tile = 0; tile < 4; ++tile) {
+    for (int tile = 0; tile < kRowTiles; ++tile) {
       at[i * kPartialRows + 16 * tile] = sum[tile][0][i];
       at[i * kPartialRows + 16 * tile + 8] = sum[tile][0][i + 2];
     }
@@ -86,7 +87,10 @@ __device__ __forceinline__ float2 reduce(const float* partials, int stride, int 
   return total;
 }
 
-__device__ __forceinline__ float2 scaled(float2 v, float scale) { return make_float2(v.x * scale, v.y * scale); }
+// Not contracted with a following addition, which other kernels do not have: a row's bits are those that they give it.
+__device__ __forceinline__ float2 scaled(float2 v, float scale) {
+  return make_float2(__fmul_rn(v.x, scale), __fmul_rn(v.y, scale));
+}
 
 template <class T>
 __device__ __forceinline__ void store_pair(void* out, int64_t at, float2 v) {

@@ -55,29 +55,44 @@ struct TokenCursor {
   }
 };
 
-// One warp's codes and scales of a whole 64-row block, in registers, so that the shared memory can be refilled early.
-struct WeightBlock {
-  uint4 codes[4];
-  uint2 scales;
+// One warp's codes and scales of kRowTiles warp tiles of a block, in registers, so that the shared memory can be
+// refilled early.
+template <int kRowTiles>
+struct WeightTiles {
+  static_assert(kRowTiles == 2 || kRowTiles == 4);
+  uint4 codes[kRowTiles];
+  uint32_t scales[kRowTiles / 2];
 
-  static __device__ __forceinline__ WeightBlock read(const uint8_t* block) {
+  // The codes lie at the beginning of `block`, the scales where those of a whole block do: warp tiles first_tile and
+  // on.
+  static __device__ __forceinline__ WeightTiles read(const uint8_t* block, int first_tile = 0) {
     const int lane = threadIdx.x % kWarp;
-    WeightBlock w;
+    WeightTiles w;
 #pragma unroll
-    for (int tile = 0; tile < 4; ++tile) w.codes[tile] = *reinterpret_cast<const uint4*>(block + codes_at(tile, lane));
-    w.scales = *reinterpret_cast<const uint2*>(block + scales_at(0, lane));
+    for (int tile = 0; tile < kRowTiles; ++tile) {
+      w.codes[tile] = *reinterpret_cast<const uint4*>(block + codes_at(tile, lane));
+    }
+    if constexpr (kRowTiles == 4) {
+      const uint2 scales = *reinterpret_cast<const uint2*>(block + scales_at(0, lane));
+      w.scales[0] = scales.x;
+      w.scales[1] = scales.y;
+    } else {
+      w.scales[0] = *reinterpret_cast<const uint32_t*>(block + scales_at(first_tile, lane));
+    }
     return w;
   }
 };
 
-// sum[tile][i] += warp tile `tile` of the block, which is rows 16 tile .. 16 tile + 15, times column tile i.
-template <class T, int kTiles>
-__device__ __forceinline__ void multiply(const WeightBlock& w, const TokenBlock<kTiles>& x,
-                                         float (&sum)[4][kTiles][4]) {
+using WeightBlock = WeightTiles<4>;
+
+// sum[tile][i] += warp tile `tile` of those read, which is 16 rows, times column tile i.
+template <class T, int kTiles, int kRowTiles>
+__device__ __forceinline__ void multiply(const WeightTiles<kRowTiles>& w, const TokenBlock<kTiles>& x,
+                                         float (&sum)[kRowTiles][kTiles][4]) {
 #pragma unroll
-  for (int tile = 0; tile < 4; ++tile) {
+  for (int tile = 0; tile < kRowTiles; ++tile) {
     uint32_t a[4][4];
-    const uint32_t scales = tile < 2 ? w.scales.x : w.scales.y;
+    const uint32_t scales = w.scales[tile / 2];
     tile % 2 ? decode<T, true>(w.codes[tile], scales, a) : decode<T, false>(w.codes[tile], scales, a);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {

@@ -83,6 +83,17 @@ class BulkRing {
                       policy_);
   }
 
+  // The two warp tiles from first_tile on, and the scales of all four.
+  __device__ __forceinline__ void fill_half(int stage, bool wanted, const uint8_t* block, int first_tile) {
+    constexpr int kCodes = kBlockCodeBytes / 2;
+    const bool elected = ptx::elect_one();
+    const uint32_t to = blocks_ + stage * kBlockBytes;
+    ptx::mbarrier_arrive_expect_if(elected, landed_ + stage * 8, wanted ? kCodes + kBlockScaleBytes : 0);
+    ptx::bulk_load_if(elected && wanted, to, block + codes_at(first_tile, 0), kCodes, landed_ + stage * 8, policy_);
+    ptx::bulk_load_if(elected && wanted, to + kBlockCodeBytes, block + kBlockCodeBytes, kBlockScaleBytes,
+                      landed_ + stage * 8, policy_);
+  }
+
   __device__ __forceinline__ const uint8_t* wait(int stage, uint32_t parity) {
     ptx::mbarrier_wait(landed_ + stage * 8, parity & 1);
     return storage_->block[stage];

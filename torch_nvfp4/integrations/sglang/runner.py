@@ -13,6 +13,7 @@ from sglang.srt.layers.moe.utils import RegisteredMoeRunnerBackend
 from torch import Tensor
 
 from torch_nvfp4.integrations.sglang.support import layer_gate
+from torch_nvfp4.ops.batch_invariance import invariance_keywords
 
 __all__ = ["NAME", "NVFP4QuantInfo", "NVFP4RunnerCore"]
 
@@ -66,5 +67,6 @@ class NVFP4RunnerCore(DispatchMoeRunnerCore):  # type: ignore[misc]
             topk_output.topk_ids,
             apply_router_weight_on_input=runner_config.apply_router_weight_on_input,
             **self._gate_kwargs,
+            **invariance_keywords(None),
         )
         return StandardCombineInput(hidden_states=output)

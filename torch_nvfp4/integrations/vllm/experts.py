@@ -16,6 +16,7 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import kNvfp4Dyna
 from torch_nvfp4.gate import Gate
 from torch_nvfp4.integrations.vllm.platform import device, step_limit
 from torch_nvfp4.integrations.vllm.support import device_error, layer_gate
+from torch_nvfp4.ops.batch_invariance import invariance_keywords, refuse_batch_invariance
 
 __all__ = ["NVFP4BatchedExperts", "NVFP4Experts"]
 
@@ -89,7 +90,7 @@ class NVFP4Experts(_Experts):
             topk_weights = torch.ones_like(topk_weights)
         torch.ops.nvfp4.moe.out(
             hidden_states, w1, self.g1_alphas, w2, self.g2_alphas, topk_weights.to(torch.float32), topk_ids, expert_map,
-            **self._gate_kwargs, out=output,
+            **self._gate_kwargs, **invariance_keywords(None), out=output,
         )  # fmt: skip
 
 
@@ -121,6 +122,7 @@ class NVFP4BatchedExperts(_Experts):
         counts = None if expert_tokens_meta is None else expert_tokens_meta.expert_num_tokens
         if counts is None:
             raise RuntimeError("expected expert_num_tokens with batched activations, got none")
+        refuse_batch_invariance("batched_moe")
         torch.ops.nvfp4.batched_moe.out(
             hidden_states, w1, self.g1_alphas, w2, self.g2_alphas, counts, **self._gate_kwargs, out=output
         )

@@ -18,8 +18,11 @@
 
 namespace nvfp4::cuda {
 
-template <class T, class Ring, int kWarps>
+// kRowTiles: of a panel's four warp tiles, those of an item. Half panels spread a few large items evenly over the CTAs.
+template <class T, class Ring, int kWarps, int kRowTiles = 4>
 class FewSlotsMlp {
+  static constexpr bool kHalves = kRowTiles == 2;
+  static constexpr int kItemRows = 16 * kRowTiles;
   static_assert(Ring::kStages % kTurnBlocks == 0);
 
  public:
@@ -94,7 +97,7 @@ class FewSlotsMlp {
 
   __device__ __forceinline__ Share share(int gemm_index) const {
     const FewSlotsGemm& gemm = p_.gemm[gemm_index];
-    const int all = tiles_.size() * gemm.panels;
+    const int all = tiles_.size() * gemm.items_per_tile;
     const int each = p_.by_grid.quotient(all);
     const int more = all - each * static_cast<int>(gridDim.x);
     const int cta = blockIdx.x;
@@ -125,8 +128,13 @@ class FewSlotsMlp {
     if (fill_ahead_ == 0 && fill_gemm_ == 0) open(1);
     if (fill_ahead_ == 0) return;
     const FewSlotsGemm& gemm = p_.gemm[fill_gemm_];
-    const int tile = gemm.by_panels.quotient(fill_item_);
-    const int64_t block = static_cast<int64_t>(fill_item_ - tile * gemm.panels) * gemm.k_blocks + fill_k_;
+    const int tile = gemm.by_items_per_tile.quotient(fill_item_);
+    int panel = fill_item_ - tile * gemm.items_per_tile;
+    if constexpr (kHalves) {
+      fill_first_tile_ = panel % 2 * kRowTiles;
+      panel /= 2;
+    }
+    const int64_t block = static_cast<int64_t>(panel) * gemm.k_blocks + fill_k_;
     fill_at_ = gemm.packed + tiles_.tile(tile).expert * gemm.expert_bytes + block * kBlockBytes;
     fill_left_ = min(fill_ahead_, gemm.k_blocks - fill_k_);
     fill_ahead_ -= fill_left_;
@@ -136,7 +144,11 @@ class FewSlotsMlp {
 
   // The i-th block of the turn.
   __device__ __forceinline__ void refill(int first_stage, int i) {
-    ring_.fill(first_stage + i, i < fill_left_, fill_at_ + i * kBlockBytes);
+    if constexpr (kHalves) {
+      ring_.fill_half(first_stage + i, i < fill_left_, fill_at_ + i * kBlockBytes, fill_first_tile_);
+    } else {
+      ring_.fill(first_stage + i, i < fill_left_, fill_at_ + i * kBlockBytes);
+    }
   }
 
   __device__ __forceinline__ void end_turn() {
@@ -150,7 +162,7 @@ class FewSlotsMlp {
   __device__ __forceinline__ int token_row(int gemm_index, const Share& s, int tile_index, int slot, int token) const {
     const FewSlotsGemm& gemm = p_.gemm[gemm_index];
     if (gemm.all_rows) return gemm.slots_per_row.quotient(slot);
-    return (tile_index - gemm.by_panels.quotient(s.first_item)) * p_.width + token;
+    return (tile_index - gemm.by_items_per_tile.quotient(s.first_item)) * p_.width + token;
   }
 
   // By all threads of the CTA; k beyond a row's end is zeros.
@@ -173,8 +185,8 @@ class FewSlotsMlp {
     if (gemm.all_rows) {
       if (kHandedOver && (tiles_.used_slots() >> lane_ & 1) == 0) row = -1;  // never written
     } else {
-      const int first = gemm.by_panels.quotient(s.first_item);
-      const int last = gemm.by_panels.quotient(s.first_item + s.items - 1);
+      const int first = gemm.by_items_per_tile.quotient(s.first_item);
+      const int last = gemm.by_items_per_tile.quotient(s.first_item + s.items - 1);
       row = -1;
       rows = (last - first + 1) * p_.width;
       for (int i = first; i <= last; ++i) {
@@ -217,7 +229,7 @@ class FewSlotsMlp {
 
   __device__ __forceinline__ void multiply_blocks(int gemm_index, const Share& s, int item, int k, int blocks) {
     const FewSlotsGemm& gemm = p_.gemm[gemm_index];
-    const int tile_index = gemm.by_panels.quotient(s.first_item + item);
+    const int tile_index = gemm.by_items_per_tile.quotient(s.first_item + item);
     const ExpertTile tile = tiles_.tile(tile_index);
     const int token = lane_ / 4;
     const bool used = token < tile.count;
@@ -225,16 +237,17 @@ class FewSlotsMlp {
     uint32_t x_at =
         ptx::shared_address(tokens_) + row * gemm.row_bytes + k * (kBlockK * kElementBytes) + lane_ % 4 * 32;
     TokenBlock<1> x = {};
-    float sum[4][1][4] = {};
+    const int first_tile = kHalves ? (s.first_item + item - tile_index * gemm.items_per_tile) % 2 * kRowTiles : 0;
+    float sum[kRowTiles][1][4] = {};
     for (int left = blocks; left > 0; left -= kTurnBlocks) {
       begin_turn();
 #pragma unroll
       for (int i = 0; i < kTurnBlocks; ++i) {
         const bool here = i == 0 || i < left;
         const uint8_t* block = ring_.wait(stage_ + i, parity_);
-        WeightBlock w;
+        WeightTiles<kRowTiles> w;
         if (here) {
-          w = WeightBlock::read(block);
+          w = WeightTiles<kRowTiles>::read(block, first_tile);
           x.load_shared_if(used, x_at + i * (kBlockK * kElementBytes));
         }
         if constexpr (Ring::kFillQueues) {
@@ -268,7 +281,7 @@ class FewSlotsMlp {
   struct Outcome {
     ExpertTile tile;
     int tile_index;
-    int panel;
+    int panel;     // or half a panel: the item's place among those of its tile
     int slot;      // of the tile's token number `lane`
     float upper;   // scale of the rows, or of the gate rows
     float lower;   // scale of the up rows
@@ -280,9 +293,9 @@ class FewSlotsMlp {
     Outcome o = {};
     if (i >= s.items) return o;
     const FewSlotsGemm& gemm = p_.gemm[gemm_index];
-    o.tile_index = gemm.by_panels.quotient(s.first_item + i);
+    o.tile_index = gemm.by_items_per_tile.quotient(s.first_item + i);
     o.tile = tiles_.tile(o.tile_index);
-    o.panel = s.first_item + i - o.tile_index * gemm.panels;
+    o.panel = s.first_item + i - o.tile_index * gemm.items_per_tile;
     o.slot = tiles_.slot(o.tile);
     o.upper = gemm.global_scale[gemm_index == 0 ? 2 * o.tile.expert : o.tile.expert];
     o.scale = o.weight = 1.0f;
@@ -313,11 +326,13 @@ class FewSlotsMlp {
   __device__ __forceinline__ void write_hidden(const float* sums, int ways, const Outcome& o) const {
     const int stride = p_.width * kPartialRows;
     const int columns = p_.gemm[1].k;
-    const int feature = lane_ % 16 * 2;
+    constexpr int kFeatures = kItemRows / 2;
+    constexpr int kLanes = kFeatures / 2;  // of a token
+    const int feature = lane_ % kLanes * 2;
     const int row = feature / 8 * 16 + feature % 8;
-    const int column = o.panel * 32 + feature;
-    for (int base = 0; base < o.tile.count; base += 2) {
-      const int token = base + lane_ / 16;
+    const int column = o.panel * kFeatures + feature;
+    for (int base = 0; base < o.tile.count; base += kWarp / kLanes) {
+      const int token = base + lane_ / kLanes;
       const int64_t to = __shfl_sync(~0u, o.slot, token % kWarp);
       const float scale = __shfl_sync(~0u, o.scale, token % kWarp) * kDecodeFactor;
       if (token >= o.tile.count || column >= columns) continue;
@@ -331,11 +346,14 @@ class FewSlotsMlp {
   __device__ __forceinline__ void write_expert_out(const float* sums, int ways, const Outcome& o) const {
     const int stride = p_.width * kPartialRows;
     const int n = p_.gemm[1].n;
-    const int column = o.panel * kBlockRows + 2 * lane_;
-    for (int token = 0; token < o.tile.count; ++token) {
-      const int64_t to = __shfl_sync(~0u, o.slot, token);
-      if (column >= n) continue;
-      const float2 v = scaled(reduce(sums, stride, ways, token, 2 * lane_), o.upper * kDecodeFactor);
+    constexpr int kLanes = kItemRows / 2;  // of a token
+    const int row = lane_ % kLanes * 2;
+    const int column = o.panel * kItemRows + row;
+    for (int base = 0; base < o.tile.count; base += kWarp / kLanes) {
+      const int token = base + lane_ / kLanes;
+      const int64_t to = __shfl_sync(~0u, o.slot, token % kWarp);
+      if (token >= o.tile.count || column >= n) continue;
+      const float2 v = scaled(reduce(sums, stride, ways, token, row), o.upper * kDecodeFactor);
       ptx::store_relaxed_64(p_.expert_out + to * n + column, make_uint2(__float_as_uint(v.x), __float_as_uint(v.y)));
     }
   }
@@ -346,8 +364,8 @@ class FewSlotsMlp {
     const int n = p_.gemm[1].n;
     const int slots = p_.gemm[1].rows;
     const unsigned used = tiles_.used_slots();
-    const int column = o.panel * kBlockRows + 2 * lane_;
-    const bool inside = column < n;
+    const int column = o.panel * kItemRows + 2 * lane_;
+    const bool inside = 2 * lane_ < kItemRows && column < n;
     const float* rows = p_.expert_out + column;
     float2 total = make_float2(0.0f, 0.0f);
     int token = 0;
@@ -408,6 +426,7 @@ class FewSlotsMlp {
   int fill_gemm_;
   int fill_item_;  // the next item
   int fill_k_;
+  int fill_first_tile_ = 0;
   int stage_ = 0;
   uint32_t parity_ = 0;
 };

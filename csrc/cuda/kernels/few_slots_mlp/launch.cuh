@@ -29,6 +29,8 @@ inline void apply_plan(const FewSlotsPlan& plan, FewSlotsParams& p) {
   p.by_width = Divider(plan.width);
   p.by_grid = Divider(device().multiprocessors);
   for (int i = 0; i < 2; ++i) {
+    p.gemm[i].items_per_tile = plan.gemm[i].items_per_tile;
+    p.gemm[i].by_items_per_tile = Divider(plan.gemm[i].items_per_tile);
     p.gemm[i].all_rows = plan.gemm[i].all_rows;
     p.gemm[i].row_bytes = plan.gemm[i].row_bytes;
     p.gemm[i].row_chunks = plan.gemm[i].row_chunks;

@@ -16,10 +16,10 @@ struct FewSlotsGemm {
   int k;
   int n;
   int k_blocks;
-  int panels;
   Divider by_k_blocks;
-  Divider by_panels;
   // Set by the launch: FewSlotsPlan::Gemm.
+  int items_per_tile;
+  Divider by_items_per_tile;
   bool all_rows;
   int row_bytes;
   int row_chunks;
@@ -54,9 +54,7 @@ inline FewSlotsGemm few_slots_gemm(const Weight& weight, const void* x, int64_t 
   gemm.k = static_cast<int>(weight.k);
   gemm.n = static_cast<int>(weight.n);
   gemm.k_blocks = k_blocks_of(weight.k);
-  gemm.panels = panels_of(weight.n);
   gemm.by_k_blocks = Divider(gemm.k_blocks);
-  gemm.by_panels = Divider(gemm.panels);
   return gemm;
 }
 

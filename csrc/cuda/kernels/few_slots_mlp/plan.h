@@ -24,10 +24,12 @@ constexpr int few_slots_ring_bytes(Isa isa) {
 
 struct FewSlotsPlan {
   struct Gemm {
-    bool all_rows;   // every row goes to shared memory; else those of a CTA's own tiles, `width` rows per tile
-    int row_chunks;  // a row's chunks of kChunkBytes
-    int row_bytes;   // in shared memory, from one row to the next
+    int items_per_tile;  // panels, or twice as many halves
+    bool all_rows;       // every row goes to shared memory; else those of a CTA's own tiles, `width` rows per tile
+    int row_chunks;      // a row's chunks of kChunkBytes
+    int row_bytes;       // in shared memory, from one row to the next
   };
+  bool halves;      // items are half panels
   int width;        // tokens per tile, at most; 0: a CTA's shared memory has no room for the tokens
   int token_bytes;  // of shared memory
   int shared_bytes;
@@ -35,22 +37,24 @@ struct FewSlotsPlan {
 };
 
 // With tiles of at most `width` tokens, whether they fit or not.
-inline FewSlotsPlan plan_few_slots(const Problem& problem, const Device& device, Isa isa, int width) {
+inline FewSlotsPlan plan_few_slots(const Problem& problem, const Device& device, Isa isa, int width, bool halves) {
   const int64_t slots = problem.slots();
   const int64_t tiles = std::min(slots, problem.experts + slots / width);
   const int64_t grid = device.multiprocessors;
   FewSlotsPlan plan{};
+  plan.halves = halves;
   int64_t token_bytes = 0;
   int64_t most_items = 0;
   for (int i = 0; i < 2; ++i) {
     const int64_t rows = i == 0 ? problem.tokens : slots;
-    const int64_t panels = std::max(1, panels_of(problem.gemm[i].n));
+    const int64_t panels = std::max(1, panels_of(problem.gemm[i].n)) * (halves ? 2 : 1);
     const int64_t items = ceil_div(tiles * panels, grid);
     const int64_t cta_tiles = std::min(tiles, ceil_div(items - 1, panels) + 1);
     const int64_t tile_rows = cta_tiles * width;
     const int64_t row_chunks = k_blocks_of(problem.gemm[i].k) * int64_t{kBlockK * kElementBytes / kChunkBytes};
     const int64_t row_bytes = (row_chunks + 1) * kChunkBytes;  // one more, so that neighbouring rows differ in banks
-    plan.gemm[i] = {rows <= tile_rows, static_cast<int>(row_chunks), static_cast<int>(row_bytes)};
+    plan.gemm[i] = {static_cast<int>(panels), rows <= tile_rows, static_cast<int>(row_chunks),
+                    static_cast<int>(row_bytes)};
     token_bytes = std::max(token_bytes, std::min(rows, tile_rows) * row_bytes);
     most_items = std::max(most_items, items);
   }
@@ -63,11 +67,31 @@ inline FewSlotsPlan plan_few_slots(const Problem& problem, const Device& device,
   return plan;
 }
 
+// Whether half panels give the busiest warp less to do. A warp takes whole turns of blocks, and a half block takes
+// somewhat more than half a block's time.
+inline bool halves_spread_better(const Problem& problem, const Device& device, int width) {
+  constexpr int64_t kPercent = 60;
+  const int64_t tiles = std::min(problem.slots(), problem.experts + problem.slots() / width);
+  int64_t whole = 0;
+  int64_t half = 0;
+  for (const GemmSize& gemm : problem.gemm) {
+    const auto turns = [&](int64_t items) {
+      return ceil_div<int64_t>(ceil_div<int64_t>(items, device.multiprocessors) * k_blocks_of(gemm.k),
+                               kFewSlotsWarps * 2);
+    };
+    if (panels_of(gemm.n) * 2 > kFewSlotsMaxPanels) return false;
+    whole += turns(tiles * panels_of(gemm.n));
+    half += turns(2 * tiles * panels_of(gemm.n));
+  }
+  return half * kPercent < whole * 100;
+}
+
 // With tiles as wide as fit.
 inline FewSlotsPlan plan_few_slots(const Problem& problem, const Device& device, Isa isa) {
   if (std::max(panels_of(problem.gemm[0].n), panels_of(problem.gemm[1].n)) > kFewSlotsMaxPanels) return {};
   for (int64_t width = std::min<int64_t>(problem.tokens, kFewSlotsMaxWidth); width > 0; width /= 2) {
-    const FewSlotsPlan plan = plan_few_slots(problem, device, isa, static_cast<int>(width));
+    const bool halves = isa == Isa::sm90 && halves_spread_better(problem, device, static_cast<int>(width));
+    const FewSlotsPlan plan = plan_few_slots(problem, device, isa, static_cast<int>(width), halves);
     if (plan.width > 0) return plan;
   }
   return {};

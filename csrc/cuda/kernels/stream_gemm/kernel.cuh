@@ -280,10 +280,10 @@ class StreamGemm {
         const int token = base + 2 * way_ + lane_ / 16;
         const int source = (first + token) % kWarp;
         const int64_t to = __shfl_sync(~0u, slot, source);
-        const float scale = __shfl_sync(~0u, scales.slot, source) * kDecodeFactor;
+        const float scale = __shfl_sync(~0u, scales.slot, source);
         if (token >= tokens || column >= p_.n / 2) continue;
-        const float2 g = scaled(reduce(partial, k_ways(), token, row), scales.upper * scale);
-        const float2 u = scaled(reduce(partial, k_ways(), token, row + 8), scales.lower * scale);
+        const float2 g = scaled(reduce(partial, k_ways(), token, row), scale, scales.upper);
+        const float2 u = scaled(reduce(partial, k_ways(), token, row + 8), scale, scales.lower);
         if (p_.has_gate) {
           const float2 v = make_float2(apply_gate(p_.gate, g.x, u.x), apply_gate(p_.gate, g.y, u.y));
           store_pair<T>(p_.out, to * (p_.n / 2) + column, v);
@@ -297,12 +297,17 @@ class StreamGemm {
       for (int token = way_; token < tokens; token += writers) {
         const int source = first + token;
         const int64_t to = __shfl_sync(~0u, slot, source);
-        const float scale = __shfl_sync(~0u, scales.slot, source) * kDecodeFactor;
+        const float scale = __shfl_sync(~0u, scales.slot, source);
         if (column >= p_.n) continue;
-        const float2 v = scaled(reduce(partial, k_ways(), token, 2 * lane_), scales.upper * scale);
+        const float2 v = scaled(reduce(partial, k_ways(), token, 2 * lane_), scale, scales.upper);
         store_pair<T>(p_.out, to * p_.n + column, with_bias(v, column));
       }
     }
+  }
+
+  // The slot's scale first, then the weight's, as in wgmma_experts.
+  static __device__ __forceinline__ float2 scaled(float2 sum, float slot_scale, float weight_scale) {
+    return nvfp4::cuda::scaled(nvfp4::cuda::scaled(sum, slot_scale), weight_scale * kDecodeFactor);
   }
 
   __device__ __forceinline__ float2 with_bias(float2 v, int column) const {

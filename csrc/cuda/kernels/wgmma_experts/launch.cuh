@@ -53,6 +53,7 @@ void launch_experts(Params params, const WgmmaPlan& plan, void* stream) {
   for (ExpertGemm& gemm : params.gemm) gemm.row_tiles = row_tiles<S>(gemm);
   params.max_width = plan.max_width;
   params.stages = plan.stages;
+  params.weights_leave_first = plan.weights_leave_first;
   params.extra_claims = params.mlp && is_short(params.gemm[1].k_blocks) ? 1 : 0;
   allow_shared_memory(reinterpret_cast<const void*>(kernel));
   launch(kernel, dim3(device().multiprocessors), kThreads<S>, plan.shared_bytes, stream, "wgmma experts", params);

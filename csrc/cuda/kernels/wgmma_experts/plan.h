@@ -22,6 +22,7 @@ struct WgmmaPlan {
   int max_width;  // tokens per tile, at most
   int stages;
   int shared_bytes;
+  bool weights_leave_first;  // L2, before the results, which combine reads next
 };
 
 namespace wgmma_experts {
@@ -122,9 +123,9 @@ WgmmaPlan plan(WgmmaTiles tiles, int max_width, int64_t experts, const Device& d
   for (int width = max_width; width > 0; width -= kTokenAtom) {
     const int stage = stage_bytes<S>(width);
     const int stages = std::min(kMaxStages, (device.shared_memory_per_cta - fixed) / stage);
-    if (stages >= kMinStages) return {tiles, width, stages, fixed + stages * stage};
+    if (stages >= kMinStages) return {tiles, width, stages, fixed + stages * stage, false};
   }
-  return {tiles, 0, 0, 0};
+  return {tiles, 0, 0, 0, false};
 }
 
 }  // namespace wgmma_experts

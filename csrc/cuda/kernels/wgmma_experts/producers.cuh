@@ -88,6 +88,7 @@ template <class S>
 __device__ __forceinline__ void stream_weights(const Params& p, Shared<S>& shared, Ring ring) {
   const int lane = threadIdx.x % kWarp;
   TileReader<S> reader{shared};
+  const uint64_t policy = ptx::policy_evict_first();
   while (const Tile<S>* tile = reader.next()) {
     const ExpertGemm& gemm = p.gemm[tile->gemm_index];
     const int panel = tile->row_tile * S::kConsumers + lane;
@@ -106,7 +107,10 @@ __device__ __forceinline__ void stream_weights(const Params& p, Shared<S>& share
         if (s == claim_at) ptx::mbarrier_arrive(ptx::shared_address(&shared.claim[reader.index % kTileRing]));
       }
       __syncwarp();
-      if (inside) {
+      if (p.weights_leave_first) {
+        ptx::bulk_load_if(inside, ring.stage + lane * kPanelBytes, source, blocks * kBlockBytes, ring.full_barrier(),
+                          policy);
+      } else if (inside) {
         ptx::bulk_load(ring.stage + lane * kPanelBytes, source, blocks * kBlockBytes, ring.full_barrier());
       }
     }

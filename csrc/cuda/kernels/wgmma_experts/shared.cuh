@@ -46,7 +46,8 @@ struct Params {
   int* control;  // zeroed: [0] the next tile, [1 + e] finished GEMM1 tiles of expert e
   int max_width;
   int stages;
-  int extra_claims;  // tiles of gemm[1] that are claimed before their turn
+  bool weights_leave_first;  // L2, before the results that they make
+  int extra_claims;          // tiles of gemm[1] that are claimed before their turn
 };
 
 // A position in the ring of stages, whose tokens lie behind the weights. The empty barriers lie behind the full ones.
