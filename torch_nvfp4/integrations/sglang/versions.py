@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import inspect
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+
+from torch_nvfp4.integrations.interface import Load, differences
 
 __all__ = ["ATTRIBUTES", "KNOWN", "SIGNATURES", "check_installed", "unknown_version", "unmet"]
 
@@ -80,7 +80,7 @@ def unknown_version(version: str) -> str | None:
     return None if base in KNOWN else f"expected sglang {' or '.join(KNOWN)}, got {version}"
 
 
-def unmet(version: str, load: Callable[[str], Any] = importlib.import_module) -> Iterator[str]:
+def unmet(version: str, load: Load = importlib.import_module) -> Iterator[str]:
     """Every difference between what is known of a version and what ``load`` gives for the names of its modules.
 
     Yields one text per difference, each with what was expected and what came.
@@ -89,21 +89,10 @@ def unmet(version: str, load: Callable[[str], Any] = importlib.import_module) ->
     if problem is not None:
         yield problem
         return
-    for (module, function), wanted in SIGNATURES.items():
-        found = _find(load, module, function)
-        got = None if found is None else tuple(inspect.signature(found).parameters)
-        if got != wanted:
-            yield f"{module}.{function}: expected {_shown(wanted)}, got {'nothing' if got is None else _shown(got)}"
-    for (module, name), wanted in ATTRIBUTES.items():
-        found = _find(load, module, name)
-        has = set() if found is None else {*dir(found), *getattr(found, "__dataclass_fields__", ())}
-        missing = [attribute for attribute in wanted if attribute not in has]
-        if missing:
-            got_text = "nothing" if found is None else f"one without {', '.join(missing)}"
-            yield f"{module}.{name}: expected {', '.join(wanted)}, got {got_text}"
+    yield from differences(SIGNATURES, ATTRIBUTES, load)
 
 
-def check_installed(version: str | None = None, load: Callable[[str], Any] = importlib.import_module) -> None:
+def check_installed(version: str | None = None, load: Load = importlib.import_module) -> None:
     """Raises RuntimeError with every difference between the SGLang of this process and the known one.
 
     Args:
@@ -117,18 +106,3 @@ def check_installed(version: str | None = None, load: Callable[[str], Any] = imp
             f"torch_nvfp4's plug-in does not know this SGLang ({version}): {'; '.join(problems)}. Set "
             "TORCH_NVFP4_SGLANG=off to serve with SGLang's own kernels, or install versions that fit each other."
         )
-
-
-def _find(load: Callable[[str], Any], module: str, name: str) -> Any:
-    """The object of a dotted name in a module, None where the module or the name is not there."""
-    try:
-        found = load(module)
-    except ModuleNotFoundError:
-        return None
-    for part in name.split("."):
-        found = getattr(found, part, None)
-    return found
-
-
-def _shown(names: tuple[str, ...]) -> str:
-    return f"({', '.join(names)})"

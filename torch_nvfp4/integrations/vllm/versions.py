@@ -7,10 +7,10 @@ stand here) or refused with words. Does not import vLLM.
 from __future__ import annotations
 
 import importlib
-import inspect
 import re
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+
+from torch_nvfp4.integrations.interface import Load, differences
 
 __all__ = [
     "FIRST", "FIRST_ON_CPU", "LAST", "ORACLE", "check_installed", "cpu_error", "parameters", "release",
@@ -123,7 +123,7 @@ def cpu_error(version: str) -> str | None:
     return f"expected vllm {FIRST_ON_CPU[0]}.{FIRST_ON_CPU[1]} or later on a CPU, got {version}"
 
 
-def unmet(version: str, load: Callable[[str], Any] = importlib.import_module) -> Iterator[str]:
+def unmet(version: str, load: Load = importlib.import_module) -> Iterator[str]:
     """Every difference between what is known of a version and what ``load`` gives for the names of its modules.
 
     Yields one text per difference, each with what was expected and what came.
@@ -133,22 +133,11 @@ def unmet(version: str, load: Callable[[str], Any] = importlib.import_module) ->
     if problem is not None or number is None:
         yield problem or version
         return
-    for module, function in SIGNATURES:
-        wanted = parameters(module, function, number)
-        found = _find(load, module, function)
-        got = None if found is None else _parameters_of(found)
-        if got != wanted:
-            yield f"{module}.{function}: expected {_shown(wanted)}, got {'nothing' if got is None else _shown(got)}"
-    for (module, name), attributes in ATTRIBUTES.items():
-        found = _find(load, module, name)
-        has = set() if found is None else {*dir(found), *getattr(found, "__dataclass_fields__", ())}
-        missing = [attribute for attribute in attributes if attribute not in has]
-        if missing:
-            lacks = "nothing" if found is None else f"one without {', '.join(missing)}"
-            yield f"{module}.{name}: expected {', '.join(attributes)}, got {lacks}"
+    signatures = {(module, function): parameters(module, function, number) for module, function in SIGNATURES}
+    yield from differences(signatures, ATTRIBUTES, load)
 
 
-def check_installed(version: str, load: Callable[[str], Any] = importlib.import_module) -> None:
+def check_installed(version: str, load: Load = importlib.import_module) -> None:
     """Raises RuntimeError with every difference between the vLLM of this process and the known one."""
     problems = list(unmet(version, load))
     if problems:
@@ -156,27 +145,3 @@ def check_installed(version: str, load: Callable[[str], Any] = importlib.import_
             f"torch_nvfp4's plug-in does not know this vLLM ({version}): {'; '.join(problems)}. Set "
             "TORCH_NVFP4_VLLM=off to serve with vLLM's own kernels, or install versions that fit each other."
         )
-
-
-def _find(load: Callable[[str], Any], module: str, name: str) -> Any:
-    """The object of a dotted name in a module, None where the module or the name is not there."""
-    try:
-        found = load(module)
-    except ModuleNotFoundError:
-        return None
-    for part in name.split("."):
-        found = getattr(found, part, None)
-        if found is None:
-            break
-    return found
-
-
-def _parameters_of(function: Any) -> tuple[str, ...] | None:
-    try:
-        return tuple(inspect.signature(function).parameters)
-    except (TypeError, ValueError):
-        return None
-
-
-def _shown(names: tuple[str, ...]) -> str:
-    return f"({', '.join(names)})"

@@ -1,0 +1,63 @@
+"""What a plug-in relies on in an engine, held against what an installed engine has. Imports no engine."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+__all__ = ["Load", "differences"]
+
+Load = Callable[[str], Any]
+"""Gives the module of a name, or raises ModuleNotFoundError."""
+
+
+def differences(
+    signatures: Mapping[tuple[str, str], tuple[str, ...]],
+    attributes: Mapping[tuple[str, str], tuple[str, ...]],
+    load: Load = importlib.import_module,
+) -> Iterator[str]:
+    """One text per name that is missing or has changed, each with what was expected and what came.
+
+    Args:
+        signatures: (module, dotted name of a function) -> its parameters, in order.
+        attributes: (module, class) -> attributes, dataclass fields or enum members that it must have.
+        load: what imports a module.
+    """
+    for (module, function), wanted in signatures.items():
+        found = _find(load, module, function)
+        got = None if found is None else _parameters_of(found)
+        if got != wanted:
+            yield f"{module}.{function}: expected {_shown(wanted)}, got {'nothing' if got is None else _shown(got)}"
+    for (module, name), wanted in attributes.items():
+        found = _find(load, module, name)
+        has = set() if found is None else {*dir(found), *getattr(found, "__dataclass_fields__", ())}
+        missing = [attribute for attribute in wanted if attribute not in has]
+        if missing:
+            lacks = "nothing" if found is None else f"one without {', '.join(missing)}"
+            yield f"{module}.{name}: expected {', '.join(wanted)}, got {lacks}"
+
+
+def _find(load: Load, module: str, name: str) -> Any:
+    """The object of a dotted name in a module, None where the module or the name is not there."""
+    try:
+        found = load(module)
+    except ModuleNotFoundError:
+        return None
+    for part in name.split("."):
+        found = getattr(found, part, None)
+        if found is None:
+            break
+    return found
+
+
+def _parameters_of(function: Any) -> tuple[str, ...] | None:
+    try:
+        return tuple(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return None
+
+
+def _shown(names: tuple[str, ...]) -> str:
+    return f"({', '.join(names)})"
