@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -45,6 +46,21 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_sessionstart() -> None:
+    heed_signals()
+    use_the_builds_compiler()
+
+
+def heed_signals() -> None:
+    """Undoes that SIGINT and SIGHUP are ignored, as in a job in the background or under nohup.
+
+    The tests send them to processes, which would inherit that.
+    """
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+def use_the_builds_compiler() -> None:
     """Makes Inductor use the compiler that the build would take in the place of a $CXX that links libstdc++ statically.
 
     Such a $CXX gives each package a libstdc++ of its own beside torch's. The two take locale facets for each other's,
