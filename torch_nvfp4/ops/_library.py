@@ -10,6 +10,9 @@ import torch
 from torch.autograd import forward_ad
 
 _AUTOGRAD = torch.library.Library("nvfp4", "FRAGMENT")
+_OPS = (
+    "moe", "batched_moe", "route", "grouped_gemm", "grouped_gemm_swiglu", "combine", "linear", "swiglu", "pack", "unpack",
+)  # fmt: skip
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
@@ -30,6 +33,12 @@ def _load() -> None:
                 "Build it with `pip install .` (or `pip install --no-build-isolation -e .`) in the source folder."
             )
         torch.ops.load_library(path)
+    for op in _OPS:
+        if not hasattr(torch.ops.nvfp4, op):
+            raise ImportError(
+                f"torch_nvfp4: expected the op nvfp4::{op} in {library_paths()[0]}, which does not define it: another "
+                "library, or an older build. Build it again with `pip install .` in the source folder."
+            )
 
 
 def register_no_autograd(op: str, alternative: str) -> None:
