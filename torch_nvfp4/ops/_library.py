@@ -11,7 +11,8 @@ from torch.autograd import forward_ad
 
 _AUTOGRAD = torch.library.Library("nvfp4", "FRAGMENT")
 _OPS = (
-    "moe", "batched_moe", "route", "grouped_gemm", "grouped_gemm_swiglu", "combine", "linear", "swiglu", "pack", "unpack",
+    "moe", "batched_moe", "route", "grouped_gemm", "grouped_gemm_swiglu", "combine", "linear", "swiglu", "pack",
+    "unpack",
 )  # fmt: skip
 _PACKAGE = Path(__file__).resolve().parent.parent
 
