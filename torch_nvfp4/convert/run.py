@@ -75,7 +75,7 @@ def open_conversion(
         source: a checkpoint of safetensors in bf16, fp16, fp32 or FP8 (E4M3 with a scale per block).
         destination: a new or empty directory, or that of an interrupted run with the same arguments.
         layout: "modelopt" or "compressed-tensors".
-        include: globs over names of modules; None for the routed experts.
+        include: globs over names of modules; None or none for the routed experts.
         exclude: globs of modules that stay as they are.
 
     Raises:
@@ -85,7 +85,7 @@ def open_conversion(
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
-    return Conversion(Path(source), Path(destination), layout, include, tuple(exclude))
+    return Conversion(Path(source), Path(destination), layout, include or None, tuple(exclude))
 
 
 class Conversion:
