@@ -51,13 +51,15 @@ def by_modelopt(dense: Tensor, global_scale: Tensor) -> dict[str, Tensor]:
     }
 
 
-def by_compressed_tensors(dense: Tensor, global_scale: Tensor, scale: Tensor) -> dict[str, Tensor]:
+def by_compressed_tensors(codes: Tensor, scale: Tensor, amax: Tensor) -> dict[str, Tensor]:
+    """ModelOpt's codes and scales as compressed-tensors reads them, with the global scale that it computes itself.
+
+    Its own codes differ from ModelOpt's where a value lies in the middle of two: it divides by a quotient of scales.
+    """
     scheme: QuantizationScheme = preset_name_to_scheme("NVFP4A16", ["Linear"])
-    state = {"weight": dense.float(), "weight_scale": scale.float(), "weight_global_scale": global_scale}
-    compressed = NVFP4PackedCompressor.compress(state, scheme)
-    result = NVFP4PackedCompressor.decompress(compressed, scheme)
-    names = ("weight_packed", "weight_scale", "weight_global_scale")
-    return {name: compressed[name] for name in names} | {"dequantized": result["weight"]}
+    global_scale = generate_gparam(-amax.reshape(1), amax.reshape(1))
+    state = {"weight_packed": codes, "weight_scale": scale, "weight_global_scale": global_scale}
+    return state | {"dequantized": NVFP4PackedCompressor.decompress(state, scheme)["weight"]}
 
 
 def check_config() -> None:
@@ -86,8 +88,7 @@ def main() -> None:
         amax = (matrix.abs().amax() if name == "down" else shared).float()
         golden = by_modelopt(matrix, amax / (6.0 * 448.0))
         tensors |= {f"modelopt.{name}.{leaf}": tensor for leaf, tensor in golden.items()}
-        global_scale = generate_gparam(-amax.reshape(1), amax.reshape(1))
-        golden = by_compressed_tensors(matrix, global_scale, golden["weight_scale"])
+        golden = by_compressed_tensors(golden["weight"], golden["weight_scale"], amax)
         tensors |= {f"compressed-tensors.{name}.{leaf}": tensor for leaf, tensor in golden.items()}
     path = Path(__file__).with_name("quantize_golden.safetensors")
     made_with = (

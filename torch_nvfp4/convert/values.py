@@ -13,7 +13,7 @@ from torch_nvfp4.checkpoint.layouts import Spelling
 from torch_nvfp4.convert.plan import Work
 from torch_nvfp4.convert.selection import Group, Part, StoredWeight
 from torch_nvfp4.convert.source import Source
-from torch_nvfp4.format import E2M1_MAX, E4M3_MAX, quantize, reciprocal_global_scale
+from torch_nvfp4.format import E2M1_MAX, E4M3_MAX, quantize
 
 __all__ = ["dense", "written"]
 
@@ -83,20 +83,28 @@ def _quantized(source: Source, group: Group, spelling: Spelling) -> Iterator[Pie
         if not bool(torch.isfinite(amax)):
             _require_finite(part.weight.data, matrix, part.first_row, part.expert)
         largest.append(amax)
-    global_scale = torch.stack(largest).amax() / torch.tensor(E2M1_MAX * E4M3_MAX)
-    global_scale = torch.where(global_scale == 0, 1.0, global_scale)  # a matrix of zeros, as in `quantize`
-    try:
-        stored = reciprocal_global_scale(global_scale) if spelling.reciprocal else global_scale
-    except ValueError as error:
-        info = group.parts[0].weight.data
-        raise tensor_error(
-            info.file, info.name, "values whose global scale has a finite reciprocal", str(error)
-        ) from error
+    global_scale, stored = _global_scales(group, torch.stack(largest).amax(), spelling)
     for part in group.parts:
         weight = quantize(matrices.pop(0), global_scale=global_scale)
         yield part.name + spelling.data, 0, weight.data
         yield part.name + spelling.scale, 0, weight.scale
         yield part.name + spelling.global_scale, 0, stored
+
+
+def _global_scales(group: Group, amax: Tensor, spelling: Spelling) -> tuple[Tensor, Tensor]:
+    """What values are multiplied by, and what is stored: that, or 6 * 448 / amax with the rounding of compressed-tensors."""
+    largest = E2M1_MAX * E4M3_MAX
+    global_scale = amax / torch.tensor(largest)
+    if global_scale == 0:  # a matrix of zeros, or almost: as in `quantize`
+        return torch.ones(()), torch.ones(())
+    if not spelling.reciprocal:
+        return global_scale, global_scale
+    stored = amax.reciprocal() * largest  # torch divides a number by a tensor like this, and it rounds twice
+    if not bool(torch.isfinite(stored)):
+        info = group.parts[0].weight.data
+        got = f"{float(amax):g} as the largest one"
+        raise tensor_error(info.file, info.name, "values above 1e-35, as compressed-tensors stores 2688 / amax", got)
+    return global_scale, stored
 
 
 def _require_finite(info: TensorInfo, values: Tensor, first_row: int, expert: int | None = None) -> None:
