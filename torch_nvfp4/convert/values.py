@@ -92,7 +92,7 @@ def _quantized(source: Source, group: Group, spelling: Spelling) -> Iterator[Pie
 
 
 def _global_scales(group: Group, amax: Tensor, spelling: Spelling) -> tuple[Tensor, Tensor]:
-    """What values are multiplied by, and what is stored: that, or 6 * 448 / amax with the rounding of compressed-tensors."""
+    """What values are multiplied by, and what is stored: that, or 6 * 448 / amax as compressed-tensors rounds it."""
     largest = E2M1_MAX * E4M3_MAX
     global_scale = amax / torch.tensor(largest)
     if global_scale == 0:  # a matrix of zeros, or almost: as in `quantize`
