@@ -7,7 +7,8 @@ on a CPU):
     python tests/data/make_quantize_golden.py
 
 `gate`, `up`, `down`: the dense matrices. Gate and up share one global scale, that of their common largest value. Per
-matrix and package its own tensors under its own names, and `.dequantized`, what its own code makes of them: ModelOpt in fp32, compressed-tensors in bf16.
+matrix and package its own tensors under its own names, and `.dequantized`, what its own code makes of them: ModelOpt in
+fp32, compressed-tensors in bf16.
 """
 
 from __future__ import annotations
