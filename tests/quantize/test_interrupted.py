@@ -16,8 +16,8 @@ from torch_nvfp4.checkpoint import Checkpoint, CheckpointError
 
 KILLED = -9
 LAYERS = 6
-# Kills the process before the n-th of the steps by which files come to be. The kernel keeps what a killed process wrote,
-# so that nothing has to wait for the disk.
+# Kills the process before the n-th of the steps by which files come to be. The kernel keeps what a killed process has
+# written, so that nothing has to wait for the disk.
 KILL_AT = """
 import os, signal
 steps = 0

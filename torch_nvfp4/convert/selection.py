@@ -293,7 +293,7 @@ def _check_experts(source: Source, root: str, roles: dict[int, dict[str, Part]])
         for role, part in parts.items():
             expected = (cols, rows) if role == "down" else (rows, cols)
             if (part.rows, part.cols) != expected:
-                text = f"a {role} projection {list(expected)} for hidden size {cols}, intermediate size {rows}"
+                text = f"the {role} projection {list(expected)} for hidden size {cols}, intermediate size {rows}"
                 raise tensor_error(part.weight.data.file, part.weight.data.name, text, f"{[part.rows, part.cols]}")
 
 
