@@ -58,6 +58,7 @@ class LayerError:
     problem: str | None
 
     def to_json(self) -> dict[str, Any]:
+        """The attributes by name."""
         return asdict(self)
 
 
@@ -184,6 +185,7 @@ class Conversion:
             raise CheckpointError(refusal(path, "layers that can be loaded", refusals[0].reason))
 
     def close(self) -> None:
+        """Gives up the lock on the destination and the source's files."""
         self._target.close()
         self._source.files.close()
 
