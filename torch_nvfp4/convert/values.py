@@ -56,9 +56,12 @@ def _block_product(source: Source, weight: StoredWeight, values: Tensor, matrix:
     scale_rows = weight.scale.shape[-2]
     begin, end = first // block_rows, (first + len(values) - 1) // block_rows + 1
     scale = source.files.rows(weight.scale, matrix * scale_rows + begin, end - begin).to(torch.float32)
-    row_of = torch.arange(first, first + len(values)) // block_rows - begin
     by_column = scale.repeat_interleave(block_cols, 1)[:, : values.shape[1]]
-    return values.to(torch.float32).mul_(by_column[row_of])
+    result = values.to(torch.float32)
+    for block in range(begin, end):
+        rows = slice(max(0, block * block_rows - first), (block + 1) * block_rows - first)
+        result[rows].mul_(by_column[block - begin])
+    return result
 
 
 def _dequantized(source: Source, weight: StoredWeight) -> Iterator[Piece]:
