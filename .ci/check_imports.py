@@ -29,7 +29,7 @@ LAYERS = [
     {"ops", "checkpoint", "quant_config"},
     {"backends"},
     {"nn"},
-    {"compiler", "fusion", "tensorrt", "distributed", "verify", "bench", "integrations", "demo"},
+    {"compiler", "fusion", "tensorrt", "distributed", "verify", "convert", "bench", "integrations", "demo"},
     {"cli", "__main__"},
 ]
 RANK = {unit: rank for rank, layer in enumerate(LAYERS) for unit in layer}
@@ -38,6 +38,7 @@ ONLY = {
     "config_sections": {"errors"},
     "model_config": {"config_sections", "errors", "gate"},
     "checkpoint": {"errors", "format", "gate", "model_config"},
+    "convert": {"_version", "errors", "format", "model_config", "checkpoint"},
     "quant_config": {"config_sections", "errors", "gate", "model_config"},
 }
 FORMER = {"activation": "gate", "fusion": "compiler", "tensorrt": "compiler.tensorrt", "demo": "checkpoint"}

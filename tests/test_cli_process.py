@@ -13,14 +13,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from helpers.command_server import Server
 from torch_nvfp4 import __version__
 from torch_nvfp4.cli import app, output
 from torch_nvfp4.cli.memory import memory_error
 from torch_nvfp4.cli.output import OutputError, json_text, json_writer
 from torch_nvfp4.demo import write_checkpoint
 
-ROOT = Path(__file__).parent.parent
-SERVER = ROOT / "tests" / "command_server.py"
 # Stops a command where it would work, and says so by making the file `stopped`.
 WAIT = "import time, pathlib\ndef wait(*_, **__):\n    pathlib.Path({stopped!r}).touch()\n    time.sleep(60)\n"
 
@@ -33,49 +32,10 @@ def checkpoint(tmp_path_factory):
     )  # fmt: skip
 
 
-class Server:
-    def __init__(self, folder):
-        self.folder = folder
-        self.process = subprocess.Popen(
-            [sys.executable, str(SERVER)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, [ROOT, *sys.path])), "OMP_NUM_THREADS": "1"},
-        )
-
-    def start(self, *args, stdout="out", stderr="err", encoding="utf-8", before="", **env):
-        files = {
-            key: str(self.folder / name) if name and not name.startswith("/") else name
-            for key, name in (("stdout", stdout), ("stderr", stderr))
-        }
-        request = {"args": [str(arg) for arg in args], "encoding": encoding, "before": before, "env": env} | files
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline())
-
-    def end(self):
-        """(exit code, stdout, stderr) of the command that was started last."""
-        code = int(self.process.stdout.readline())
-        texts = [
-            (self.folder / name).read_text(errors="replace") if (self.folder / name).exists() else ""
-            for name in ("out", "err")
-        ]
-        return code, *texts
-
-    def run(self, *args, **options):
-        for name in ("out", "err"):
-            (self.folder / name).unlink(missing_ok=True)
-        self.start(*args, **options)
-        return self.end()
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    server = Server(tmp_path_factory.mktemp("server"))
-    yield server
-    server.process.stdin.close()
-    assert server.process.wait(60) == 0
+    with Server(tmp_path_factory.mktemp("server")) as server:
+        yield server
 
 
 def assert_error(err, *parts):
@@ -288,9 +248,12 @@ def test_a_directory_without_permission(monkeypatch, tmp_path):
     assert_error(result.stderr, "x.json: expected a file that can be written, got: Permission denied")
 
 
-@pytest.mark.parametrize("command", ["info", "inspect", "verify", "bench", "demo"])
+@pytest.mark.parametrize("command", ["info", "inspect", "verify", "quantize", "bench", "demo"])
 def test_every_command_tries_the_json_file_first(command, checkpoint, monkeypatch, tmp_path):
-    arguments = {"inspect": [checkpoint], "verify": [checkpoint], "bench": ["--device", "cpu", "--peer", "none"]}
+    arguments = {
+        "inspect": [checkpoint], "verify": [checkpoint], "quantize": [checkpoint, tmp_path / "new"],
+        "bench": ["--device", "cpu", "--peer", "none"],
+    }  # fmt: skip
     result = run(command, *arguments.get(command, []), "--json", tmp_path / "no" / "x.json")
     assert result.exit_code == 2
     assert result.stdout == ""

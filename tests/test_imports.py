@@ -144,6 +144,7 @@ PUBLIC = [
     "torch_nvfp4.checkpoint",
     "torch_nvfp4.compiler",
     "torch_nvfp4.compiler.tensorrt",
+    "torch_nvfp4.convert",
     "torch_nvfp4.errors",
     "torch_nvfp4.format",
     "torch_nvfp4.gate",

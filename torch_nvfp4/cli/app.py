@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from torch_nvfp4._version import __version__
-from torch_nvfp4.cli import bench, demo, info, inspect, verify
+from torch_nvfp4.cli import bench, demo, info, inspect, quantize, verify
 from torch_nvfp4.cli.process import Commands
 
 _ENDING = """\b
@@ -47,6 +47,7 @@ def _add(name: str, module: ModuleType) -> None:
 _add("info", info)
 _add("inspect", inspect)
 _add("verify", verify)
+_add("quantize", quantize)
 _add("bench", bench)
 _add("demo", demo)
 

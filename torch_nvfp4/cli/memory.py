@@ -12,6 +12,7 @@ _ADVICE = {
     "verify": "use fewer --tokens, or one layer at a time by --layer",
     "demo": "use fewer --layers, or --device cpu",
     "bench": "use a smaller --shape or fewer --tokens",
+    "quantize": "use fewer --threads",
     "info": "",
     "inspect": "",
 }
