@@ -13,7 +13,7 @@ __all__ = ["FIRST", "HOOKS", "check_installed", "unknown_version", "unmet"]
 FIRST, MAJOR = (5, 23), 5
 """The oldest version that was run, and the major version that it stands for."""
 
-_QUANTIZER = ("transformers.quantizers.base", "HfQuantizer")
+_BASE = "transformers.quantizers.base"
 # (module, name in it) -> the parameters that are passed or received; () for something that only has to be there.
 HOOKS: dict[tuple[str, str], tuple[str, ...]] = {
     # Public: the quantizer and its config have a name of their own.
@@ -26,13 +26,12 @@ HOOKS: dict[tuple[str, str], tuple[str, ...]] = {
     # Private: asked before a checkpoint is known to be quantized, for those with hf_quant_config.json alone.
     ("transformers.modeling_utils", "get_hf_quantizer"): ("config", "quantization_config"),
     # Overridden.
-    (_QUANTIZER[0], f"{_QUANTIZER[1]}.__init__"): ("self", "quantization_config"),
-    (_QUANTIZER[0], f"{_QUANTIZER[1]}.update_device_map"): ("self", "device_map"),
-    (_QUANTIZER[0], f"{_QUANTIZER[1]}.update_dtype"): ("self", "dtype"),
-    (_QUANTIZER[0], f"{_QUANTIZER[1]}.update_parallel_plan"): ("self", "model", "plan"),
-    (_QUANTIZER[0], f"{_QUANTIZER[1]}._process_model_before_weight_loading"): ("self", "model"),
-    (_QUANTIZER[0], f"{_QUANTIZER[1]}._process_model_after_weight_loading"): ("self", "model"),
-    (_QUANTIZER[0], f"{_QUANTIZER[1]}.get_state_dict_and_metadata"): ("self", "model"),
+    (_BASE, "HfQuantizer.update_device_map"): ("self", "device_map"),
+    (_BASE, "HfQuantizer.update_dtype"): ("self", "dtype"),
+    (_BASE, "HfQuantizer.update_parallel_plan"): ("self", "model", "plan"),
+    (_BASE, "HfQuantizer._process_model_before_weight_loading"): ("self", "model"),
+    (_BASE, "HfQuantizer._process_model_after_weight_loading"): ("self", "model"),
+    (_BASE, "HfQuantizer.get_state_dict_and_metadata"): ("self", "model"),
     # Called, to know the model's name of a tensor of the checkpoint, and the checkpoint's of one of the model.
     ("transformers.conversion_mapping", "get_model_conversion_mapping"): ("model",),
     ("transformers.core_model_loading", "WeightRenaming"): (),
