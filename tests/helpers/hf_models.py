@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from helpers.fp64_loop import dense, experts_of, raw_tensors
 from safetensors.torch import save_file
 from torch import Tensor
+
+from helpers.fp64_loop import dense, experts_of, raw_tensors
 from torch_nvfp4.checkpoint import write_checkpoint
 from torch_nvfp4.checkpoint.layouts import LAYOUTS
 from torch_nvfp4.checkpoint.writer import write_shards
@@ -41,7 +42,12 @@ def write_model(path: Path, layout: str, **sizes: Any) -> Path:
         return path
     section = config["quantization_config"]
     config = config.get("text_config", config)
-    config |= {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "bos_token_id": 0, "eos_token_id": 1}
+    config |= {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
     config |= {"num_experts": EXPERTS, "num_experts_per_tok": TOP_K}
     for key in ("swiglu_limits", "swiglu_limits_shared", "moe_num_experts", "moe_top_k", "num_local_experts"):
         config.pop(key, None)
@@ -58,7 +64,10 @@ def write_dense(path: Path, tensors: dict[str, Tensor], config: dict[str, Any]) 
     """One shard of fp32 tensors, and a config without a quantization."""
     path.mkdir(parents=True)
     save_file(
-        {name: tensor.float().contiguous() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()},
+        {
+            name: tensor.float().contiguous() if tensor.is_floating_point() else tensor
+            for name, tensor in tensors.items()
+        },
         path / "model.safetensors",
         metadata={"format": "pt"},
     )
@@ -88,9 +97,7 @@ def _dense_qwen(tensors: dict[str, Tensor], layout: str, sizes: dict[str, Any]) 
         elif leaf in ("weight", "bias"):
             result[new] = tensor
     for layer in range(sizes["num_hidden_layers"]):
-        experts = experts_of(
-            tensors, layout, layer, sizes["n_routed_experts"], sizes["moe_intermediate_size"]
-        )
+        experts = experts_of(tensors, layout, layer, sizes["n_routed_experts"], sizes["moe_intermediate_size"])
         for index, expert in enumerate(experts):
             for part, matrix in expert._asdict().items():
                 result[f"model.layers.{layer}.mlp.experts.{index}.{part}_proj.weight"] = matrix
@@ -108,9 +115,7 @@ def _dense_deepseek(tensors: dict[str, Tensor], sizes: dict[str, Any]) -> dict[s
             blocks = scale.double().repeat_interleave(128, 0).repeat_interleave(128, 1)
             result[name] = tensor.double() * blocks[: tensor.shape[0], : tensor.shape[1]]
     for layer in range(sizes["num_hidden_layers"]):
-        experts = experts_of(
-            tensors, "deepseek", layer, sizes["n_routed_experts"], sizes["moe_intermediate_size"]
-        )
+        experts = experts_of(tensors, "deepseek", layer, sizes["n_routed_experts"], sizes["moe_intermediate_size"])
         for index, expert in enumerate(experts):
             for part, matrix in zip(("w1", "w3", "w2"), expert, strict=True):
                 result[f"layers.{layer}.ffn.experts.{index}.{part}.weight"] = matrix

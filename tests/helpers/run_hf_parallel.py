@@ -14,9 +14,10 @@ from typing import Any
 import torch
 import transformers
 from torch import distributed
+from transformers.distributed import DistributedConfig
+
 from torch_nvfp4.integrations.transformers import register
 from torch_nvfp4.integrations.transformers.modules import PackedExperts, PackedLinear
-from transformers.distributed import DistributedConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from helpers.hf_models import greedy, prompt

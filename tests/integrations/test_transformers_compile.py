@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from helpers.hf_models import greedy, prompt, relative, write_model
 
 transformers = pytest.importorskip("transformers")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from helpers.hf_models import LIMIT, QWEN_LAYOUTS, greedy, prompt, relative, write_model
 from torch_nvfp4.checkpoint import Checkpoint
 from torch_nvfp4.gate import Gate

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from helpers.hf_models import greedy, prompt, relative, write_model
 
 transformers = pytest.importorskip("transformers")

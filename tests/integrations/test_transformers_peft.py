@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from helpers.hf_models import prompt, relative, write_model
 
 transformers = pytest.importorskip("transformers")
@@ -56,7 +57,9 @@ def test_merging_is_refused(path: Path, safe_merge: bool) -> None:
     model = with_adapter(AutoModel.from_pretrained(path / "packed", dtype=torch.float32))
     with torch.no_grad():
         before = model(prompt()).logits
-    words = "expected a linear with a dense weight to merge an adapter into, got a packed NVFP4 weight; keep the adapter"
+    words = (
+        "expected a linear with a dense weight to merge an adapter into, got a packed NVFP4 weight; keep the adapter"
+    )
     with pytest.raises(ValueError, match=words):
         model.merge_and_unload(safe_merge=safe_merge)
     with torch.no_grad():

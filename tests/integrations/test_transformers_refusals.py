@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.hf_models import prompt, write_model
 from safetensors.torch import load_file, save_file
+
+from helpers.hf_models import prompt, write_model
 from torch_nvfp4.errors import CheckpointError
 
 transformers = pytest.importorskip("transformers")
@@ -186,7 +187,9 @@ def test_experts_that_the_model_does_not_have(copy: Callable[..., Path]) -> None
             del tensors[name]
 
     path = copy("modelopt", prune)
-    with pytest.raises(CheckpointError, match=r"expected experts 0\.\.7 in layer 2 \(from config.json\), got no expert 7"):
+    with pytest.raises(
+        CheckpointError, match=r"expected experts 0\.\.7 in layer 2 \(from config.json\), got no expert 7"
+    ):
         AutoModel.from_pretrained(path)
 
 
@@ -204,7 +207,9 @@ def test_a_linear_that_the_model_does_not_have(copy: Callable[..., Path]) -> Non
             tensors[name.replace("q_proj", "query")] = tensors.pop(name)
 
     path = copy("modelopt", rename)
-    words = "NVFP4 linear 'model.layers.1.self_attn.query': expected a linear model.layers.1.self_attn.query in Qwen3Moe"
+    words = (
+        "NVFP4 linear 'model.layers.1.self_attn.query': expected a linear model.layers.1.self_attn.query in Qwen3Moe"
+    )
     with pytest.raises(CheckpointError, match=words):
         AutoModel.from_pretrained(path)
 
@@ -249,7 +254,9 @@ def test_saving_changed_weights(sources: dict[str, Path], tmp_path: Path) -> Non
     linear = model.model.layers[1].self_attn.q_a_proj.weight
     with torch.no_grad():
         linear[0, 0] += 1.0
-    with pytest.raises(ValueError, match="layers.1.attn.wq_a.weight: expected the weight as it was loaded, to be written"):
+    with pytest.raises(
+        ValueError, match=r"layers.1.attn.wq_a.weight: expected the weight as it was loaded, to be written"
+    ):
         model.save_pretrained(tmp_path)
     with torch.no_grad():
         linear[0, 0] -= 1.0
@@ -257,7 +264,9 @@ def test_saving_changed_weights(sources: dict[str, Path], tmp_path: Path) -> Non
     state = experts.packed.state_dict()  # type: ignore[union-attr]
     state["w2_weight"][0, 0, 0] ^= 1
     experts.packed.load_state_dict(state)  # type: ignore[union-attr]
-    with pytest.raises(ValueError, match="mlp.experts: expected the NVFP4 weights of .*, to write them again, got others"):
+    with pytest.raises(
+        ValueError, match=r"mlp.experts: expected the NVFP4 weights of .*, to write them again, got others"
+    ):
         model.save_pretrained(tmp_path)
 
 

@@ -7,9 +7,9 @@ model without changing anything for others.
 transformers builds the model and loads whatever is not quantized. The experts, the NVFP4 linears and the FP8 weights
 come from ``torch_nvfp4.checkpoint``, one layer after the other, so that memory holds at most one layer twice.
 
-``registry`` hooks into transformers, ``versions`` says on what it relies there, ``quantizer`` is what transformers calls
-while it loads, ``placement`` finds the module of each tensor, ``modules`` take the place of the model's own, ``fp8``
-dequantizes, ``saving`` writes the published names again.
+``registry`` hooks into transformers, and ``versions`` says what it relies on there. transformers calls ``quantizer``
+while it loads: ``placement`` finds the module of each tensor, ``gates`` compares gates, ``modules`` take the place of
+the model's own, ``fp8`` dequantizes, and ``saving`` writes the published names again.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ class Shell(nn.Module):
         placement = parameter.placements[0]
         if isinstance(placement, Replicate):
             return _Part(0, 0, 1)
-        return _Part(int(placement.dim) % parameter.ndim, mesh.get_local_rank(), mesh.size())  # type: ignore[attr-defined]
+        return _Part(int(placement.dim) % parameter.ndim, mesh.get_local_rank(), mesh.size())
 
     def _drop_placeholders(self) -> None:
         for name in self.placeholders:
@@ -104,11 +104,10 @@ class PackedExperts(Shell):
             raise NotImplementedError(
                 refusal("parallel plan", "experts sharded by expert or by intermediate size", got)
             )
-        by_expert = gate_up.dim == 0
-        part = {"ep_rank": gate_up.rank, "ep_size": gate_up.size}
-        if not by_expert:
-            part = {"tp_rank": gate_up.rank, "tp_size": gate_up.size}
-        weights = checkpoint.experts(self.layer, **part)
+        if gate_up.dim == 0:
+            weights = checkpoint.experts(self.layer, ep_rank=gate_up.rank, ep_size=gate_up.size)
+        else:
+            weights = checkpoint.experts(self.layer, tp_rank=gate_up.rank, tp_size=gate_up.size)
         w13, w2 = (NVFP4Weight(*(tensor.to(device) for tensor in weight)) for weight in weights)
         del weights
         self._drop_placeholders()
@@ -159,7 +158,7 @@ class PackedLinear(Shell, nn.Linear):
     def weight(self) -> Tensor:  # type: ignore[override]
         """The packed bytes, for their device. They can be neither read as a dense weight nor written."""
         if self.packed is None:
-            return self.packed_placeholder
+            return self.get_parameter("packed_placeholder")
         return next(self.packed.buffers()).as_subclass(PackedBytes)
 
     @torch.no_grad()

@@ -90,10 +90,10 @@ def _expert_modules(model: Any, checkpoint: Checkpoint) -> dict[int, str]:
     """The module of the experts of each layer that is NVFP4 in the checkpoint."""
     candidates: dict[int, list[str]] = {}
     for name, module in model.named_modules():
-        layer = _LAYER.search(name)
+        found_layer = _LAYER.search(name)
         shapes = [getattr(getattr(module, part, None), "shape", ()) for part in ("gate_up_proj", "down_proj")]
-        if layer is not None and all(len(shape) == 3 for shape in shapes):
-            candidates.setdefault(int(layer[1]), []).append(name)
+        if found_layer is not None and all(len(shape) == 3 for shape in shapes):
+            candidates.setdefault(int(found_layer[1]), []).append(name)
     found = {}
     for layer in checkpoint.layers:
         names = candidates.get(layer, [])

@@ -155,7 +155,9 @@ def _check_parallelism(model: Any) -> None:
     if getattr(distributed, "dp_size", 1) > 1:
         got = f"dp_size={distributed.dp_size}"  # type: ignore[union-attr]
         raise NotImplementedError(
-            refusal("distributed_config", "tensor or expert parallelism", got, "NVFP4 weights cannot be sharded by FSDP")
+            refusal(
+                "distributed_config", "tensor or expert parallelism", got, "NVFP4 weights cannot be sharded by FSDP"
+            )
         )
 
 
@@ -177,5 +179,3 @@ def _fill(parameter: Tensor, value: Tensor) -> None:
         parameter.to_local().copy_(local.to_local())
     else:
         parameter.copy_(value)
-
-

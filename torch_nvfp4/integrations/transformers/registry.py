@@ -102,7 +102,15 @@ def from_pretrained(
     _register_method()
     config = kwargs.pop("config", None)
     if config is None:
-        passed = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder", "force_download")
+        passed = (
+            "revision",
+            "token",
+            "cache_dir",
+            "local_files_only",
+            "trust_remote_code",
+            "subfolder",
+            "force_download",
+        )
         config = AutoConfig.from_pretrained(path, **{name: kwargs[name] for name in passed if name in kwargs})
     declared = _declared(config) or _read_quant_file(config)
     if not is_nvfp4_config(declared):
