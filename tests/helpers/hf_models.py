@@ -139,3 +139,20 @@ def greedy(model: Any, ids: Tensor, count: int = 12, **kwargs: Any) -> Tensor:
     )
     result: Tensor = out[:, ids.shape[1] :]
     return result
+
+
+WORDS = ["<pad>", "<s>", "</s>", *(f"w{number}" for number in range(381))]
+
+
+def write_tokenizer(path: Path, chat: bool = True) -> None:
+    """One word per token, w0 to w380, and a chat template that puts [user] and [answer] around a turn."""
+    vocabulary = {word: index for index, word in enumerate(WORDS)}
+    content = {"version": "1.0", "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<pad>"},
+               "pre_tokenizer": {"type": "WhitespaceSplit"}, "added_tokens": []}  # fmt: skip
+    (path / "tokenizer.json").write_text(json.dumps(content))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 512, "bos_token": "<s>",
+                "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<pad>"}  # fmt: skip
+    if chat:
+        turns = "{% for m in messages %}w7 {{ m['content'] }} {% endfor %}"
+        settings["chat_template"] = turns + "{% if add_generation_prompt %}w8{% endif %}"
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))

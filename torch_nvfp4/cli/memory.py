@@ -12,6 +12,8 @@ _ADVICE = {
     "verify": "use fewer --tokens, or one layer at a time by --layer",
     "demo": "use fewer --layers, or --device cpu",
     "bench": "use a smaller --shape or fewer --tokens",
+    "generate": "use fewer --max-new-tokens, or --device cpu",
+    "serve": "",
     "info": "",
     "inspect": "",
 }
