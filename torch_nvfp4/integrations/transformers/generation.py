@@ -63,6 +63,9 @@ def load(path: str | Path, device: torch.device, dtype: torch.dtype, backend: st
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().split("\n")[0]
         raise CheckpointError(refusal(path, "the files of a tokenizer beside the weights", reason)) from error
+    # Without any file transformers makes up a tokenizer that knows its special tokens alone.
+    if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
+        raise CheckpointError(refusal(path, "the files of a tokenizer beside the weights", "none"))
     model = from_pretrained(path, backend=backend, dtype=dtype)
     return tokenizer, model.to(device).eval() if device.type != "cpu" else model.eval()
 
