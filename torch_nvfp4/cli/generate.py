@@ -5,7 +5,8 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from typing import Annotated
+from dataclasses import asdict
+from typing import Annotated, Any, TextIO
 
 import torch
 import typer
@@ -72,45 +73,37 @@ def command(
         start = time.perf_counter()
         tokenizer, model = generation.load(checkpoint, where, precision, backend or None)
         load_s = time.perf_counter() - start
+        stream = sys.stderr if json_file is not None and str(json_file) == "-" else sys.stdout
         chat = not raw and bool(tokenizer.chat_template)
-        to_stderr = json_file is not None and str(json_file) == "-"
-        result = generation.generate(
-            tokenizer, model, prompt, sampling, chat=chat, write=lambda text: _write(text, to_stderr)
-        )
-        _write("\n", to_stderr)
-        memory = _peak_memory(where)
-        rate = result.decode_tokens_per_s
-        terminal.note(
-            f"{result.prompt_tokens} + {result.new_tokens} tokens; loaded in {load_s:.1f} s, first token after "
-            f"{result.first_token_s:.2f} s, then {'-' if rate is None else f'{rate:.1f}'} tokens/s; "
-            f"{'static cache, ' if result.static_cache else ''}peak memory {size(memory)} ({where.type})"
-        )
-        write_json(
-            {
-                "checkpoint": str(checkpoint),
-                "device": str(where),
-                "text": result.text,
-                "prompt_tokens": result.prompt_tokens,
-                "new_tokens": result.new_tokens,
-                "load_s": load_s,
-                "first_token_s": result.first_token_s,
-                "decode_tokens_per_s": rate,
-                "peak_bytes": memory,
-            }
-        )
+        result = generation.generate(tokenizer, model, prompt, sampling, chat=chat, write=lambda t: _write(t, stream))
+        _write("\n", stream)
+        facts = {"checkpoint": str(checkpoint), "device": str(where), "load_s": load_s, **asdict(result)}
+        facts |= {"decode_tokens_per_s": result.decode_tokens_per_s, "peak_bytes": _peak_memory(where)}
+        terminal.note(_summary(facts))
+        write_json(facts)
+
+
+def _summary(facts: dict[str, Any]) -> str:
+    rate = facts["decode_tokens_per_s"]
+    return (
+        f"{facts['prompt_tokens']} + {facts['new_tokens']} tokens; loaded in {facts['load_s']:.1f} s, first token "
+        f"after {facts['first_token_s']:.2f} s, then {'-' if rate is None else f'{rate:.1f}'} tokens/s; "
+        f"{'static cache; ' if facts['static_cache'] else ''}peak memory {size(facts['peak_bytes'])} "
+        f"({facts['device']})"
+    )
 
 
 def _integration():  # type: ignore[no-untyped-def]  # the module, which takes seconds to import
     try:
         from torch_nvfp4.integrations.transformers import generation
-    except ImportError as error:
-        raise ValueError(str(error)) from error
+    except ModuleNotFoundError as error:
+        got = f"no module {error.name}"
+        raise ValueError(f"expected transformers, got {got}; pip install 'torch-nvfp4[transformers]'") from error
     return generation
 
 
-def _write(text: str, to_stderr: bool) -> None:
+def _write(text: str, stream: TextIO) -> None:
     """A piece of text, with escapes for what a terminal could act on; line breaks and tabs stay."""
-    stream = sys.stderr if to_stderr else sys.stdout
     for line in text.splitlines(keepends=True):
         body = line.rstrip("\r\n")
         stream.write("\t".join(printable(part) for part in body.split("\t")) + ("\n" if body != line else ""))

@@ -23,6 +23,7 @@ def command(context: typer.Context, checkpoint: CheckpointArgument) -> None:
     open_checkpoint(Terminal(), checkpoint)
     try:
         from torch_nvfp4.integrations.transformers import serving
-    except ImportError as error:
-        raise ValueError(str(error)) from error
+    except ModuleNotFoundError as error:
+        got = f"no module {error.name}"
+        raise ValueError(f"expected transformers, got {got}; pip install 'torch-nvfp4[serve]'") from error
     serving.serve(checkpoint, context.args)

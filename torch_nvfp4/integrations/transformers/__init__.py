@@ -10,19 +10,37 @@ come from ``torch_nvfp4.checkpoint``, one layer after the other, so that memory 
 ``registry`` hooks into transformers, and ``versions`` says what it relies on there. transformers calls ``quantizer``
 while it loads: ``placement`` finds the module of each tensor, ``gates`` compares gates, ``modules`` take the place of
 the model's own, ``fp8`` dequantizes, and ``saving`` writes the published names again.
+
+Importing this package does not import transformers; the first use of one of its names does.
 """
 
 from __future__ import annotations
 
-try:
-    import transformers as _transformers  # noqa: F401
-except ImportError as error:
-    raise ImportError(
-        "torch_nvfp4.integrations.transformers: expected transformers to be installed, got none; "
-        "pip install 'torch-nvfp4[transformers]'"
-    ) from error
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from torch_nvfp4.integrations.transformers.config import TorchNVFP4Config
-from torch_nvfp4.integrations.transformers.registry import from_pretrained, register, unregister
+if TYPE_CHECKING:
+    from torch_nvfp4.integrations.transformers.config import TorchNVFP4Config
+    from torch_nvfp4.integrations.transformers.registry import from_pretrained, register, unregister
 
 __all__ = ["TorchNVFP4Config", "from_pretrained", "register", "unregister"]
+
+_MODULES = {
+    "TorchNVFP4Config": "config",
+    "from_pretrained": "registry",
+    "register": "registry",
+    "unregister": "registry",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in ("transformers", "accelerate"):
+            raise
+        raise ImportError(
+            f"{__name__}: expected {error.name} to be installed, got none; pip install 'torch-nvfp4[transformers]'"
+        ) from error

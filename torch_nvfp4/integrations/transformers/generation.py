@@ -66,8 +66,11 @@ def load(path: str | Path, device: torch.device, dtype: torch.dtype, backend: st
     # Without any file transformers makes up a tokenizer that knows its special tokens alone.
     if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
         raise CheckpointError(refusal(path, "the files of a tokenizer beside the weights", "none"))
-    model = from_pretrained(path, backend=backend, dtype=dtype)
-    return tokenizer, model.to(device).eval() if device.type != "cpu" else model.eval()
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    # Onto the device at once: a layer is packed where it runs.
+    placed = {} if device.type == "cpu" else {"device_map": {"": device}}
+    return tokenizer, from_pretrained(path, backend=backend, dtype=dtype, **placed).eval()
 
 
 def generate(
