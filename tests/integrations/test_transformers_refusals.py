@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from helpers.hf_models import prompt, write_model
 from torch_nvfp4.errors import CheckpointError
+from torch_nvfp4.quant_config import MoEQuantConfig
 
 transformers = pytest.importorskip("transformers")
 
@@ -113,7 +115,8 @@ def test_a_hook_with_other_parameters_is_named(monkeypatch: pytest.MonkeyPatch) 
 def test_another_version_is_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert unknown_version(version) == f"expected transformers >= 5.23, < 6, got {version}"
     unregister()
-    monkeypatch.setattr(transformers, "__version__", version)
+    # transformers replaces its module while it is imported.
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", version)
     with pytest.raises(RuntimeError, match=f"expected transformers >= 5.23, < 6, got {version}"):
         register()
     assert "torch_nvfp4" not in auto.AUTO_QUANTIZER_MAPPING
@@ -296,3 +299,15 @@ def test_a_packed_linear_has_no_dense_weight(sources: dict[str, Path]) -> None:
     assert (linear.weight.device, linear.weight.dtype) == (torch.device("cpu"), torch.uint8)
     with pytest.raises(ValueError, match="expected a linear with a dense weight to merge an adapter into"):
         linear.weight.data += 1
+
+
+@pytest.mark.parametrize(("kind", "expected"), [
+    ("Qwen3MoeConfig", "silu, no clamp"), ("DeepseekV4Config", "silu, clamp_limit 10"),
+    ("GptOssConfig", "silu (alpha 1.702, beta 1), clamp_limit 7"), ("Qwen3_5MoeConfig", "silu, no clamp"),
+    ("Gemma4TextConfig", "gelu_tanh, no clamp"), ("Llama4TextConfig", "silu, no clamp"),
+])  # fmt: skip
+def test_a_config_object_gives_its_gate(kind: str, expected: str) -> None:
+    """Objects have what no config.json has: id2label with integers as keys, and the defaults of their class."""
+    config = getattr(transformers, kind)(num_labels=3)
+    config.id2label = {0: "a", 1: "b", 2: "c"}
+    assert str(MoEQuantConfig.from_config(config, 0).gate) == expected
