@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from helpers.hf_models import LIMIT, QWEN_LAYOUTS, greedy, prompt, relative, write_model
 from torch_nvfp4.checkpoint import Checkpoint
@@ -116,6 +118,33 @@ def test_what_is_saved_is_what_was_loaded(models: Callable[[str], Path], layout:
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["quantization_config"] == json.loads((source / "config.json").read_text())["quantization_config"]
     assert torch.equal(logits(load(tmp_path, torch.bfloat16)), logits(model))
+
+
+def test_a_layer_that_is_not_quantized(models: Callable[[str], Path], tmp_path: Path) -> None:
+    """transformers fuses its experts while it loads, and takes them apart when it saves."""
+    path = models("modelopt")
+    dense = load_file(path / "dense" / "model.safetensors")
+    first = {name: value.bfloat16() for name, value in dense.items() if ".layers.0.mlp.experts." in name}
+    tensors = {
+        name: value for shard in (path / "packed").glob("*.safetensors") for name, value in load_file(shard).items()
+    }
+    tensors = {name: value for name, value in tensors.items() if ".layers.0.mlp.experts." not in name} | first
+    packed, oracle = tmp_path / "packed", tmp_path / "dense"
+    for folder, content in (
+        (packed, tensors),
+        (oracle, dense | {name: value.float() for name, value in first.items()}),
+    ):
+        folder.mkdir()
+        save_file(content, folder / "model.safetensors", metadata={"format": "pt"})
+        shutil.copy(path / folder.name / "config.json", folder)
+    model = load(packed)
+    assert [experts.layer for experts in experts_of(model)] == [1, 2, 3]
+    assert relative(logits(model), logits(load(oracle, experts_implementation="eager"))) < 1e-5
+    load(packed, torch.bfloat16).save_pretrained(tmp_path / "saved")
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert saved.keys() == tensors.keys()
+    assert all(torch.equal(saved[name], value) for name, value in first.items())
+    assert torch.equal(logits(load(tmp_path / "saved")), logits(model))
 
 
 def test_hf_quant_config_alone(models: Callable[[str], Path], tmp_path: Path) -> None:

@@ -30,14 +30,12 @@ class Placement:
         linears: name of an NVFP4 linear in the checkpoint -> name of the model's linear.
         fp8: name of a parameter -> the FP8 weight that it is dequantized from.
         names: name of a parameter or buffer -> name of the one tensor of the checkpoint that it is.
-        others: the tensors of the checkpoint that the model has no use for, or that several of them are fused from.
     """
 
     experts: dict[int, str] = field(default_factory=dict)
     linears: dict[str, str] = field(default_factory=dict)
     fp8: dict[str, FP8Weight] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
-    others: list[str] = field(default_factory=list)
 
 
 def place(model: Any, checkpoint: Checkpoint) -> Placement:
@@ -70,8 +68,9 @@ def place(model: Any, checkpoint: Checkpoint) -> Placement:
         if module in taken and not name.endswith(".bias"):
             continue
         target = renamed(name)
-        if name in scales or target not in state:
-            placement.others.append(name)
+        if name in scales:
+            continue
+        if target not in state:
             if name in fp8 and not _is_ignored(model, target):
                 raise CheckpointError(refusal(name, "a parameter of the model for an FP8 weight", f"none ({target})"))
         elif name in fp8:
