@@ -24,7 +24,7 @@ transformers = pytest.importorskip("transformers")
 from torch_nvfp4.integrations.transformers import TorchNVFP4Config, from_pretrained, register, unregister  # noqa: E402
 from torch_nvfp4.integrations.transformers.config import is_nvfp4_config  # noqa: E402
 from torch_nvfp4.integrations.transformers.fp8 import FP8Weight  # noqa: E402
-from torch_nvfp4.integrations.transformers.modules import PackedExperts, PackedLinear  # noqa: E402
+from torch_nvfp4.integrations.transformers.modules import PackedExperts, PackedLinear, Part, expert_parts  # noqa: E402
 from torch_nvfp4.integrations.transformers.versions import HOOKS, unknown_version, unmet  # noqa: E402
 
 AutoModel = transformers.AutoModelForCausalLM
@@ -311,3 +311,19 @@ def test_a_config_object_gives_its_gate(kind: str, expected: str) -> None:
     config = getattr(transformers, kind)(num_labels=3)
     config.id2label = {0: "a", 1: "b", 2: "c"}
     assert str(MoEQuantConfig.from_config(config, 0).gate) == expected
+
+
+def test_plans_for_parallelism() -> None:
+    assert expert_parts(Part(), Part()) == {"ep_rank": 0, "ep_size": 1}
+    assert expert_parts(Part(0, 1, 4), Part(0, 1, 4)) == {"ep_rank": 1, "ep_size": 4}
+    assert expert_parts(Part(1, 1, 4, blocks=2), Part(2, 1, 4)) == {"tp_rank": 1, "tp_size": 4}
+    others = [
+        (Part(1, 1, 4), Part(2, 1, 4)),  # rows of gate and up in one piece: gate alone on half of the ranks
+        (Part(1, 1, 4, blocks=2), Part()), (Part(), Part(2, 1, 4)), (Part(2, 1, 4), Part(1, 1, 4)),
+        (Part(0, 1, 4), Part(0, 0, 4)), (Part(0, 1, 4), Part(2, 1, 4)),
+    ]  # fmt: skip
+    for gate_up, down in others:
+        with pytest.raises(
+            NotImplementedError, match=r"parallel plan: expected experts sharded by expert .*, got gate_up"
+        ):
+            expert_parts(gate_up, down)

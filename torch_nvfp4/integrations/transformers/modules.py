@@ -19,15 +19,36 @@ from torch_nvfp4.format import GROUP_SIZE, NVFP4Weight
 from torch_nvfp4.nn import NVFP4Experts, NVFP4Linear
 from torch_nvfp4.quant_config import MoEQuantConfig
 
-__all__ = ["PackedExperts", "PackedLinear", "Shell"]
+__all__ = ["PackedExperts", "PackedLinear", "Part", "Shell", "expert_parts"]
 
 
-class _Part(NamedTuple):
-    """The part of a parameter that this rank has: chunk `rank` of `size` along `dim`; size 1 for all of it."""
+class Part(NamedTuple):
+    """The part of a parameter that this rank has: chunk `rank` of `size` along `dim`; size 1 for all of it.
 
-    dim: int
-    rank: int
-    size: int
+    With `blocks` 2 it is that chunk of the first half and of the second, as of gate and up in one matrix.
+    """
+
+    dim: int = 0
+    rank: int = 0
+    size: int = 1
+    blocks: int = 1
+
+
+WHOLE = Part()
+
+
+def expert_parts(gate_up: Part, down: Part) -> dict[str, int]:
+    """The keywords of ``Checkpoint.experts`` for a rank's part of gate_up_proj [E, 2I, K] and down_proj [E, K, I].
+
+    Raises NotImplementedError for anything but whole experts, or rows of gate and of up with columns of down.
+    """
+    _, rank, size, _ = gate_up
+    if (gate_up, down) == (Part(0, rank, size), Part(0, rank, size)):
+        return {"ep_rank": rank, "ep_size": size}
+    if (gate_up, down) == (Part(1, rank, size, blocks=2), Part(2, rank, size)):
+        return {"tp_rank": rank, "tp_size": size}
+    expected = "experts sharded by expert (grouped_gemm) or by intermediate size (packed_colwise and rowwise)"
+    raise NotImplementedError(refusal("parallel plan", expected, f"gate_up_proj {gate_up}, down_proj {down}"))
 
 
 class Shell(nn.Module):
@@ -42,18 +63,19 @@ class Shell(nn.Module):
         placeholder._is_hf_initialized = True  # type: ignore[attr-defined]
         self.register_parameter(name, placeholder)
 
-    def _part(self, name: str) -> _Part:
+    def _part(self, name: str) -> Part:
         parameter = self._parameters[name]
         if not isinstance(parameter, DTensor):
-            return _Part(0, 0, 1)
+            return WHOLE
         mesh = parameter.device_mesh
         if mesh.ndim != 1 or len(parameter.placements) != 1:
             expected = "a plan that shards along one dimension of the device mesh"
             raise NotImplementedError(refusal(type(self).__name__, expected, f"{parameter.placements} on {mesh}"))
         placement = parameter.placements[0]
         if isinstance(placement, Replicate):
-            return _Part(0, 0, 1)
-        return _Part(int(placement.dim) % parameter.ndim, mesh.get_local_rank(), mesh.size())
+            return WHOLE
+        blocks = int(getattr(placement, "split_factor", 1))
+        return Part(int(placement.dim) % parameter.ndim, mesh.get_local_rank(), mesh.size(), blocks)
 
     def _drop_placeholders(self) -> None:
         for name in self.placeholders:
@@ -95,19 +117,10 @@ class PackedExperts(Shell):
     def pack(self, checkpoint: Checkpoint, device: torch.device) -> None:
         """Reads this rank's part of the layer and packs it on the device.
 
-        Raises CheckpointError as ``Checkpoint.experts``.
+        Raises CheckpointError as ``Checkpoint.experts``, and NotImplementedError as ``expert_parts``.
         """
-        gate_up, down = self._part("gate_up_proj"), self._part("down_proj")
-        expected = {0: 0, 1: 2}.get(gate_up.dim)  # whole experts, or rows of gate and up with columns of down
-        if gate_up.size > 1 and (expected is None or down != _Part(expected, gate_up.rank, gate_up.size)):
-            got = f"gate_up_proj along dimension {gate_up.dim}, down_proj along {down.dim} of {down.size} ranks"
-            raise NotImplementedError(
-                refusal("parallel plan", "experts sharded by expert or by intermediate size", got)
-            )
-        if gate_up.dim == 0:
-            weights = checkpoint.experts(self.layer, ep_rank=gate_up.rank, ep_size=gate_up.size)
-        else:
-            weights = checkpoint.experts(self.layer, tp_rank=gate_up.rank, tp_size=gate_up.size)
+        part = expert_parts(self._part("gate_up_proj"), self._part("down_proj"))
+        weights = checkpoint.experts(self.layer, progress=None, **part)
         w13, w2 = (NVFP4Weight(*(tensor.to(device) for tensor in weight)) for weight in weights)
         del weights
         self._drop_placeholders()
@@ -167,7 +180,10 @@ class PackedLinear(Shell, nn.Linear):
 
         Raises CheckpointError as ``Checkpoint.linear``, and for columns that cannot be split in groups of 16.
         """
-        dim, rank, size = self._part("packed_placeholder")
+        dim, rank, size, blocks = self._part("packed_placeholder")
+        if blocks != 1:
+            expected = "a plan that shards rows or columns in one piece"
+            raise NotImplementedError(refusal(self.name, expected, f"rows of {blocks} fused matrices"))
         data, scale, global_scale = checkpoint.linear(self.name)
         if dim == 0:
             rows = -(-self.out_features // size)

@@ -102,7 +102,7 @@ class TorchNVFP4Quantizer(HfQuantizer):  # type: ignore[misc]
     @torch.no_grad()
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         _check_parallelism(model)
-        device = model.device
+        device = next(parameter.device for parameter in model.parameters() if not parameter.is_meta)
         for module in model.modules():
             if isinstance(module, (PackedExperts, PackedLinear)):
                 module.pack(self.checkpoint, device)
