@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 RUN_CXX = CXX="$$($(BIN)/python build_tools.py)"
 CXX_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inl')
 
-.PHONY: help library install demo test vllm-environment test-vllm test-sglang lint format bench gpu-test gpu-sanitize cuda-build wheel sanitized-library sanitize fuzz fuzz-checkpoints clean
+.PHONY: help library install demo test vllm-environment test-vllm test-sglang test-transformers lint format bench gpu-test gpu-sanitize cuda-build wheel sanitized-library sanitize fuzz fuzz-checkpoints clean
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -89,6 +89,17 @@ test-sglang: library  ## SGLang's own MoE layer with the plug-in, on the CPU, in
 	$(SGLANG_VENV)/bin/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -r tests/engines/sglang_requirements.txt
 	$(SGLANG_VENV)/bin/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) --no-build-isolation -e .
 	$(SGLANG_VENV)/bin/python -m pytest -c pyproject.toml -W ignore tests/engines/test_sglang_layers.py tests/engines/test_sglang_failures.py
+
+# The oldest transformers that the extra takes; make test has the newest.
+TRANSFORMERS_VENV ?= .venv-transformers
+TRANSFORMERS_VERSION ?= 5.23.0
+
+test-transformers: library  ## models of transformers on the oldest version that is supported, in an environment of its own
+	@test -x $(TRANSFORMERS_VENV)/bin/python || $(PYTHON) -m venv $(TRANSFORMERS_VENV)
+	$(TRANSFORMERS_VENV)/bin/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) setuptools torch
+	$(TRANSFORMERS_VENV)/bin/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) --no-build-isolation -e '.[test]'
+	$(TRANSFORMERS_VENV)/bin/python -m pip install -q --disable-pip-version-check transformers==$(TRANSFORMERS_VERSION)
+	$(RUN_CXX) $(TRANSFORMERS_VENV)/bin/python -m pytest $(wildcard tests/integrations/test_transformers_*.py)
 
 cuda-build: install  ## compile the CUDA library for one architecture, without a GPU, so that it does not rot
 	TORCH_NVFP4_BUILD_CUDA=1 TORCH_NVFP4_CUDA_ARCHS=90a $(BIN)/python setup.py -q build_ext --build-lib build/cuda

@@ -149,6 +149,7 @@ PUBLIC = [
     "torch_nvfp4.format",
     "torch_nvfp4.gate",
     "torch_nvfp4.integrations.report",
+    "torch_nvfp4.integrations.transformers.versions",
     "torch_nvfp4.integrations.vllm",
     "torch_nvfp4.integrations.vllm.support",
     "torch_nvfp4.integrations.vllm.versions",

@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from torch_nvfp4.cli import app
-from torch_nvfp4.integrations.report import engine_reports, report_vllm
+from torch_nvfp4.integrations.report import engine_reports, report_transformers, report_vllm
 
 PLUGIN = SimpleNamespace(name="torch_nvfp4", value="torch_nvfp4_vllm:register")
 
@@ -67,6 +67,16 @@ def test_the_device_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))
     assert "got compute capability 10.0" in report_vllm().reason
+
+
+def test_transformers_is_registered_by_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment(monkeypatch, {}, [])
+    assert report_transformers().reason == "not installed"
+    environment(monkeypatch, {"transformers": "5.22.0"}, [])
+    assert report_transformers().reason == "expected transformers >= 5.23, < 6, got 5.22.0"
+    environment(monkeypatch, {"transformers": "5.24.0"}, [])
+    report = report_transformers()
+    assert (report.used, report.reason) == (True, "after torch_nvfp4.integrations.transformers.register()")
 
 
 def test_info_prints_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The command ``torch-nvfp4``: info, inspect, verify, quantize, bench, demo."""
+"""The command ``torch-nvfp4``: info, inspect, verify, quantize, bench, demo, generate, serve."""
 
 from torch_nvfp4.cli.app import app
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from inspect import cleandoc
 from types import ModuleType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from torch_nvfp4._version import __version__
-from torch_nvfp4.cli import bench, demo, info, inspect, quantize, verify
+from torch_nvfp4.cli import bench, demo, generate, info, inspect, quantize, serve, verify
 from torch_nvfp4.cli.process import Commands
 
 _ENDING = """\b
@@ -40,8 +40,9 @@ app = typer.Typer(
 )
 
 
-def _add(name: str, module: ModuleType) -> None:
-    app.command(name, help=f"{cleandoc(module.command.__doc__)}\n\n{_ENDING}")(module.command)
+def _add(name: str, module: ModuleType, **settings: Any) -> None:
+    help_text = f"{cleandoc(module.command.__doc__ or '')}\n\n{_ENDING}"
+    app.command(name, help=help_text, context_settings=settings)(module.command)
 
 
 _add("info", info)
@@ -50,6 +51,8 @@ _add("verify", verify)
 _add("quantize", quantize)
 _add("bench", bench)
 _add("demo", demo)
+_add("generate", generate)
+_add("serve", serve, allow_extra_args=True, ignore_unknown_options=True)  # the server's own options
 
 
 def _print_version(wanted: bool) -> None:

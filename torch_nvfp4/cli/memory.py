@@ -13,6 +13,8 @@ _ADVICE = {
     "demo": "use fewer --layers, or --device cpu",
     "bench": "use a smaller --shape or fewer --tokens",
     "quantize": "use fewer --threads",
+    "generate": "use fewer --max-new-tokens, or --device cpu",
+    "serve": "",
     "info": "",
     "inspect": "",
 }

@@ -11,10 +11,19 @@ import torch
 
 import torch_nvfp4_vllm
 from torch_nvfp4.integrations.sglang.report import report as _sglang
+from torch_nvfp4.integrations.transformers.versions import unknown_version as unknown_transformers
 from torch_nvfp4.integrations.vllm.support import device_error
 from torch_nvfp4.integrations.vllm.versions import cpu_error, unknown_version
 
-__all__ = ["REPORTS", "EngineReport", "engine_reports", "installed_version", "report_sglang", "report_vllm"]
+__all__ = [
+    "REPORTS",
+    "EngineReport",
+    "engine_reports",
+    "installed_version",
+    "report_sglang",
+    "report_transformers",
+    "report_vllm",
+]
 
 
 @dataclass(frozen=True)
@@ -84,7 +93,18 @@ def report_sglang() -> EngineReport:
     return EngineReport("sglang", *_sglang())
 
 
-REPORTS: tuple[Callable[[], EngineReport], ...] = (report_vllm, report_sglang)
+def report_transformers() -> EngineReport:
+    """transformers, which loads no plug-in by itself: whether this package knows its version, and what to call."""
+    found = installed_version(("transformers",))
+    if found is None:
+        return EngineReport("transformers", None, False, "not installed")
+    problem = unknown_transformers(found[1])
+    if problem is not None:
+        return EngineReport("transformers", found[1], False, problem)
+    return EngineReport("transformers", found[1], True, "after torch_nvfp4.integrations.transformers.register()")
+
+
+REPORTS: tuple[Callable[[], EngineReport], ...] = (report_vllm, report_sglang, report_transformers)
 """One function per engine."""
 
 

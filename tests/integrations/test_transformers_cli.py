@@ -1,0 +1,173 @@
+"""``torch-nvfp4 generate`` and ``torch-nvfp4 serve`` on tiny checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from helpers.hf_models import greedy, write_model, write_tokenizer
+from torch_nvfp4.cli import app
+
+transformers = pytest.importorskip("transformers")
+
+from torch_nvfp4.integrations.transformers import from_pretrained, serving, unregister  # noqa: E402
+from torch_nvfp4.integrations.transformers.generation import GeneratedText, Sampling  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    packed = write_model(tmp_path_factory.mktemp("cli"), "modelopt", num_hidden_layers=2) / "packed"
+    write_tokenizer(packed)
+    return packed
+
+
+def test_generate_prints_the_models_tokens(path: Path, tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    arguments = ["generate", str(path), "--prompt", "w3 w4 w5", "--max-new-tokens", "6", "--dtype", "fp32"]
+    result = CliRunner().invoke(app, [*arguments, "--device", "cpu", "--json", str(file)])
+    assert result.exit_code == 0, result.output
+    ids = torch.tensor([[10, 6, 7, 8, 11]])  # w7 w3 w4 w5 w8: the chat template
+    tokens = greedy(from_pretrained(path, dtype=torch.float32), ids, 6)[0].tolist()
+    text = " ".join(f"w{token - 3}" for token in tokens)
+    assert result.stdout.strip() == text
+    content = json.loads(file.read_text())
+    assert (content["text"], content["prompt_tokens"], content["new_tokens"]) == (text, 5, 6)
+    assert "5 + 6 tokens; loaded in " in result.stderr
+    assert " tokens/s; peak memory " in result.stderr
+
+
+def test_generate_without_the_chat_template(path: Path) -> None:
+    arguments = ["generate", str(path), "--prompt", "w3 w4 w5", "--max-new-tokens", "6", "--dtype", "fp32", "--raw"]
+    result = CliRunner().invoke(app, [*arguments, "--device", "cpu"])
+    tokens = greedy(from_pretrained(path, dtype=torch.float32), torch.tensor([[6, 7, 8]]), 6)[0].tolist()
+    assert result.stdout.strip() == " ".join(f"w{token - 3}" for token in tokens)
+    assert "3 + 6 tokens" in result.stderr
+
+
+def test_sampling_is_repeatable(path: Path) -> None:
+    def run(seed: int) -> str:
+        arguments = ["generate", str(path), "--prompt", "w3", "--max-new-tokens", "8", "--temperature", "1.5"]
+        return CliRunner().invoke(app, [*arguments, "--top-k", "50", "--top-p", "0.9", "--seed", str(seed)]).stdout
+
+    assert run(1) == run(1) != run(2)
+    assert Sampling(8, 0.5, 0.9, 3).arguments() == {
+        "max_new_tokens": 8, "do_sample": True, "temperature": 0.5, "top_p": 0.9, "top_k": 3,
+    }  # fmt: skip
+
+
+def test_the_rate_is_of_the_tokens_after_the_first() -> None:
+    assert GeneratedText("", 3, 11, 1.0, 2.0, False).decode_tokens_per_s == 5.0
+    assert GeneratedText("", 3, 1, 1.0, 0.0, False).decode_tokens_per_s is None
+
+
+def test_what_is_missing_is_one_line(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without = tmp_path / "without"
+    without.mkdir()
+    for file in path.iterdir():
+        if not file.name.startswith("tokenizer"):
+            (without / file.name).symlink_to(file)
+
+    def error(*arguments: str) -> str:
+        result = CliRunner().invoke(app, list(arguments))
+        assert (result.exit_code, result.stdout) == (2, "")
+        return result.stderr.splitlines()[-1]
+
+    line = error("generate", str(without), "--prompt", "w3")
+    assert f"{without}: expected the files of a tokenizer beside the weights, got " in line
+    assert "expected a checkpoint directory, got no such path" in error(
+        "generate", str(tmp_path / "no"), "--prompt", "w3"
+    )
+    assert "expected a checkpoint directory, got no such path" in error("serve", str(tmp_path / "no"))
+    monkeypatch.setattr(serving, "is_serve_available", lambda: False)
+    assert "got not all of them; pip install 'torch-nvfp4[serve]'" in error("serve", str(path), "--port", "1")
+
+
+@pytest.fixture(scope="module")
+def server(path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of ``torch-nvfp4 serve``."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    root = str(Path(__file__).parents[2])
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
+    }  # fmt: skip
+    command = [sys.executable, "-m", "torch_nvfp4", "serve", str(path), "--host", "127.0.0.1", "--port", port]
+    log = tmp_path_factory.mktemp("serve") / "log"
+    with log.open("w") as output:
+        arguments = ["--device", "cpu", "--dtype", "float32"]
+        process = subprocess.Popen([*command, *arguments], env=environment, stdout=output, stderr=output)
+        address = f"http://127.0.0.1:{port}"
+        try:
+            for _ in range(240):
+                if process.poll() is not None:
+                    break
+                try:
+                    urllib.request.urlopen(f"{address}/health", timeout=2)
+                    break
+                except OSError:
+                    time.sleep(0.5)
+            assert process.poll() is None, log.read_text()
+            yield address
+            process.terminate()
+            assert process.wait(60) == 143
+        finally:
+            process.kill()
+
+
+def test_serve_answers_openais_client(path: Path, server: str) -> None:
+    openai = pytest.importorskip("openai")
+    client = openai.OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0)
+    turn = [{"role": "user", "content": "w3 w4 w5"}]
+    request: dict[str, Any] = {"model": str(path), "messages": turn, "max_tokens": 6, "temperature": 0}
+    tokens = greedy(from_pretrained(path, dtype=torch.float32), torch.tensor([[10, 6, 7, 8, 11]]), 6)[0].tolist()
+    expected = " ".join(f"w{token - 3}" for token in tokens)
+
+    def chat() -> str:
+        return str(client.chat.completions.create(**request).choices[0].message.content)
+
+    assert chat().endswith(expected)
+    chunks = client.chat.completions.create(stream=True, **request)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices).endswith(expected)
+    with ThreadPoolExecutor(2) as clients:
+        answers = list(clients.map(lambda _: chat(), range(2)))
+    assert all(answer.endswith(expected) for answer in answers)
+    with pytest.raises(openai.APIStatusError):
+        client.chat.completions.create(model=str(path), messages=[])
+    # The server closes the connection of an error; the next client has its own.
+    client = openai.OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0)
+    assert chat().endswith(expected)
+
+
+def test_serve_hands_its_options_on(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And registers, so that the server's from_pretrained takes the checkpoint."""
+    from transformers.cli import transformers as program
+
+    calls: list[tuple[list[str], bool]] = []
+
+    def run(args: list[str], **_: object) -> None:
+        mapping = transformers.quantizers.auto.AUTO_QUANTIZATION_CONFIG_MAPPING
+        calls.append((args, "modelopt" in mapping))
+
+    monkeypatch.setattr(serving, "is_serve_available", lambda: True)
+    monkeypatch.setattr(program, "app", run)
+    try:
+        result = CliRunner().invoke(app, ["serve", str(path), "--port", "8123", "--compile", "--log-level=info"])
+    finally:
+        unregister()
+    assert result.exit_code == 0, result.output
+    assert calls == [(["serve", str(path), "--port", "8123", "--compile", "--log-level=info"], True)]

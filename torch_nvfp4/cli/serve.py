@@ -1,0 +1,29 @@
+"""``torch-nvfp4 serve``."""
+
+from __future__ import annotations
+
+import typer
+
+from torch_nvfp4.cli.inspect import open_checkpoint
+from torch_nvfp4.cli.options import CheckpointArgument
+from torch_nvfp4.cli.terminal import Terminal
+
+
+def command(context: typer.Context, checkpoint: CheckpointArgument) -> None:
+    """Serve a checkpoint by OpenAI's protocol, with transformers' own server on the packed weights.
+
+    Every other option goes to transformers serve: --host, --port, --device, --dtype, --compile, --continuous-batching
+    and more, which transformers serve --help lists. Needs pip install 'torch-nvfp4[serve]'.
+
+    \b
+    Examples:
+      torch-nvfp4 serve DeepSeek-V4-Flash-NVFP4
+      torch-nvfp4 serve Qwen3-30B-A3B-NVFP4 --host 0.0.0.0 --port 8080 --device cuda:0
+    """
+    open_checkpoint(Terminal(), checkpoint)
+    try:
+        from torch_nvfp4.integrations.transformers import serving
+    except ModuleNotFoundError as error:
+        got = f"no module {error.name}"
+        raise ValueError(f"expected transformers, got {got}; pip install 'torch-nvfp4[serve]'") from error
+    serving.serve(checkpoint, context.args)

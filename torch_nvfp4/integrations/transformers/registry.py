@@ -1,0 +1,185 @@
+"""Makes transformers choose this integration's quantizer for NVFP4 checkpoints, and takes that back."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForCausalLM, modeling_utils
+from transformers.quantizers import auto
+from transformers.utils import cached_file
+
+from torch_nvfp4.integrations.transformers.config import METHOD, TorchNVFP4Config, is_nvfp4_config
+from torch_nvfp4.integrations.transformers.quantizer import TorchNVFP4Quantizer
+from torch_nvfp4.integrations.transformers.versions import check_installed
+
+__all__ = ["from_pretrained", "register", "unregister"]
+
+_SHARED_METHODS = ("fp8", "compressed-tensors", "modelopt", "nvfp4")
+"""The values of ``quant_method`` under which NVFP4 checkpoints are published."""
+
+_QUANT_FILE = "hf_quant_config.json"
+
+
+class _Dispatch:
+    """In place of the config class of a ``quant_method``: NVFP4 configs are this package's, the rest go on."""
+
+    def __init__(self, method: str, original: Any) -> None:
+        self.method = method
+        self.original = original
+
+    def from_dict(self, config_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if is_nvfp4_config(config_dict):
+            return TorchNVFP4Config.from_dict(config_dict, *args, **kwargs)
+        if self.original is None:
+            raise ValueError(
+                f"quantization_config: expected NVFP4 weights beside quant_method {self.method!r}, got "
+                f"quant_algo {config_dict.get('quant_algo')!r}, which transformers does not know"
+            )
+        return self.original.from_dict(config_dict, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["original"], name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.original(*args, **kwargs)
+
+
+def register() -> None:
+    """From here on ``from_pretrained`` of transformers takes NVFP4 checkpoints; all others load as before.
+
+    Calling it twice is calling it once. Raises RuntimeError, with what differs, where the installed transformers is not
+    one that this was written for; nothing is changed then.
+    """
+    if _is_registered():
+        return
+    check_installed()
+    _register_method()
+    mapping = auto.AUTO_QUANTIZATION_CONFIG_MAPPING
+    for method in _SHARED_METHODS:
+        mapping[method] = _Dispatch(method, mapping.get(method))
+    auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*auto.LOADING_ATTRIBUTES_CONFIG_TYPES, TorchNVFP4Config)
+    modeling_utils.get_hf_quantizer = _with_quant_file(modeling_utils.get_hf_quantizer)
+
+
+def unregister() -> None:
+    """Takes ``register`` back; models that are loaded stay as they are."""
+    if not _is_registered():
+        return
+    mapping = auto.AUTO_QUANTIZATION_CONFIG_MAPPING
+    for method in _SHARED_METHODS:
+        dispatch = mapping.get(method)
+        if not isinstance(dispatch, _Dispatch):
+            continue
+        if dispatch.original is None:
+            del mapping[method]
+        else:
+            mapping[method] = dispatch.original
+    auto.LOADING_ATTRIBUTES_CONFIG_TYPES = tuple(
+        kind for kind in auto.LOADING_ATTRIBUTES_CONFIG_TYPES if kind is not TorchNVFP4Config
+    )
+    modeling_utils.get_hf_quantizer = modeling_utils.get_hf_quantizer.__wrapped__
+    mapping.pop(METHOD, None)
+    auto.AUTO_QUANTIZER_MAPPING.pop(METHOD, None)
+
+
+def from_pretrained(
+    path: str | Path, *args: Any, backend: str | None = None, auto_class: Any = AutoModelForCausalLM, **kwargs: Any
+) -> Any:
+    """A model of transformers from an NVFP4 checkpoint, whether or not ``register`` was called.
+
+    Args:
+        path: a directory, or the name of a repository on the Hub.
+        backend: a name of ``torch_nvfp4.backends`` for the experts, None for the first that can run a layer.
+        auto_class: which class of transformers builds the model.
+        args, kwargs: those of ``auto_class.from_pretrained``.
+
+    Raises ValueError for a checkpoint whose configs declare no NVFP4 weights, and what ``register`` raises.
+    """
+    check_installed()
+    _register_method()
+    config = kwargs.pop("config", None)
+    if config is None:
+        passed = (
+            "revision",
+            "token",
+            "cache_dir",
+            "local_files_only",
+            "trust_remote_code",
+            "subfolder",
+            "force_download",
+        )
+        config = AutoConfig.from_pretrained(path, **{name: kwargs[name] for name in passed if name in kwargs})
+    declared = _declared(config) or _read_quant_file(config)
+    if not is_nvfp4_config(declared):
+        got = "no quantization_config and no hf_quant_config.json" if declared is None else f"{declared!r:.200}"
+        raise ValueError(f"{path}: expected a config that declares NVFP4 weights, got {got}")
+    for section in (config, config.get_text_config(decoder=True)):
+        if getattr(section, "quantization_config", None) is not None:
+            del section.quantization_config
+    quantization = TorchNVFP4Config(backend, declared)
+    return auto_class.from_pretrained(path, *args, config=config, quantization_config=quantization, **kwargs)
+
+
+def _is_registered() -> bool:
+    return hasattr(modeling_utils.get_hf_quantizer, "reads_quant_file")
+
+
+def _register_method() -> None:
+    if METHOD not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
+        auto.register_quantization_config(METHOD)(TorchNVFP4Config)
+    if METHOD not in auto.AUTO_QUANTIZER_MAPPING:
+        auto.register_quantizer(METHOD)(TorchNVFP4Quantizer)
+
+
+def _with_quant_file(original: Any) -> Any:
+    """``get_hf_quantizer`` that also looks into hf_quant_config.json where config.json says nothing."""
+
+    def get_hf_quantizer(config: Any, quantization_config: Any, *args: Any, **kwargs: Any) -> Any:
+        if _declared(config) is None and (
+            quantization_config is None
+            or (isinstance(quantization_config, TorchNVFP4Config) and not quantization_config.source)
+        ):
+            section = _read_quant_file(config)
+            if section is not None:
+                config.quantization_config = section
+        return original(config, quantization_config, *args, **kwargs)
+
+    get_hf_quantizer.__wrapped__ = original  # type: ignore[attr-defined]
+    get_hf_quantizer.reads_quant_file = True  # type: ignore[attr-defined]
+    return get_hf_quantizer
+
+
+def _declared(config: Any) -> dict[str, Any] | None:
+    for section in (config, config.get_text_config(decoder=True)):
+        declared = getattr(section, "quantization_config", None)
+        if declared is not None:
+            return declared if isinstance(declared, dict) else dict(declared.to_dict())
+    return None
+
+
+def _read_quant_file(config: Any) -> dict[str, Any] | None:
+    """hf_quant_config.json of the checkpoint as a ``quantization_config``, None where it has none about NVFP4."""
+    name = str(getattr(config, "_name_or_path", "") or "")
+    if not name:
+        return None
+    file: Any = os.path.join(name, _QUANT_FILE) if os.path.isdir(name) else None
+    if file is None:
+        file = cached_file(
+            name,
+            _QUANT_FILE,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    if file is None or not os.path.isfile(file):
+        return None
+    content = json.loads(Path(file).read_text())
+    if not is_nvfp4_config(content):
+        return None
+    section = dict(content.get("quantization", content))
+    if "exclude_modules" in section:
+        section["ignore"] = section.pop("exclude_modules")
+    return {"quant_method": "modelopt", **section, "producer": content.get("producer", {"name": "modelopt"})}
