@@ -39,7 +39,7 @@ demo: install  ## write a checkpoint in DeepSeek-V4-Flash's layout, load it, che
 	$(RUN_CXX) $(BIN)/torch-nvfp4 demo
 
 test: install  ## all tests that need no GPU
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 # torch comes first and alone: the other index is asked for nothing else.
 $(VLLM_VENV)/.vllm: tests/engines/set_up_vllm.py

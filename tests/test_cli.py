@@ -335,9 +335,7 @@ def test_an_unknown_cpu_level(checkpoint, monkeypatch, arguments):
     assert_one_line_error(result, arguments[0], "TORCH_NVFP4_CPU_LEVEL: expected one of", "got 'avx1024'")
 
 
-@pytest.mark.parametrize(
-    "command", ["info", "inspect", "verify", "quantize", "bench", "demo", "generate", "serve"]
-)
+@pytest.mark.parametrize("command", ["info", "inspect", "verify", "quantize", "bench", "demo", "generate", "serve"])
 def test_help_has_examples(command):
     result = run(command, "--help")
     assert result.exit_code == 0

@@ -20,6 +20,7 @@ from torch_nvfp4.cli.memory import memory_error
 from torch_nvfp4.cli.output import OutputError, json_text, json_writer
 from torch_nvfp4.demo import write_checkpoint
 
+ROOT = Path(__file__).parent.parent
 # Stops a command where it would work, and says so by making the file `stopped`.
 WAIT = "import time, pathlib\ndef wait(*_, **__):\n    pathlib.Path({stopped!r}).touch()\n    time.sleep(60)\n"
 
