@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 
-from torch_nvfp4.backends import Libraries, MoEBackendConfig, explain_moe_backends
+from torch_nvfp4.backends import Libraries
 from torch_nvfp4.gate import Activation, Gate
+from torch_nvfp4.integrations.device import backend_error
 
 __all__ = ["Process", "device_error", "layer_error", "layer_gate"]
 
 _ACTIVATIONS = {"silu": Activation.silu, "gelu": Activation.gelu, "gelu_tanh": Activation.gelu_tanh}
-_OUR_BACKEND = {"cpu": "cpu", "cuda": "marlin"}
-_FP4_TENSOR_CORES = (10, 0)
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ def device_error(
         device_type, capability: as in ``Process``.
         libraries: default: those of this process.
     """
-    return _backend_error(Process(device_type, capability, libraries=libraries), 16, 16, None, Gate())
+    return backend_error("SGLang", device_type, capability, 16, 16, None, Gate(), libraries)
 
 
 def layer_error(config: Any, process: Process, dtype: torch.dtype | None, *, with_bias: bool = False) -> str | None:
@@ -117,19 +116,7 @@ def layer_error(config: Any, process: Process, dtype: torch.dtype | None, *, wit
         gate = layer_gate(config)
     except ValueError as error_of_gate:
         return str(error_of_gate)
-    return _backend_error(process, config.hidden_size, config.intermediate_size_per_partition, dtype, gate)
-
-
-def _backend_error(
-    process: Process, hidden: int, intermediate: int, dtype: torch.dtype | None, gate: Gate
-) -> str | None:
-    backend = _OUR_BACKEND.get(process.device_type)
-    if backend is None:
-        return f"expected a cpu or cuda device, got {process.device_type}"
-    capability = process.compute_capability
-    if capability is not None and capability >= _FP4_TENSOR_CORES:
-        got = "{}.{}".format(*capability)
-        return f"expected a GPU without FP4 tensor cores, for which SGLang has kernels, got compute capability {got}"
-    libraries = Libraries.detect() if process.libraries is None else process.libraries
-    config = MoEBackendConfig(process.device_type, hidden, intermediate, capability, dtype, gate, libraries=libraries)
-    return explain_moe_backends(config)[backend]
+    return backend_error(
+        "SGLang", process.device_type, process.compute_capability, config.hidden_size,
+        config.intermediate_size_per_partition, dtype, gate, process.libraries,
+    )  # fmt: skip

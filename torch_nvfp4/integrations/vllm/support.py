@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch_nvfp4.backends import Libraries, MoEBackendConfig, explain_moe_backends
+from torch_nvfp4.backends import Libraries
 from torch_nvfp4.gate import Activation, Gate
+from torch_nvfp4.integrations.device import backend_error
 
 __all__ = ["QUANT_METHODS", "device_error", "layer_error", "layer_gate"]
 
@@ -23,9 +24,6 @@ QUANT_METHODS = ("ModelOptNvFp4FusedMoE", "CompressedTensorsW4A4Nvfp4MoEMethod",
 """vLLM's classes whose weights reach the conversion as the checkpoint has them: gate rows first, two global scales on
 the layer. Mixed precision and DeepSeek-V4's config use the first. A class derived from one may rely on vLLM's own
 kernels (MuseSpark's does), so it does not count."""
-
-_OUR_BACKEND = {"cpu": "cpu", "cuda": "marlin"}
-_FP4_TENSOR_CORES = (10, 0)
 
 
 def layer_gate(
@@ -70,7 +68,7 @@ def device_error(
         capability: the compute capability of a CUDA device.
         libraries: default: those of this process.
     """
-    return _backend_error(device_type, 16, 16, capability, None, Gate(), libraries)
+    return backend_error("vLLM", device_type, capability, 16, 16, None, Gate(), libraries)
 
 
 def layer_error(
@@ -109,24 +107,4 @@ def layer_error(
     except ValueError as refused:
         return str(refused)
     hidden, intermediate = config.hidden_dim, config.intermediate_size_per_partition
-    return _backend_error(device_type, hidden, intermediate, capability, config.in_dtype, gate, libraries)
-
-
-def _backend_error(
-    device_type: str,
-    hidden: int,
-    intermediate: int,
-    capability: tuple[int, int] | None,
-    dtype: Any,
-    gate: Gate,
-    libraries: Libraries | None,
-) -> str | None:
-    backend = _OUR_BACKEND.get(device_type)
-    if backend is None:
-        return f"expected a cpu or cuda device, got {device_type}"
-    if capability is not None and capability >= _FP4_TENSOR_CORES:
-        got = "{}.{}".format(*capability)
-        return f"expected a GPU without FP4 tensor cores, for which vLLM has kernels, got compute capability {got}"
-    libraries = Libraries.detect() if libraries is None else libraries
-    config = MoEBackendConfig(device_type, hidden, intermediate, capability, dtype, gate, libraries=libraries)
-    return explain_moe_backends(config)[backend]
+    return backend_error("vLLM", device_type, capability, hidden, intermediate, config.in_dtype, gate, libraries)
