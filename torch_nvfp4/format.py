@@ -138,7 +138,7 @@ def pack_codes(codes: Tensor) -> Tensor:
     return codes[..., 0::2] | (codes[..., 1::2] << 4)
 
 
-def _encode(values: Tensor) -> Tensor:
+def encode_e2m1(values: Tensor) -> Tensor:
     """Nearest e2m1 code of fp32 ``values``, ties to even, saturating at 6: uint8, same shape.
 
     Negative values that round to zero keep their sign (code 8); -0.0 becomes code 0, as in ModelOpt. NaN, from 0 / 0
@@ -159,7 +159,7 @@ def _quantize_rows(dense: Tensor, global_scale: Tensor) -> tuple[Tensor, Tensor]
     block_scale = torch.where(block_scale == 0, 1.0, block_scale)
     scale = block_scale.clamp(E4M3_MIN_SUBNORMAL, E4M3_MAX).to(torch.float8_e4m3fn)
     step = (scale.to(torch.float32) * global_scale).unsqueeze(-1)
-    codes = _encode(blocks / step)
+    codes = encode_e2m1(blocks / step)
     return pack_codes(codes.flatten(-2)), scale
 
 

@@ -22,6 +22,8 @@ __all__ = ["MAX_COUNT", "TEXT_SECTIONS", "ModelConfig"]
 _TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "top_k_experts")
 _NUM_EXPERTS_KEYS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
 _INTERMEDIATE_KEYS = ("moe_intermediate_size",)
+# Of models whose experts work in a narrower space than the rest (Kimi-K3, Nemotron-3-Super).
+_LATENT_KEYS = ("routed_expert_hidden_size", "moe_latent_size")
 _HIDDEN_ACT_KEYS = ("hidden_act", "hidden_activation", "mlp_hidden_act", "activation_function")
 _MTP_KEYS = ("num_nextn_predict_layers", "num_mtp_modules", "mtp_num_hidden_layers")
 # Tensor names carry ids of at most six digits; sizes are those of a matrix that fits into memory.
@@ -59,7 +61,8 @@ class ModelConfig:
     Attributes:
         model_type, hidden_act: as the config spells them, None where it does not.
         num_layers: of the model without layers of multi-token prediction, None where it is not declared.
-        hidden_size: K, None where it is not declared.
+        hidden_size: of the model, None where it is not declared.
+        expert_hidden_size: K, that of the routed experts; None where it is not declared.
     """
 
     def __init__(self, file: str | Path, config: Mapping[str, Any]) -> None:
@@ -73,6 +76,8 @@ class ModelConfig:
         self.model_type = self._model_types[0] if self._model_types else None
         self.num_layers = self._integer(("num_hidden_layers",), MAX_COUNT)
         self.hidden_size = self._integer(("hidden_size",), _MAX_SIZE)
+        latent = self._integer(_LATENT_KEYS, _MAX_SIZE)
+        self.expert_hidden_size = self.hidden_size if latent is None else latent
         self._top_k = self._integers(_TOP_K_KEYS, MAX_COUNT)
         self._num_experts = self._integers(_NUM_EXPERTS_KEYS, MAX_COUNT)
         self._intermediate_size = self._integers(_INTERMEDIATE_KEYS, _MAX_SIZE)
@@ -123,6 +128,11 @@ class ModelConfig:
     def interleaves_gate_and_up(self) -> bool:
         """Whether a fused gate_up_proj alternates rows of gate and up (gpt-oss)."""
         return (self.model_type or "").startswith("gpt_oss")
+
+    @property
+    def may_lack_a_gate(self) -> bool:
+        """Whether experts that have only up and down are meant so: relu2 is the activation that is known without."""
+        return _formula(self.hidden_act) is Activation.relu2
 
     def is_ignored(self, name: str) -> bool:
         """True for tensors of multi-token prediction: `mtp.*`, or those of layers past num_hidden_layers."""

@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torch_nvfp4.format import E2M1_VALUES, NVFP4Weight
+from torch_nvfp4.format import E2M1_VALUES, NVFP4Weight, encode_e2m1, pack_codes
 from torch_nvfp4.format import GROUP_SIZE as NVFP4_GROUP_SIZE
 
-__all__ = ["GROUP_SIZE", "OCTAVES", "MXFP4Weight", "SpanError", "dequantize", "to_nvfp4"]
+__all__ = ["GROUP_SIZE", "OCTAVES", "MXFP4Weight", "SpanError", "dequantize", "quantize", "to_nvfp4"]
 
 GROUP_SIZE = 32
 """Consecutive values along the input dimension that share one scale."""
@@ -116,8 +116,34 @@ def dequantize(weight: MXFP4Weight, dtype: torch.dtype = torch.float32) -> Tenso
     return groups.mul_(step.unsqueeze(-1)).flatten(-2).to(dtype)
 
 
+def quantize(dense: Tensor) -> MXFP4Weight:
+    """Quantizes [..., N, K] as the OCP Microscaling specification has it; data uint8, scale float8_e8m0fnu.
+
+    ``scale = 2^(floor(log2(group amax)) - 2)`` (2^2 is the largest power of two of e2m1), at least 2^-127, and 1 for a
+    group of zeros; codes are rounded to nearest even and saturate at 6.
+
+    Raises TypeError for a dtype that is not floating point, ValueError for a shape without groups of 32 and for values
+    that are not finite.
+    """
+    if not dense.is_floating_point() or dense.itemsize < 2:
+        raise TypeError(f"dense: expected dtype bfloat16, float16, float32 or float64, got {dense.dtype}")
+    if dense.dim() < 2 or 0 in dense.shape[-2:] or dense.shape[-1] % GROUP_SIZE:
+        expected = f"[..., N, K] with N > 0 and K a positive multiple of {GROUP_SIZE}"
+        raise ValueError(f"dense: expected shape {expected}, got {list(dense.shape)}")
+    groups = dense.detach().to(torch.float32).unflatten(-1, (-1, GROUP_SIZE))
+    amax = groups.abs().amax(-1)
+    if not bool(torch.isfinite(amax).all()):
+        raise ValueError("dense: expected finite values, got NaN or infinity")
+    _, exponent = torch.frexp(amax)  # amax = mantissa * 2^exponent with a mantissa in [0.5, 1)
+    exponent = torch.where(amax == 0, 0, exponent - 1 - 2).clamp(min=-_BIAS)
+    # In fp64: 2^127 is as large as fp32 goes, and values / 2^-127 is beyond it.
+    codes = encode_e2m1(torch.ldexp(groups.double(), -exponent.unsqueeze(-1)))
+    scale = (exponent + _BIAS).to(torch.uint8).view(torch.float8_e8m0fnu)
+    return MXFP4Weight(pack_codes(codes.flatten(-2)), scale)
+
+
 def to_nvfp4(weight: MXFP4Weight, *, gated: bool = False) -> NVFP4Weight:
-    """The NVFP4 weight with the same values, bit for bit. Its ``data`` has the bytes of ``weight.data``, perhaps shared.
+    """The NVFP4 weight with the same values, bit for bit. Its ``data`` may share the memory of ``weight.data``.
 
     Exact where the exponents of each matrix span at most 18 octaves; those of 16 values that are all zero do not count.
     The global scales are powers of two, finite and normal in fp32 as their reciprocals are.
@@ -220,7 +246,7 @@ def _place(data: Tensor, spread: Tensor, byte: int) -> Place:
 
 
 def e4m3_scales(spread: Tensor, exponent: int) -> Tensor:
-    """The bytes of E4M3 scales 2^(byte - 127 - exponent); for scales of zeros the nearest power of two that there is."""
+    """The bytes of E4M3 scales 2^(byte - 127 - exponent); for scales of zeros the nearest power that there is."""
     powers = [min(max(byte - _BIAS - exponent, _SMALLEST), _LARGEST) for byte in range(256)]
     # 4 bits of exponent with bias 7, 3 of mantissa; below 2^-6 the mantissa alone.
     codes = [(power + 7) << 3 if power >= -6 else 1 << (power + 9) for power in powers]

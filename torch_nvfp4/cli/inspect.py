@@ -15,6 +15,7 @@ from torch_nvfp4.cli.output import json_writer
 from torch_nvfp4.cli.process import failed
 from torch_nvfp4.cli.terminal import Terminal
 from torch_nvfp4.cli.wording import count, size, spans
+from torch_nvfp4.nn.experts import layer_refusal
 
 _MOST_REFUSED = 20  # lines; the JSON has all
 
@@ -53,10 +54,16 @@ def collect_checkpoint(checkpoint: Checkpoint, device: torch.device, backend: st
     summary = asdict(checkpoint.summary())
     summary["path"] = str(checkpoint.path)
     gates: dict[str, list[int]] = {}
-    for layer in checkpoint.layers:
-        gates.setdefault(str(checkpoint.gate(layer)), []).append(layer)
-    summary["gates"] = [{"gate": gate, "layers": layers} for gate, layers in gates.items()]
     summary["refused"] = [{"tensor": part.what, "reason": part.reason} for part in summary.pop("refusals")]
+    refused = {part["tensor"] for part in summary["refused"]}
+    for layer in checkpoint.layers:
+        if f"layer {layer}" in refused:
+            continue
+        gates.setdefault(str(checkpoint.gate(layer)), []).append(layer)
+        reason = layer_refusal(checkpoint.layer_config(layer))
+        if reason is not None:
+            summary["refused"].append({"tensor": f"layer {layer}", "reason": reason})
+    summary["gates"] = [{"gate": gate, "layers": layers} for gate, layers in gates.items()]
     summary["device"] = str(device)
     summary["backend"], summary["passed_over"] = None, {}
     if checkpoint.layers and not summary["refused"]:
@@ -85,7 +92,7 @@ def print_checkpoint(terminal: Terminal, facts: dict[str, Any]) -> None:
     rows = [
         ("path", f"{facts['path']} ({count(facts['shards'], 'shard')}, {size(facts['nbytes'])})"),
         ("model", f"{facts['model_type'] or 'undeclared'}, config declares {declared}"),
-        ("layout", facts["layout"] or "no NVFP4 tensors"),
+        ("layout", facts["layout"] or "no NVFP4 or MXFP4 tensors"),
     ]
     if facts["layers"]:
         rows.append(
@@ -137,7 +144,7 @@ def _backend_lines(facts: dict[str, Any]) -> list[str]:
     if facts["refused"]:
         return ["no backend: the experts cannot be loaded"]
     if facts["backend"] is None:
-        return ["no NVFP4 experts: no backend is needed"]
+        return ["no NVFP4 or MXFP4 experts: no backend is needed"]
     why = "as asked for" if facts["asked_for"] else "the first in order that can"
     lines = [f"backend on {facts['device']}: {facts['backend']} ({why})"]
     return lines + [f"  not {name}: {reason}" for name, reason in facts["passed_over"].items()]

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from torch_nvfp4.backends import MoEBackendConfig, moe_backend, select_moe_backend
-from torch_nvfp4.checkpoint import Checkpoint
+from torch_nvfp4.checkpoint import Checkpoint, LayerConfig
+from torch_nvfp4.errors import CheckpointError
 from torch_nvfp4.format import NVFP4Weight, is_gated_pair, quantize, validate_layout
 from torch_nvfp4.gate import Gate, parse_activation
 from torch_nvfp4.nn.packed_module import PackedModule, WeightShape
@@ -201,6 +202,9 @@ class NVFP4Experts(PackedModule):
         """
         if not isinstance(checkpoint, Checkpoint):
             checkpoint = Checkpoint.open(checkpoint)
+        reason = layer_refusal(checkpoint.layer_config(layer))
+        if reason is not None:
+            raise CheckpointError(f"{checkpoint.path}: layer {layer}: {reason}")
         on_input = checkpoint.apply_router_weight_on_input(layer)
         quant_config = MoEQuantConfig(checkpoint.gate(layer), apply_router_weight_on_input=on_input)
         weights = checkpoint.experts(
@@ -282,6 +286,15 @@ class NVFP4Experts(PackedModule):
         buffers = {name: self._buffer(name) for name in self._packed_names}
         w13, w2 = moe_backend(self.backend).restore(buffers, self.hidden_size, self.intermediate_size)
         return {"w13_": w13, "w2_": w2}
+
+
+def layer_refusal(config: LayerConfig) -> str | None:
+    """Why the experts of a layer, which the reader reads, cannot be run yet; None where they can."""
+    if not config.gated:
+        return "expected experts with a gate, got only up and down: experts without a gate are not supported yet"
+    if config.has_w13_bias or config.has_w2_bias:
+        return "expected experts without biases, got some: biases of experts are not supported yet"
+    return None
 
 
 def _check_leading_dimensions(**tensors: Tensor) -> None:
