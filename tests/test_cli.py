@@ -157,8 +157,12 @@ def test_inspect_without_experts(tmp_path):
     result = run("inspect", tmp_path)
     assert result.exit_code == 0, result.output
     assert "no NVFP4 or MXFP4 experts: no backend is needed" in result.stdout
-    assert_one_line_error(run("verify", tmp_path), "verify", "expected a checkpoint with NVFP4 or MXFP4 experts, got none")
-    assert_one_line_error(run("demo", "--checkpoint", tmp_path), "demo", "expected a checkpoint with NVFP4 or MXFP4 experts")
+    assert_one_line_error(
+        run("verify", tmp_path), "verify", "expected a checkpoint with NVFP4 or MXFP4 experts, got none"
+    )
+    assert_one_line_error(
+        run("demo", "--checkpoint", tmp_path), "demo", "expected a checkpoint with NVFP4 or MXFP4 experts"
+    )
 
 
 @pytest.mark.parametrize(

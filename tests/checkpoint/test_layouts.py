@@ -118,7 +118,7 @@ def test_what_cannot_be_run_yet(layout: str, tmp_path: Path) -> None:
         NVFP4Experts.from_checkpoint(tmp_path, 0)
     if layout == "gpt-oss":
         with raises("w13 and w2 alone of experts with w13_bias and w2_bias"):
-            w13, w2 = Checkpoint.open(tmp_path).experts(0)
+            _w13, _w2 = Checkpoint.open(tmp_path).experts(0)
 
 
 @pytest.mark.parametrize("layer", range(LAYERS))
