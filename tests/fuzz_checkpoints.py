@@ -386,7 +386,11 @@ def exercise(path: Path, layout: str, kinds: collections.Counter[str]) -> None:
             kinds, "slice", lambda layer=layer: checkpoint.experts(layer, tp_rank=1, tp_size=2, ep_rank=1, ep_size=2)
         )
         if weights is not None:
-            compare(path, layout, layer, weights, kinds)
+            # gpt-oss's model type makes fused rows alternate, which the loop does not ask for.
+            if checkpoint._model.interleaves_gate_and_up and layout != "gpt-oss":
+                kinds["values: read as gpt-oss's"] += 1
+            else:
+                compare(path, layout, layer, weights, kinds)
             assert f"layer {layer}" not in refused or not is_gate_sound(checkpoint, layer), "refusals: what loads"
     for name in checkpoint.linears[:2]:
         attempt(kinds, "linear", lambda name=name: checkpoint.linear(name))

@@ -188,12 +188,13 @@ def spread_scales(scale: Tensor) -> Tensor:
     return scale.repeat_interleave(_PER_GROUP, -1)
 
 
-def global_exponents(data: Tensor, spread: Tensor) -> list[int]:
+def global_exponents(data: Tensor, spread: Tensor, first_block: int = 0) -> list[int]:
     """For each of a few matrices, e0 of its global scale 2^e0: one for all of them where that is possible.
 
     Args:
         data: uint8 [S, N, K/2].
         spread: E8M0 bytes per 16 values, uint8 [S, N, K/16].
+        first_block: 1 for columns that begin in the second half of a group of 32, which errors count from 0.
 
     Raises SpanError and NaNScaleError, with the index of the first matrix that cannot be converted.
     """
@@ -201,7 +202,7 @@ def global_exponents(data: Tensor, spread: Tensor) -> list[int]:
     for matrix, (_, high) in enumerate(ends):
         if high == _NAN:
             row, block = (spread[matrix] == _NAN).nonzero()[0].tolist()
-            raise NaNScaleError(matrix, row, block // _PER_GROUP)
+            raise NaNScaleError(matrix, row, (first_block + block) // _PER_GROUP)
     shared = _fitting(ends)
     if shared is not None:
         return [shared] * len(ends)
@@ -215,7 +216,7 @@ def global_exponents(data: Tensor, spread: Tensor) -> list[int]:
         exponent = _fitting([] if each is None else [each])
         if exponent is None:
             assert each is not None
-            raise SpanError(matrix, *(_place(data[matrix], spread[matrix], byte) for byte in each))
+            raise SpanError(matrix, *(_place(data[matrix], spread[matrix], byte, first_block) for byte in each))
         result.append(exponent)
     return result
 
@@ -240,9 +241,9 @@ def _used_ends(data: Tensor, spread: Tensor) -> tuple[int, int] | None:
     return (int(used.min()), int(used.max())) if used.numel() else None
 
 
-def _place(data: Tensor, spread: Tensor, byte: int) -> Place:
+def _place(data: Tensor, spread: Tensor, byte: int, first_block: int) -> Place:
     row, block = ((spread == byte) & _is_used(data, spread)).nonzero()[0].tolist()
-    return Place(byte - _BIAS, row, block // _PER_GROUP)
+    return Place(byte - _BIAS, row, (first_block + block) // _PER_GROUP)
 
 
 def e4m3_scales(spread: Tensor, exponent: int) -> Tensor:

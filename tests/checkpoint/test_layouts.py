@@ -313,7 +313,7 @@ def test_two_nvfp4_stacks_in_one_layer(tmp_path: Path) -> None:
     tensors = raw_tensors(tmp_path)
     talker = {f"talker.{name}": tensor.clone() for name, tensor in tensors.items() if ".layers.0.mlp.experts." in name}
     variants.add_tensors(tmp_path, talker)
-    with raises("expected the quantized experts of layer 0 under", "got", "too"):
+    with raises("expected the NVFP4 experts of layer 0 under", "got", "too"):
         Checkpoint.open(tmp_path)
 
 

@@ -138,6 +138,21 @@ def test_exponents_of_gpt_oss(tmp_path: Path) -> None:
     with raises("down_proj_scales'", "got NaN (0xff) at row 5, group 2 of expert 1"):
         Checkpoint.open(tmp_path).experts(0, tp_rank=5, tp_size=6)  # half of group 2
     Checkpoint.open(tmp_path).experts(0, tp_rank=3, tp_size=6)
+    with raises("got NaN (0xff) at row 5, group 2 of expert 1"):
+        Checkpoint.open(tmp_path).experts(0, tp_rank=1, tp_size=2)  # half of group 1, and group 2
+    content[f"{GPT_OSS}down_proj_scales"][1, 5, 2] = 160
+    rewrite(tmp_path, content)
+    with raises("at row", "of expert 1 and 2^33 at row 5, group 2 of expert 1"):
+        Checkpoint.open(tmp_path).experts(0, tp_rank=1, tp_size=2)
+
+
+def test_blocks_alternate_in_any_model(tmp_path: Path) -> None:
+    """What a fine-tuned model calls itself does not change what its tensors are."""
+    content = raw_tensors(make(tmp_path, "gpt-oss"))
+    variants.change_config(tmp_path, model_type="another")
+    got = dequantize(Checkpoint.open(tmp_path).experts(0).w13, torch.float64)
+    for index, expert in enumerate(dense(content, "gpt-oss")):
+        assert torch.equal(got[index], torch.cat((expert.gate, expert.up)))
 
 
 def test_gate_and_up_share_a_global_scale_where_they_can(tmp_path: Path) -> None:
@@ -194,6 +209,23 @@ def test_layers_of_both_formats(tmp_path: Path) -> None:
             assert expert.gate is not None
             assert torch.equal(dequantize(w13, torch.float64)[index], torch.cat((expert.gate, expert.up)))
             assert torch.equal(dequantize(w2, torch.float64)[index], expert.down)
+
+
+def test_two_stacks_in_one_layer(tmp_path: Path) -> None:
+    """MXFP4 experts of a draft beside NVFP4 ones are passed over; two MXFP4 stacks are not told apart."""
+    content = raw_tensors(make(tmp_path, "deepseek"))
+    draft = {
+        f"draft.{name}": tensor for name, tensor in raw_tensors(make(tmp_path / "mxfp4", "deepseek-mxfp4")).items()
+    }
+    draft = {name: tensor for name, tensor in draft.items() if ".ffn.experts." in name}
+    for tensors in (content | draft, draft | content):
+        rewrite(tmp_path, tensors)
+        checkpoint = Checkpoint.open(tmp_path)
+        assert (checkpoint.layout, checkpoint.layers, checkpoint.refusals()) == ("deepseek", (0, 1), ())
+        checkpoint.experts(1)
+    rewrite(tmp_path, draft | {name.replace("draft", "other"): tensor.clone() for name, tensor in draft.items()})
+    with raises("expected the MXFP4 experts of layer 0 under", "got", "too"):
+        Checkpoint.open(tmp_path)
 
 
 # Biases.

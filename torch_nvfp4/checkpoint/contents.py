@@ -97,7 +97,7 @@ class Contents:
         linears: the NVFP4 modules that are not routed experts.
         layout: the name of the layout of the first layer (or linear); None where nothing is NVFP4 or MXFP4.
 
-    Raises CheckpointError for a damaged NVFP4 module, and for a checkpoint of which no layer could be loaded.
+    Raises CheckpointError for a damaged quantized module, and for a checkpoint of which no layer could be loaded.
     """
 
     def __init__(self, path: Path, tensors: Mapping[str, TensorInfo], config: ModelConfig) -> None:
@@ -176,15 +176,19 @@ class Contents:
     def _find_layers(self) -> None:
         nodes: dict[int, _Node] = {}
         layouts: dict[int, Layout] = {}
-        for node in self._nodes.values():
-            if not any(module.scheme in EXPERTS_OF_SCHEME for module in node.modules()):
-                continue
+        quantized = [
+            node for node in self._nodes.values() if any(each.scheme in EXPERTS_OF_SCHEME for each in node.modules())
+        ]
+        # Beside NVFP4 experts, MXFP4 ones of the same layer are those of a draft or of another part of the model.
+        for node in sorted(quantized, key=lambda node: node.scheme() == "mxfp4"):
             kind = node.scheme()
             first = next(module for module in node.modules() if module.scheme == kind)
             other = nodes.setdefault(node.layer, node)
             if other is not node:
+                if other.scheme() != kind:
+                    continue
                 info = next(iter(first.leaves.values()))
-                expected = f"the quantized experts of layer {node.layer} under {shown(other.root)}"
+                expected = f"the {kind.upper()} experts of layer {node.layer} under {shown(other.root)}"
                 raise tensor_error(info.file, info.name, expected, f"{shown(node.root)} too")
             try:
                 name = expert_name(first.name)
@@ -286,7 +290,8 @@ class Contents:
             info = modules["down"].data
             raise tensor_error(info.file, info.name, f"at most {MAX_COUNT} experts in a layer", f"{num}")
         self._check_count(node, range(num))
-        return StackedExperts(modules, range(num), self._config.interleaves_gate_and_up)
+        interleaved = self._config.interleaves_gate_and_up or layout.spelling.is_interleaved
+        return StackedExperts(modules, range(num), interleaved)
 
     def _split_rows(self, modules: Mapping[str, Stored]) -> dict[str, Stored]:
         """[E * rows, cols] of all projections: down has I columns, so gate_up has 2I rows per expert, and K columns."""

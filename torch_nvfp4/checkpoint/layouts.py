@@ -34,6 +34,11 @@ class Spelling(NamedTuple):
         return self.global_scale is None
 
     @property
+    def is_interleaved(self) -> bool:
+        """Whether rows of gate and up alternate in gate_up, whatever config.json calls the model."""
+        return self == GPT_OSS
+
+    @property
     def group_size(self) -> int:
         """Values that share one scale."""
         return MXFP4_GROUP_SIZE if self.is_mxfp4 else GROUP_SIZE

@@ -142,10 +142,10 @@ def _other_than_ones(shards: Shards, info: TensorInfo) -> str | None:
 
 
 def read_experts(
-    shards: Shards, content: LayerExperts, experts: Sequence[Expert], rows: slice, w2_has_bias: bool,
+    shards: Shards, content: LayerExperts, experts: Sequence[Expert], rows: slice, adds_w2_bias: bool,
     progress: Callable[[int, int], None] | None = None,
 ) -> ExpertWeights:  # fmt: skip
-    """The experts with these rows of gate and up and columns of down. w2_has_bias: whether not zeros in its place."""
+    """The experts with these rows of gate and up and columns of down; zeros as w2_bias where another rank adds it."""
     num, halves, i, k = len(experts), 2 if content.gated else 1, rows.stop - rows.start, content.hidden_size
     w13 = NVFP4Weight(
         empty_bytes(num, halves, i, k // 2), empty_bytes(num, halves, i, k // GROUP_SIZE), torch.empty(num, halves)
@@ -159,7 +159,7 @@ def read_experts(
         copy_matrices(shards, [expert.down], every_k, rows, *(part[index] for part in w2))
         if w13_bias is not None:
             _copy_biases(shards, expert.first, rows, w13_bias[index])
-        if w2_bias is not None and w2_has_bias:
+        if w2_bias is not None and adds_w2_bias:
             _copy_biases(shards, [expert.down], every_k, w2_bias[index])
         if progress is not None:
             progress(index + 1, num)
@@ -195,15 +195,15 @@ def copy_matrices(
     # A slice may begin or end within a group of 32.
     group_size = matrices[0].stored.spelling.group_size
     groups = slice(cols.start // group_size, -(-cols.stop // group_size))
-    first = (cols.start - groups.start * group_size) // GROUP_SIZE
+    first_block = (cols.start - groups.start * group_size) // GROUP_SIZE
     spread = []
     for index, matrix in enumerate(matrices):
         _copy(shards, matrix, matrix.stored.data, rows, slice(cols.start // 2, cols.stop // 2), data[index])
         stored = empty_bytes(rows.stop - rows.start, groups.stop - groups.start)
         _copy(shards, matrix, matrix.stored.scale, rows, groups, stored)
-        spread.append(mxfp4.spread_scales(stored)[:, first : first + scale.shape[-1]])
+        spread.append(mxfp4.spread_scales(stored)[:, first_block : first_block + scale.shape[-1]])
     try:
-        exponents = mxfp4.global_exponents(data, torch.stack(spread))
+        exponents = mxfp4.global_exponents(data, torch.stack(spread), first_block)
     except (mxfp4.SpanError, mxfp4.NaNScaleError) as error:
         matrix = matrices[error.matrix]
         if isinstance(error, mxfp4.SpanError):

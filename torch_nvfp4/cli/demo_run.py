@@ -142,7 +142,8 @@ def run_demo(
 def _load(checkpoint: Checkpoint, layer: int, device: torch.device, backend: str | None) -> _Loaded:
     experts = NVFP4Experts.from_checkpoint(checkpoint, layer, device=device, backend=backend)
     canonical = checkpoint.experts(layer)
-    weights = ExpertWeights(*(NVFP4Weight(*(part.to(device) for part in weight)) for weight in canonical))
+    w13, w2 = (NVFP4Weight(*(part.to(device) for part in weight)) for weight in canonical)
+    weights = ExpertWeights(w13, w2)
     top_k = checked_top_k(checkpoint, experts.num_experts, layer)
     shape = bench.Shape(experts.num_experts, experts.hidden_size, experts.intermediate_size, top_k)
     on_input = checkpoint.apply_router_weight_on_input(layer)
@@ -172,7 +173,7 @@ def _dense_if_small(weights: ExpertWeights) -> tuple[reference.Weight, reference
     """In fp64 once for all checks of the layer, where that takes less than 2 GiB."""
     values = sum(2 * weight.data.numel() for weight in weights)
     if 8 * values > 2**31:
-        return weights
+        return weights.w13, weights.w2
     return dequantize(weights.w13, torch.float64), dequantize(weights.w2, torch.float64)
 
 

@@ -43,6 +43,7 @@ class StoredWeight(NamedTuple):
     scale: TensorInfo | None
     others: tuple[str, ...]  # more leaves of the module
     is_mxfp4: bool = False
+    is_interleaved: bool = False  # rows of gate and up alternate
     bias: TensorInfo | None = None  # of experts; that of another module is copied
 
     @property
@@ -199,7 +200,8 @@ def _mxfp4_weight(source: Source, module: str, leaves: dict[str, TensorInfo]) ->
     checked = stored(source.path, module, leaves, spelling_of(leaves, "mxfp4"), kind)
     bias = _bias_of(module, leaves, 1 if kind == "matrix" else 2)
     others = tuple(leaf for leaf, info in checked.others if info is not bias)
-    return StoredWeight(module, checked.data, checked.scale, others, is_mxfp4=True, bias=bias)
+    interleaved = checked.spelling.is_interleaved
+    return StoredWeight(module, checked.data, checked.scale, others, True, interleaved, bias)
 
 
 def _bias_of(module: str, leaves: dict[str, TensorInfo], rank: int) -> TensorInfo | None:
@@ -350,7 +352,7 @@ def _parts(
     if weight.bias is not None and weight.bias.shape != (*batch, rows):
         info = weight.bias
         raise tensor_error(info.file, info.name, f"shape {[*batch, rows]}, one value per row", f"{list(info.shape)}")
-    interleaved = source.model.interleaves_gate_and_up
+    interleaved = source.model.interleaves_gate_and_up or weight.is_interleaved
     for expert in range(batch[0]) if name.expert is None else (name.expert,):
         index, role = (expert if name.expert is None else None), PROJECTIONS[name.projection]
         if role != "gate_up":
