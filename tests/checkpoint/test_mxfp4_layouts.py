@@ -146,6 +146,21 @@ def test_exponents_of_gpt_oss(tmp_path: Path) -> None:
         Checkpoint.open(tmp_path).experts(0, tp_rank=1, tp_size=2)
 
 
+@pytest.mark.parametrize("layout", ["deepseek-mxfp4", "gpt-oss"])
+def test_slices_that_begin_within_a_group(layout: str, tmp_path: Path) -> None:
+    """48 of 96 columns of down are one group of 32 and a half, with a scale of its own in each."""
+    content = raw_tensors(make(tmp_path, layout))
+    names = [f"{DEEPSEEK}{e}.w2.scale" for e in range(EXPERTS)]
+    for name in names if layout != "gpt-oss" else [f"{GPT_OSS}down_proj_scales"]:
+        content[name].view(torch.uint8)[..., :] = torch.tensor([118, 120, 123], dtype=torch.uint8)
+    rewrite(tmp_path, content)
+    checkpoint = Checkpoint.open(tmp_path)
+    for rank in range(2):
+        got = dequantize(checkpoint.experts(0, tp_rank=rank, tp_size=2).w2, torch.float64)
+        for index, expert in enumerate(dense(content, layout)):
+            assert torch.equal(got[index], expert.down[:, 48 * rank : 48 * rank + 48])
+
+
 def test_blocks_alternate_in_any_model(tmp_path: Path) -> None:
     """What a fine-tuned model calls itself does not change what its tensors are."""
     content = raw_tensors(make(tmp_path, "gpt-oss"))
