@@ -190,11 +190,16 @@ def close(got: Tensor, expected: Tensor) -> None:
     assert error < 2e-6
 
 
-@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("form", ["standard", "standard, late", "batched"])
 @pytest.mark.parametrize("on_input", [False, True])
-def test_values_through_the_kernel_interface(batched: bool, on_input: bool) -> None:
-    """vLLM's prepare, the experts, vLLM's finalize. A router weight on the input comes with one expert per token."""
+def test_values_through_the_kernel_interface(monkeypatch: pytest.MonkeyPatch, form: str, on_input: bool) -> None:
+    """vLLM's prepare, the experts, vLLM's finalize. A router weight on the input comes with one expert per token.
+
+    Late: the op runs in vLLM's finalize, as with versions that hand the experts a buffer of their own.
+    """
     load_plugins()
+    batched = form == "batched"
+    monkeypatch.setattr("torch_nvfp4.integrations.vllm.experts.copies_output", lambda: form == "standard, late")
     layer = make_layer(EXPERTS, HIDDEN, INTERMEDIATE, seed=1)
     made, w13, w2 = kernel(layer, moe_config(swiglu_limit=LIMIT), batched_rows=16 if batched else 0)
     x = activations(9, HIDDEN, seed=2).float()
@@ -209,6 +214,8 @@ def test_values_through_the_kernel_interface(batched: bool, on_input: bool) -> N
     )  # fmt: skip
     options: dict[str, Any] = {"clamp_limit": LIMIT, "apply_router_weight_on_input": on_input}
     close(output, reference.moe(x.double(), *layer, weights, ids, **options))
+    if not batched:
+        assert (made.fused_experts._late, made.fused_experts._kept) == (form == "standard, late", {})
 
 
 @pytest.mark.parametrize(("name", "of_vllm", "of_reference"), [

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from torch_nvfp4.integrations.interface import Load, differences
 
 __all__ = [
-    "FIRST", "FIRST_ON_CPU", "LAST", "ORACLE", "check_installed", "cpu_error", "parameters", "release",
-    "unknown_version", "unmet",
+    "FIRST", "FIRST_ON_CPU", "LAST", "LAST_WITH_COPY", "ORACLE", "check_installed", "cpu_error", "parameters",
+    "release", "unknown_version", "unmet",
 ]  # fmt: skip
 
 FIRST, LAST = (0, 24), (0, 33)
@@ -22,6 +22,9 @@ FIRST, LAST = (0, 24), (0, 33)
 
 FIRST_ON_CPU = (0, 30)
 """Earlier ones take the buffers of every modular MoE kernel through an interface that needs an accelerator."""
+
+LAST_WITH_COPY = (0, 26)
+"""Later ones hand standard experts the layer's output itself where it is contiguous, on CUDA and on CPUs."""
 
 _MOE = "vllm.model_executor.layers.fused_moe"
 ORACLE = f"{_MOE}.oracle.nvfp4"
@@ -72,6 +75,12 @@ SIGNATURES: dict[tuple[str, str], dict[tuple[int, int], tuple[str, ...]]] = {
     (f"{_MOE}.modular_kernel", "FusedMoEExpertsModular.moe_problem_size"): {
         (0, 24): ("self", "a1", "w1", "w2", "topk_ids"),
     },
+    (f"{_MOE}.modular_kernel", "FusedMoEExpertsModular.finalize_weight_and_reduce_impl"): {(0, 24): ("self",)},
+    (f"{_MOE}.topk_weight_and_reduce", "TopKWeightAndReduceNoOP.apply"): {
+        (0, 24): (
+            "self", "output", "fused_expert_output", "topk_weights", "topk_ids", "apply_router_weight_on_input",
+        ),
+    },
     ("vllm.model_executor.layers.activation", "swiglustep_and_mul_triton"): {(0, 24): ("output", "input", "limit")},
 }  # fmt: skip
 
@@ -81,7 +90,9 @@ ATTRIBUTES: dict[tuple[str, str], tuple[str, ...]] = {
         "activation", "hidden_dim", "intermediate_size_per_partition", "in_dtype", "moe_backend", "has_bias",
         "moe_parallel_config", "swiglu_limit", "swiglu_alpha", "swiglu_beta",
     ),
-    (f"{_MOE}.config", "FusedMoEParallelConfig"): ("use_batched_activation_format", "enable_eplb"),
+    (f"{_MOE}.config", "FusedMoEParallelConfig"): (
+        "dp_size", "enable_eplb", "use_all2all_kernels", "use_batched_activation_format",
+    ),
     (f"{_MOE}.config", "FusedMoEQuantConfig"): ("gemm1_clamp_limit", "gemm1_alpha", "gemm1_beta"),
     (f"{_MOE}.modular_kernel", "ExpertTokensMetadata"): ("expert_num_tokens",),
     (f"{_MOE}.modular_kernel", "FusedMoEActivationFormat"): ("Standard", "BatchedExperts"),
