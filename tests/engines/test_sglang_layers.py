@@ -10,6 +10,7 @@ import torch
 
 from engines import sglang_layer, sglang_stubs
 from engines.sglang_layer import load, make_layer, random_experts, random_inputs, reference, run, sglang_process
+from helpers.recorded import RecordedOps
 
 sglang_stubs.install()
 
@@ -110,6 +111,22 @@ def test_two_ranks_add_up(kind: str, layout: str) -> None:
             assert part.abs().max() > 0
             total += part
     assert error(total, reference(experts, *inputs, limit=LIMIT)) < 2 * TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_deterministic_inference(deterministic: bool) -> None:
+    """--enable-deterministic-inference reaches the op, and a token's row has the bits that it has alone."""
+    experts, (x, weights, ids) = random_experts(), random_inputs()
+    with sglang_process({"enable_deterministic_inference": deterministic}):
+        layer = make_layer("modelopt", swiglu_limit=LIMIT)
+        load(layer, experts, "modelopt")
+        with RecordedOps("batch_invariant") as seen:
+            whole = run(layer, x.clone(), weights, ids)
+        rows = [run(layer, x[[t]], weights[[t]], ids[[t]]) for t in range(len(x))]
+    assert seen.values == [deterministic]
+    assert error(whole, reference(experts, x, weights, ids, limit=LIMIT)) < TOLERANCE[torch.float32]
+    if deterministic:
+        assert torch.equal(torch.cat(rows), whole)
 
 
 def test_ids_of_dropped_tokens() -> None:

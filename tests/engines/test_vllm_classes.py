@@ -35,6 +35,7 @@ from vllm.v1.worker.workspace import init_workspace_manager
 
 import torch_nvfp4
 from helpers.layers import activations, make_layer, routed
+from helpers.recorded import RecordedOps
 from torch_nvfp4 import reference
 
 WRAPPED = ("select_nvfp4_moe_backend", "convert_to_nvfp4_moe_kernel_format", "make_nvfp4_moe_quant_config")
@@ -251,6 +252,37 @@ def test_expert_parallel(rank: int) -> None:
         global_num_experts=2 * EXPERTS, expert_map=expert_map, apply_router_weight_on_input=False,
     )  # fmt: skip
     close(output, reference.moe(x.double(), *layer, weights, ids, expert_map))
+
+
+def test_batch_invariance(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's switch reaches the op, and a token's row has the bits that it has alone."""
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    monkeypatch.setenv("TORCH_NVFP4_VLLM", "require")
+    load_plugins()
+    layer = make_layer(EXPERTS, HIDDEN, INTERMEDIATE, seed=1)
+    made, w13, w2 = kernel(layer, moe_config(swiglu_limit=LIMIT))
+    x = activations(40, HIDDEN, seed=2).float()
+    weights, ids, _, _ = routed(40, EXPERTS, TOP_K, seed=3)
+
+    def run(rows: slice) -> Tensor:
+        return made.apply(
+            x[rows].clone(), w13, w2, topk_weights=weights[rows], topk_ids=ids[rows].to(torch.int32),
+            activation=MoEActivation.SILU, global_num_experts=EXPERTS, expert_map=None,
+            apply_router_weight_on_input=False,
+        )  # fmt: skip
+
+    with RecordedOps("batch_invariant") as seen:
+        whole = run(slice(40))
+    assert seen.values == [True]
+    close(whole, reference.moe(x.double(), *layer, weights, ids, clamp_limit=LIMIT))
+    assert all(torch.equal(run(slice(token, token + 1)), whole[token : token + 1]) for token in range(40))
+
+    from torch_nvfp4.integrations.vllm.experts import NVFP4BatchedExperts
+
+    supported, reason = NVFP4BatchedExperts.is_supported_config(
+        NVFP4BatchedExperts, moe_config(), kNvfp4Static, None, NVFP4BatchedExperts.activation_format()
+    )
+    assert (supported, reason) == (False, "kernel does not support batch invariance")
 
 
 def test_registering_twice_is_harmless() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import sys
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
@@ -84,9 +85,15 @@ class Experts:
     ) -> tuple[bool, str | None]:
         if not cls._supports_quant_scheme(weight_key, activation_key):
             return False, f"kernel does not support quantization scheme {weight_key}x{activation_key}"
+        if sys.modules["vllm.envs"].VLLM_BATCH_INVARIANT and not cls._supports_batch_invariance():  # type: ignore[attr-defined]
+            return False, "kernel does not support batch invariance"
         if moe_config.is_lora_enabled:
             return False, "kernel does not support LoRA"
         return True, None
+
+    @staticmethod
+    def _supports_batch_invariance() -> bool:
+        return False
 
     @property
     def g1_alphas(self) -> Any:
@@ -149,9 +156,10 @@ def engine(version: str, device: str = "cpu", capability: tuple[int, int] | None
     activation = modules["vllm.model_executor.layers.activation"]
     activation.swiglustep_and_mul_triton = lambda output, input, limit=7.0: None
     keys = "vllm.model_executor.layers.quantization.utils.quant_utils"
-    for module in ("vllm", "vllm.platforms", keys, USER):
+    for module in ("vllm", "vllm.envs", "vllm.platforms", keys, USER):
         modules[module] = ModuleType(module)
     modules["vllm"].__version__ = version
+    modules["vllm.envs"].VLLM_BATCH_INVARIANT = False
     modules[FINALIZE].TopKWeightAndReduceNoOP = AlreadyReduced
     modules[FINALIZE].TopKWeightAndReduceDelegate = type("TopKWeightAndReduceDelegate", (), {})
     modules[keys].kNvfp4Static, modules[keys].kNvfp4Dynamic = "static", "dynamic"

@@ -17,6 +17,7 @@ import torch
 from helpers import fake_vllm
 from helpers.fake_vllm import VERSIONS, moe_config
 from helpers.layers import activations, make_layer, routed
+from helpers.recorded import RecordedOps
 from helpers.vllm_layers import EXPERTS, HIDDEN, INTERMEDIATE, TOP_K, Plugin, apply, build, close, select
 from torch_nvfp4 import reference
 from torch_nvfp4.backends import Libraries
@@ -146,6 +147,32 @@ def test_batched_activations(make_plugin: Callable[..., Plugin], version: str) -
             close(output[expert, :count], expected)
     with pytest.raises(RuntimeError, match="expected expert_num_tokens with batched activations, got none"):
         apply(experts, output, x, w13, w2, torch.ones(8, 1), torch.zeros(8, 1, dtype=torch.int32))
+
+
+def test_batch_invariance(make_plugin: Callable[..., Plugin], monkeypatch: pytest.MonkeyPatch) -> None:
+    """VLLM_BATCH_INVARIANT reaches the op, so that a token's row has the bits that it has alone."""
+    plugin = make_plugin()
+    monkeypatch.setattr(sys.modules["vllm.envs"], "VLLM_BATCH_INVARIANT", True)
+    plugin.mode = "require"
+    assert select(plugin)[1] is plugin.module.NVFP4Experts
+    with pytest.raises(ValueError, match="kernel does not support batch invariance"):
+        select(plugin, batched=True)
+    layer = make_layer(EXPERTS, HIDDEN, INTERMEDIATE, seed=1)
+    config = moe_config(in_dtype=torch.float32, swiglu_limit=0.7)
+    x = activations(40, HIDDEN, seed=2).float()
+    weights, ids, _, _ = routed(40, EXPERTS, TOP_K, seed=3)
+    for asked in (True, False):
+        monkeypatch.setattr(sys.modules["vllm.envs"], "VLLM_BATCH_INVARIANT", asked)
+        experts, w13, w2 = build(plugin, layer, "modelopt", config)
+        whole, row = torch.full_like(x, torch.nan), torch.full_like(x[:1], torch.nan)
+        with RecordedOps("batch_invariant") as seen:
+            apply(experts, whole, x, w13, w2, weights, ids)
+        assert seen.values == [asked]
+        close(whole, reference.moe(x.double(), *layer, weights, ids, clamp_limit=0.7))
+        for token in range(40 if asked else 0):
+            one = slice(token, token + 1)
+            apply(experts, row, x[one], w13, w2, weights[one], ids[one])
+            assert torch.equal(row, whole[one])
 
 
 def test_moe_problem_size(make_plugin: Callable[..., Plugin]) -> None:

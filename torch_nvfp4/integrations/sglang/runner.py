@@ -10,6 +10,7 @@ from sglang.srt.layers.moe.moe_runner.base import DispatchMoeRunnerCore, MoeQuan
 from sglang.srt.layers.moe.token_dispatcher.standard import StandardCombineInput
 from sglang.srt.layers.moe.topk import TopKOutputChecker
 from sglang.srt.layers.moe.utils import RegisteredMoeRunnerBackend
+from sglang.srt.runtime_context import get_exec
 from torch import Tensor
 
 from torch_nvfp4.integrations.sglang.support import layer_gate
@@ -37,6 +38,8 @@ class NVFP4RunnerCore(DispatchMoeRunnerCore):  # type: ignore[misc]
     def __init__(self, config: MoeRunnerConfig) -> None:
         super().__init__(config)
         self._gate_kwargs = layer_gate(config).kwargs()
+        # --enable-deterministic-inference; None: as set_batch_invariant says.
+        self._batch_invariant = True if get_exec().deterministic.enable_deterministic_inference else None
 
     @property
     def runner_backend(self) -> RegisteredMoeRunnerBackend:
@@ -67,6 +70,6 @@ class NVFP4RunnerCore(DispatchMoeRunnerCore):  # type: ignore[misc]
             topk_output.topk_ids,
             apply_router_weight_on_input=runner_config.apply_router_weight_on_input,
             **self._gate_kwargs,
-            **invariance_keywords(None),
+            **invariance_keywords(self._batch_invariant),
         )
         return StandardCombineInput(hidden_states=output)

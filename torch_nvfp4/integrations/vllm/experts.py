@@ -17,7 +17,7 @@ from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import (
 from vllm.model_executor.layers.quantization.utils.quant_utils import kNvfp4Dynamic, kNvfp4Static
 
 from torch_nvfp4.gate import Gate
-from torch_nvfp4.integrations.vllm.platform import copies_output, device, step_limit
+from torch_nvfp4.integrations.vllm.platform import batch_invariant, copies_output, device, step_limit
 from torch_nvfp4.integrations.vllm.support import device_error, layer_gate
 from torch_nvfp4.ops.batch_invariance import invariance_keywords, refuse_batch_invariance
 
@@ -111,12 +111,17 @@ class NVFP4Experts(_Experts):
         super().__init__(moe_config, quant_config, max_num_tokens, num_dispatchers)
         parallel = moe_config.moe_parallel_config
         self._late = copies_output() and parallel.dp_size == 1 and not parallel.use_all2all_kernels
+        self._batch_invariant = True if batch_invariant() else None  # None: as set_batch_invariant says
         # By thread, from apply to finalize_weight_and_reduce_impl, so that no tensor is held after the call.
         self._kept: dict[int, Callable[..., None]] = {}
 
     @staticmethod
     def activation_format() -> Any:
         return mk.FusedMoEActivationFormat.Standard
+
+    @staticmethod
+    def _supports_batch_invariance() -> bool:
+        return True
 
     def finalize_weight_and_reduce_impl(self) -> Any:
         # Nothing is kept of a call without tokens, which has no apply. Dynamo traces this on CPUs, but not get_ident.
@@ -140,7 +145,7 @@ class NVFP4Experts(_Experts):
         arguments = (
             hidden_states, w1, self.g1_alphas, w2, self.g2_alphas, topk_weights.to(torch.float32), topk_ids, expert_map,
         )  # fmt: skip
-        keywords = self._gate_kwargs | invariance_keywords(None)
+        keywords = self._gate_kwargs | invariance_keywords(self._batch_invariant)
         if not self._late:
             torch.ops.nvfp4.moe.out(*arguments, **keywords, out=output)
             return

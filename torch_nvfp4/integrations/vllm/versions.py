@@ -99,6 +99,7 @@ ATTRIBUTES: dict[tuple[str, str], tuple[str, ...]] = {
     (f"{_MOE}.modular_kernel", "FusedMoEExperts"): (
         "activation_format", "g1_alphas", "g2_alphas", "_supports_current_device",
         "_supports_no_act_and_mul", "_supports_quant_scheme", "_supports_activation", "_supports_parallel_config",
+        "_supports_batch_invariance",
     ),
     (f"{_MOE}.activation", "MoEActivation"): (
         "SILU", "GELU", "GELU_TANH", "RELU2", "SWIGLUOAI_UNINTERLEAVE", "SWIGLUSTEP",
