@@ -1,4 +1,4 @@
-"""``moe`` and ``batched_moe`` as their steps: in make_fx, in run_decompositions, and as a graph pass inside torch.compile."""
+"""``moe`` and ``batched_moe`` as their steps: in make_fx, in run_decompositions, and as a pass inside torch.compile."""
 
 from __future__ import annotations
 
