@@ -204,6 +204,11 @@ def test_report(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SGLANG_USE_CPU_ENGINE", "1")
     monkeypatch.setattr(report_module, "device_error", lambda device, capability: None)
     assert report() == ("0.5.23", True, "TORCH_NVFP4_SGLANG=auto")
+    for with_this in ("", "other, torch_nvfp4"):
+        monkeypatch.setenv("SGLANG_PLUGINS", with_this)
+        assert report() == ("0.5.23", True, "TORCH_NVFP4_SGLANG=auto")
+    monkeypatch.setenv("SGLANG_PLUGINS", " , ")  # with SGLang, none at all
+    assert report()[1:] == (False, "expected torch_nvfp4 in SGLANG_PLUGINS, got ''")
     monkeypatch.setenv("SGLANG_PLUGINS", "other")
     assert report()[1:] == (False, "expected torch_nvfp4 in SGLANG_PLUGINS, got 'other'")
     monkeypatch.setenv("TORCH_NVFP4_SGLANG", "off")

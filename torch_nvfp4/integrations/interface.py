@@ -1,4 +1,4 @@
-"""What a plug-in relies on in an engine, held against what an installed engine has. Imports no engine."""
+"""What an integration relies on in an engine, held against what an installed engine has. Imports no engine."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ def differences(
     signatures: Mapping[tuple[str, str], tuple[str, ...]],
     attributes: Mapping[tuple[str, str], tuple[str, ...]],
     load: Load = importlib.import_module,
+    *,
+    exact: bool = True,
 ) -> Iterator[str]:
     """One text per name that is missing or has changed, each with what was expected and what came.
 
@@ -24,12 +26,17 @@ def differences(
         signatures: (module, dotted name of a function) -> its parameters, in order.
         attributes: (module, class) -> attributes, dataclass fields or enum members that it must have.
         load: what imports a module.
+        exact: False: a function may have further parameters, and in another order, and () stands for something that
+            only has to be there.
     """
     for (module, function), wanted in signatures.items():
         found = _find(load, module, function)
         got = None if found is None else _parameters_of(found)
-        if got != wanted:
-            yield f"{module}.{function}: expected {_shown(wanted)}, got {'nothing' if got is None else _shown(got)}"
+        met = got == wanted if exact else found is not None and {*wanted} <= {*(got or ())}
+        if not met:
+            expected = _shown(wanted) if exact else f"at least {_shown(wanted)}" if wanted else "it to be there"
+            have = "nothing" if found is None else type(found).__name__ if got is None else _shown(got)
+            yield f"{module}.{function}: expected {expected}, got {have}"
     for (module, name), wanted in attributes.items():
         found = _find(load, module, name)
         has = set() if found is None else {*dir(found), *getattr(found, "__dataclass_fields__", ())}
