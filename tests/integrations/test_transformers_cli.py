@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import socket
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from helpers.hf_models import greedy, write_model, write_tokenizer
@@ -87,12 +89,40 @@ def test_what_is_missing_is_one_line(path: Path, tmp_path: Path, monkeypatch: py
 
     line = error("generate", str(without), "--prompt", "w3")
     assert f"{without}: expected the files of a tokenizer beside the weights, got " in line
+    assert not line.endswith(":")  # transformers' reason is a list of several lines
     assert "expected a checkpoint directory, got no such path" in error(
         "generate", str(tmp_path / "no"), "--prompt", "w3"
     )
     assert "expected a checkpoint directory, got no such path" in error("serve", str(tmp_path / "no"))
     monkeypatch.setattr(serving, "is_serve_available", lambda: False)
     assert "got not all of them; pip install 'torch-nvfp4[serve]'" in error("serve", str(path), "--port", "1")
+
+
+@pytest.mark.parametrize("arguments", [("generate", "--prompt", "w3"), ("serve",)])
+def test_another_transformers_is_no_bug(
+    path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    command, *options = arguments
+    real = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "5.19.0" if name == "transformers" else real(name))
+    result = CliRunner().invoke(app, [command, str(path), *options])
+    extra = {"generate": "transformers", "serve": "serve"}[command]
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.splitlines()[-1] == (
+        f"torch-nvfp4 {command}: expected transformers >= 5.23, < 6, got 5.19.0; "
+        f"pip install 'torch-nvfp4[{extra}]', in an environment apart from an engine that asks for 5.19.0"
+    )
+
+
+def test_a_checkpoint_without_nvfp4_weights_is_not_served(tmp_path: Path) -> None:
+    """transformers would serve it, with nothing of this package."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_moe", "hidden_size": 64}))
+    save_file({"lm_head.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
+    result = CliRunner().invoke(app, ["serve", str(tmp_path)])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.splitlines()[-1] == (
+        f"torch-nvfp4 serve: {tmp_path}: expected NVFP4 weights, got none; torch-nvfp4 quantize makes them"
+    )
 
 
 @pytest.fixture(scope="module")

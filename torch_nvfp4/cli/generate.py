@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
 import resource
 import sys
 import time
@@ -68,7 +70,7 @@ def command(
     precision = parse_dtype(dtype, where)
     with json_writer(json_file) as write_json:
         open_checkpoint(terminal, checkpoint)  # says what is wrong with it before the seconds that transformers takes
-        generation = _integration()
+        generation = integration("generation", "transformers")
         sampling = generation.Sampling(max_new_tokens, temperature, top_p, top_k, seed)
         start = time.perf_counter()
         tokenizer, model = generation.load(checkpoint, where, precision, backend or None)
@@ -93,13 +95,21 @@ def _summary(facts: dict[str, Any]) -> str:
     )
 
 
-def _integration():  # type: ignore[no-untyped-def]  # the module, which takes seconds to import
+def integration(module: str, extra: str) -> Any:
+    """A module of ``torch_nvfp4.integrations.transformers``, which takes seconds to import.
+
+    Raises ValueError, with the extra to install, where transformers is missing or another than the known versions.
+    """
+    install = f"pip install 'torch-nvfp4[{extra}]'"
+    package = "torch_nvfp4.integrations.transformers"
     try:
-        from torch_nvfp4.integrations.transformers import generation
-    except ModuleNotFoundError as error:
-        got = f"no module {error.name}"
-        raise ValueError(f"expected transformers, got {got}; pip install 'torch-nvfp4[transformers]'") from error
-    return generation
+        installed = importlib.metadata.version("transformers")
+        wrong = importlib.import_module(f"{package}.versions").unknown_version(installed)
+        if wrong is not None:
+            raise ValueError(f"{wrong}; {install}, in an environment apart from an engine that asks for {installed}")
+        return importlib.import_module(f"{package}.{module}")
+    except ModuleNotFoundError as error:  # PackageNotFoundError is one
+        raise ValueError(f"expected transformers, got no module {error.name}; {install}") from error
 
 
 def _write(text: str, stream: TextIO) -> None:

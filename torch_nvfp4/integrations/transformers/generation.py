@@ -61,7 +61,7 @@ def load(path: str | Path, device: torch.device, dtype: torch.dtype, backend: st
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = " ".join(str(error).split())  # lists, over several lines, what each kind of tokenizer needs
         raise CheckpointError(refusal(path, "the files of a tokenizer beside the weights", reason)) from error
     # Without any file transformers makes up a tokenizer that knows its special tokens alone.
     if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):

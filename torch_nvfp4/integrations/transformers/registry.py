@@ -115,7 +115,8 @@ def from_pretrained(
     declared = _declared(config) or _read_quant_file(config)
     if not is_nvfp4_config(declared):
         got = "no quantization_config and no hf_quant_config.json" if declared is None else f"{declared!r:.200}"
-        raise ValueError(f"{path}: expected a config that declares NVFP4 weights, got {got}")
+        advice = "; torch-nvfp4 quantize makes such a checkpoint" if declared is None else ""
+        raise ValueError(f"{path}: expected a config that declares NVFP4 weights, got {got}{advice}")
     for section in (config, config.get_text_config(decoder=True)):
         if getattr(section, "quantization_config", None) is not None:
             del section.quantization_config
