@@ -89,7 +89,14 @@ def test_what_is_missing_is_one_line(path: Path, tmp_path: Path, monkeypatch: py
 
     line = error("generate", str(without), "--prompt", "w3")
     assert f"{without}: expected the files of a tokenizer beside the weights, got " in line
-    assert not line.endswith(":")  # transformers' reason is a list of several lines
+    with monkeypatch.context() as patch:  # the reason where config.json names the class of a tokenizer
+
+        def refuse(*_: object, **__: object) -> None:
+            raise ValueError("none of: \n(1) one, \n(2) two. \nInstall sentencepiece.")
+
+        patch.setattr(transformers.AutoTokenizer, "from_pretrained", refuse)
+        line = error("generate", str(without), "--prompt", "w3")
+        assert line.endswith("beside the weights, got none of: (1) one, (2) two. Install sentencepiece.")
     assert "expected a checkpoint directory, got no such path" in error(
         "generate", str(tmp_path / "no"), "--prompt", "w3"
     )
