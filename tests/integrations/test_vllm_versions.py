@@ -126,6 +126,21 @@ def test_a_bad_mode_names_the_three(monkeypatch: pytest.MonkeyPatch, value: str)
         torch_nvfp4_vllm.register()
 
 
+def test_vllm_calls_again_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's flag says that plug-ins are loaded before they are."""
+    plugins = ModuleType("vllm.plugins")
+    plugins.plugins_loaded = True  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm.plugins", plugins)
+    monkeypatch.setenv("TORCH_NVFP4_VLLM", "on")
+    with pytest.raises(ValueError, match="TORCH_NVFP4_VLLM: expected auto, require or off, got 'on'"):
+        torch_nvfp4_vllm.register()
+    assert plugins.plugins_loaded is False
+    monkeypatch.setattr(plugins, "plugins_loaded", True)
+    monkeypatch.setenv("TORCH_NVFP4_VLLM", "off")
+    torch_nvfp4_vllm.register()
+    assert plugins.plugins_loaded is True
+
+
 def test_off_leaves_vllm_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_NVFP4_VLLM", "off")
     monkeypatch.setitem(sys.modules, "torch_nvfp4.integrations.vllm", None)
