@@ -159,8 +159,10 @@ def engine(version: str, device: str = "cpu", capability: tuple[int, int] | None
 def moe_config(**changes: Any) -> SimpleNamespace:
     """FusedMoEConfig of a layer that the plug-in takes."""
     parallel = SimpleNamespace(
-        use_batched_activation_format=changes.pop("batched", False), enable_eplb=changes.pop("enable_eplb", False)
-    )
+        use_batched_activation_format=changes.pop("batched", False), enable_eplb=changes.pop("enable_eplb", False),
+        use_all2all_kernels=changes.pop("use_all2all_kernels", False),
+        all2all_backend=changes.pop("all2all_backend", "allgather_reducescatter"),
+    )  # fmt: skip
     activation = SimpleNamespace(name=changes.pop("activation", "SILU"))
     fields = {
         "hidden_dim": 64, "intermediate_size_per_partition": 32, "in_dtype": torch.bfloat16, "moe_backend": "auto",
