@@ -122,6 +122,17 @@ def test_ids_of_dropped_tokens() -> None:
     assert torch.equal(got[2:5], torch.zeros_like(got[2:5]))
 
 
+def test_routing_that_is_cut_out_of_more() -> None:
+    """Columns of wider tensors, whose rows lie apart."""
+    experts, (x, weights, ids) = random_experts(), random_inputs()
+    with sglang_process():
+        layer = make_layer("modelopt")
+        load(layer, experts, "modelopt")
+        wide = torch.cat((weights, weights), dim=1)[:, : sglang_layer.TOP_K]
+        got = run(layer, x, wide, ids.T.contiguous().T)
+        assert torch.equal(got, run(layer, x, weights, ids))
+
+
 def test_the_scaling_factor_that_the_runner_owes(monkeypatch: pytest.MonkeyPatch) -> None:
     """With ModelOpt SGLang multiplies the router's weights; with compressed-tensors, on CUDA, the runner has to."""
     from torch_nvfp4.integrations.sglang import support

@@ -73,7 +73,7 @@ class NVFP4RunnerCore(DispatchMoeRunnerCore):  # type: ignore[misc]
     def _routing(self, topk_output: Any) -> tuple[Tensor, Tensor]:
         """topk_weights [M, top_k] float32 and topk_ids [M, top_k] of this rank's experts."""
         if TopKOutputChecker.format_is_standard(topk_output):
-            return topk_output.topk_weights.to(torch.float32), topk_output.topk_ids
+            return topk_output.topk_weights.to(torch.float32).contiguous(), topk_output.topk_ids.contiguous()
         name = type(topk_output).__name__
         if not TopKOutputChecker.format_is_packed(topk_output):
             raise RuntimeError(f"torch_nvfp4: expected topk_weights and topk_ids, got {name}")
