@@ -186,6 +186,7 @@ def moe_config(**changes: Any) -> SimpleNamespace:
     parallel = SimpleNamespace(
         use_batched_activation_format=changes.pop("batched", False), enable_eplb=changes.pop("enable_eplb", False),
         dp_size=changes.pop("dp_size", 1), use_all2all_kernels=changes.pop("use_all2all_kernels", False),
+        all2all_backend=changes.pop("all2all_backend", "allgather_reducescatter"),
     )  # fmt: skip
     activation = SimpleNamespace(name=changes.pop("activation", "SILU"))
     fields = {

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -285,6 +286,12 @@ REFUSED: list[tuple[dict[str, Any], str, tuple[int, int] | None, str]] = [
     ({"moe_backend": "marlin"}, "cpu", None, "expected --moe-backend auto, got marlin"),
     ({"has_bias": True}, "cpu", None, "expected experts without biases, got some with"),
     ({"enable_eplb": True}, "cpu", None, "expected no load balancing of experts (enable_eplb)"),
+    ({"use_all2all_kernels": True, "all2all_backend": "flashinfer_nvlink_two_sided"}, "cuda", (9, 0),
+     "expected an --all2all-backend of allgather_reducescatter, deepep_high_throughput, deepep_low_latency, deepep_v2, "
+     "nixl_ep, got flashinfer_nvlink_two_sided"),
+    ({"use_all2all_kernels": True, "all2all_backend": "moonep"}, "cuda", (9, 0), "nixl_ep, got moonep"),
+    # vLLM does without its own exchange here, however many ranks there are.
+    ({"all2all_backend": "passthrough"}, "cuda", (9, 0), "nixl_ep, got passthrough"),
     ({"hidden_dim": 72}, "cpu", None, "expected K and I to be multiples of 16, got 72, 32"),
     ({"intermediate_size_per_partition": 40}, "cuda", (9, 0), "expected K and I to be multiples of 16, got 64, 40"),
     ({"in_dtype": torch.float32}, "cuda", (9, 0), "expected hidden_states in bfloat16 or float16, got float32"),
@@ -300,7 +307,7 @@ REFUSED: list[tuple[dict[str, Any], str, tuple[int, int] | None, str]] = [
     ({"swiglu_limit": 0.0}, "cpu", None, "expected clamp_limit to be finite and positive"),
     ({"activation": "SWIGLUOAI_UNINTERLEAVE"}, "cpu", None, "expected a swiglu_limit with SWIGLUOAI_UNINTERLEAVE"),
     ({"activation": "SWIGLUSTEP", "swiglu_limit": 5.0}, "cpu", None, "expected swiglu_limit 7.0 with SWIGLUSTEP"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("changes", "device", "capability", "reason"), REFUSED)
@@ -312,7 +319,10 @@ def test_refused(changes: dict[str, Any], device: str, capability: tuple[int, in
 
 def test_taken() -> None:
     for device, capability in (("cpu", None), ("cuda", (8, 0)), ("cuda", (9, 0))):
-        assert layer_error(moe_config(), device, capability, step_limit=7.0, libraries=BOTH) is None
+        # Of the exchanges, the one that is named does not matter where there is none.
+        for changes in ({}, {"use_all2all_kernels": True, "all2all_backend": "nixl_ep"}, {"all2all_backend": "moonep"}):
+            config = moe_config(**changes)
+            assert layer_error(config, device, capability, step_limit=7.0, libraries=BOTH) is None
         assert device_error(device, capability, BOTH) is None
         missing = device_error(device, capability, NONE)
         assert missing is not None
@@ -351,6 +361,54 @@ def test_global_scales_off_the_layer() -> None:
     ):
         with pytest.raises(RuntimeError, match=words):
             gate_up_scales(layer, gate)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_global_scales_that_are_not_finite_are_refused(make_plugin: Callable[..., Plugin], value: float) -> None:
+    """And not taken for the sign of a vLLM that hands on something else."""
+    w13, w2 = make_layer(EXPERTS, HIDDEN, INTERMEDIATE, seed=1)
+    for column in (0, 1):
+        scales = w13.global_scale.clone()
+        scales[2, column] = value
+        broken = (NVFP4Weight(w13.data, w13.scale, scales), w2)
+        with pytest.raises(ValueError, match=rf"expected finite values, got {value} at index \[2, {column}\]"):
+            build(make_plugin(), broken, "modelopt", moe_config())
+
+
+def test_converting_what_is_converted_is_an_error(make_plugin: Callable[..., Plugin]) -> None:
+    """As with a second process_weights_after_loading, which leaves nothing to convert."""
+    plugin = make_plugin()
+    layer = make_layer(EXPERTS, HIDDEN, INTERMEDIATE, seed=1)
+    held, handed = vllm_layer(layer, "modelopt")
+    backend = plugin.module.Backend.TORCH_NVFP4
+    keywords: dict[str, Any] = {"nvfp4_backend": backend, "layer": held, "is_act_and_mul": True}
+    w13, w13_scale, both, _, w2, w2_scale, _, _ = plugin.user.convert_to_nvfp4_moe_kernel_format(**keywords, **handed)
+    held.w13_weight_scale_2 = both
+    again = handed | {"w13": w13, "w13_scale": w13_scale, "w2": w2, "w2_scale": w2_scale}
+    with pytest.raises(RuntimeError) as raised:
+        plugin.user.convert_to_nvfp4_moe_kernel_format(**keywords, **again)
+    assert (
+        f"expected w13 as the checkpoint has it, [E, 2I, K / 2], got shape {list(w13.shape)}, which is packed"
+        in str(raised.value)
+    )
+    assert "vLLM's reload_weights" in str(raised.value)
+
+
+@pytest.mark.parametrize("value", ["1", "true", "0", ""])
+@pytest.mark.parametrize("version", ["0.24.0", "0.28.0", "0.29.0", "0.33.0"])
+def test_vllm_is_left_the_backend_that_its_environment_forces(
+    make_plugin: Callable[..., Plugin], monkeypatch: pytest.MonkeyPatch, version: str, value: str
+) -> None:
+    monkeypatch.setenv("VLLM_TEST_FORCE_FP8_MARLIN", value)
+    reason = versions.marlin_error(version)
+    forced = value in ("1", "true") and version < "0.29"
+    assert reason == ("expected VLLM_TEST_FORCE_FP8_MARLIN not to be set, got 1" if forced else None)
+    if forced:
+        plugin = make_plugin(version)
+        assert select(plugin)[0] == "select_nvfp4_moe_backend"
+        plugin.mode = "require"
+        with pytest.raises(ValueError, match="expected VLLM_TEST_FORCE_FP8_MARLIN not to be set, got 1"):
+            select(plugin)
 
 
 def test_nan_scales_are_refused(make_plugin: Callable[..., Plugin]) -> None:

@@ -29,8 +29,14 @@ def differences(
         exact: False: a function may have further parameters, and in another order, and () stands for something that
             only has to be there.
     """
+    modules = {module: _loaded(load, module) for module, _ in (*signatures, *attributes)}
+    for module, loaded in modules.items():
+        if isinstance(loaded, Exception):
+            yield f"{module}: expected a module that can be imported, got {type(loaded).__name__}: {loaded}"
     for (module, function), wanted in signatures.items():
-        found = _find(load, module, function)
+        if isinstance(modules[module], Exception):
+            continue
+        found = _find(modules[module], function)
         got = None if found is None else _parameters_of(found)
         met = got == wanted if exact else found is not None and {*wanted} <= {*(got or ())}
         if not met:
@@ -38,7 +44,9 @@ def differences(
             have = "nothing" if found is None else type(found).__name__ if got is None else _shown(got)
             yield f"{module}.{function}: expected {expected}, got {have}"
     for (module, name), wanted in attributes.items():
-        found = _find(load, module, name)
+        if isinstance(modules[module], Exception):
+            continue
+        found = _find(modules[module], name)
         has = set() if found is None else {*dir(found), *getattr(found, "__dataclass_fields__", ())}
         missing = [attribute for attribute in wanted if attribute not in has]
         if missing:
@@ -46,12 +54,20 @@ def differences(
             yield f"{module}.{name}: expected {', '.join(wanted)}, got {lacks}"
 
 
-def _find(load: Load, module: str, name: str) -> Any:
-    """The object of a dotted name in a module, None where the module or the name is not there."""
+def _loaded(load: Load, module: str) -> Any:
+    """The module, None where there is none of the name, or what it raises: an engine is not whole on every platform."""
     try:
-        found = load(module)
-    except ModuleNotFoundError:
-        return None
+        return load(module)
+    except ModuleNotFoundError as error:
+        itself = error.name is None or f"{module}.".startswith(f"{error.name}.")
+        return None if itself else error
+    except Exception as error:
+        return error
+
+
+def _find(module: Any, name: str) -> Any:
+    """The object of a dotted name in a module, None where it is not there."""
+    found = module
     for part in name.split("."):
         found = getattr(found, part, None)
         if found is None:

@@ -7,14 +7,15 @@ stand here) or refused with words. Does not import vLLM.
 from __future__ import annotations
 
 import importlib
+import os
 import re
 from collections.abc import Iterator
 
 from torch_nvfp4.integrations.interface import Load, differences
 
 __all__ = [
-    "FIRST", "FIRST_ON_CPU", "LAST", "LAST_WITH_COPY", "ORACLE", "check_installed", "cpu_error", "parameters",
-    "release", "unknown_version", "unmet",
+    "FIRST", "FIRST_ON_CPU", "LAST", "LAST_WITH_COPY", "ORACLE", "check_installed", "cpu_error", "marlin_error",
+    "parameters", "release", "unknown_version", "unmet",
 ]  # fmt: skip
 
 FIRST, LAST = (0, 24), (0, 33)
@@ -91,7 +92,7 @@ ATTRIBUTES: dict[tuple[str, str], tuple[str, ...]] = {
         "moe_parallel_config", "swiglu_limit", "swiglu_alpha", "swiglu_beta",
     ),
     (f"{_MOE}.config", "FusedMoEParallelConfig"): (
-        "dp_size", "enable_eplb", "use_all2all_kernels", "use_batched_activation_format",
+        "all2all_backend", "dp_size", "enable_eplb", "use_all2all_kernels", "use_batched_activation_format",
     ),
     (f"{_MOE}.config", "FusedMoEQuantConfig"): ("gemm1_clamp_limit", "gemm1_alpha", "gemm1_beta"),
     (f"{_MOE}.modular_kernel", "ExpertTokensMetadata"): ("expert_num_tokens",),
@@ -133,6 +134,15 @@ def cpu_error(version: str) -> str | None:
     if number is not None and number >= FIRST_ON_CPU:
         return None
     return f"expected vllm {FIRST_ON_CPU[0]}.{FIRST_ON_CPU[1]} or later on a CPU, got {version}"
+
+
+def marlin_error(version: str) -> str | None:
+    """Why a known version of vLLM wants its own backend whatever the device, or None."""
+    number = release(version)
+    asked = os.environ.get("VLLM_TEST_FORCE_FP8_MARLIN", "0").strip().lower() in ("1", "true")
+    if asked and number is not None and number < (0, 29):  # later ones do not know it
+        return "expected VLLM_TEST_FORCE_FP8_MARLIN not to be set, got 1"
+    return None
 
 
 def unmet(version: str, load: Load = importlib.import_module) -> Iterator[str]:
