@@ -209,6 +209,22 @@ def test_the_same_bytes_for_any_number_of_threads(tmp_path: Path) -> None:
     assert not [name for name in results[0] if "journal" in name or "partial" in name or name.endswith(".bin")]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_torchs_defaults_change_nothing(tmp_path: Path, dtype: torch.dtype) -> None:
+    path = source.write(tmp_path / "source", source.per_expert(source.experts()) | source.others())
+    for layout in LEAVES:
+        convert(path, tmp_path / layout, layout=layout)
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            for layout in LEAVES:
+                convert(path, tmp_path / f"{layout} again", layout=layout)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for layout in LEAVES:
+        assert source.contents(tmp_path / f"{layout} again") == source.contents(tmp_path / layout)
+
+
 def test_a_stack_is_never_read_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = source.write(tmp_path / "source", source.stacks(source.experts()) | source.others())
     read, largest = TensorFiles.read, [0]

@@ -85,7 +85,7 @@ class TensorFiles:
             if count == 0:
                 raise tensor_error(info.file, info.name, f"{nbytes} bytes", f"{done}: the file has become shorter")
             done += count
-        return torch.frombuffer(buffer, dtype=torch.uint8) if nbytes else torch.empty(0, dtype=torch.uint8)
+        return torch.frombuffer(buffer, dtype=torch.uint8) if nbytes else torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def rows(self, info: TensorInfo, first: int, num: int) -> Tensor:
         """Rows of a tensor [..., rows, cols], all leading dimensions counted as rows: [num, cols] in its own dtype."""
