@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from helpers import dense_checkpoint as source
+from torch_nvfp4.checkpoint import CheckpointError
 from torch_nvfp4.cli import app
 from torch_nvfp4.convert import open_conversion, run
 
@@ -162,6 +164,29 @@ def test_interleaved_gate_and_up(tmp_path: Path) -> None:
     refused((path, tmp_path / "result"), "gate_up_proj", "expected gate rows first, then up rows, got gpt_oss")
 
 
+@pytest.mark.parametrize(("key", "what", "got"), [
+    ("hidden_size", "hidden size", 48), ("moe_intermediate_size", "intermediate size", 32),
+])  # fmt: skip
+def test_sizes_that_the_config_does_not_declare(tmp_path: Path, key: str, what: str, got: int) -> None:
+    """Before hours of work, after which no reader would take the result."""
+    path = source.write(tmp_path / "source", small(), source.CONFIG | {key: 64})
+    refused((path, tmp_path / "result"), f"layers.0.mlp.experts.*: expected {what} 64 (from config.json), got {got}")
+    assert not (tmp_path / "result").exists()
+
+
+def test_a_result_that_no_reader_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no config.json, and the run may go on."""
+    path = source.write(tmp_path / "source", small())
+    refusal = SimpleNamespace(reason="no reason")
+    monkeypatch.setattr(run.Checkpoint, "refusals", lambda self: [refusal])
+    refused((path, tmp_path / "result"), "result: expected layers that can be loaded, got no reason")
+    names = {file.name for file in (tmp_path / "result").iterdir()}
+    assert "config.json" not in names
+    assert "quantize.journal.json" in names
+    monkeypatch.undo()
+    assert quantize(path, tmp_path / "result")[0] == 0
+
+
 def test_places(tmp_path: Path) -> None:
     path = source.write(tmp_path / "source", small())
     (tmp_path / "full").mkdir()
@@ -307,6 +332,30 @@ def test_a_source_that_changes_meanwhile(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(os, "truncate", change)
     refused((path, tmp_path / "result"), f"{source.SHARDS[1]}: expected a file that does not change meanwhile")
     assert not list((tmp_path / "result").glob("*.safetensors*"))
+
+
+def test_a_source_that_goes_away(tmp_path: Path) -> None:
+    """The message is about the source, not about what is written."""
+    path = source.write(tmp_path / "source", small())
+    conversion = open_conversion(path, tmp_path / "result")
+    (path / source.SHARDS[1]).unlink()
+    with pytest.raises(CheckpointError, match=f"{source.SHARDS[1]}: .*expected a file that can be read, got No such"):
+        conversion.write()
+    conversion.close()
+
+
+def test_a_source_that_goes_away_while_it_is_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = source.write(tmp_path / "source", small())
+    fsync, count = os.fsync, [0]
+
+    def remove_shard(descriptor: int) -> None:
+        fsync(descriptor)
+        count[0] += 1
+        if count[0] == 3:  # of the journal, its directory and the first shard
+            (path / source.SHARDS[1]).unlink()
+
+    monkeypatch.setattr(os, "fsync", remove_shard)
+    refused((path, tmp_path / "result"), f"source/{source.SHARDS[1]}: expected a file that does not change meanwhile")
 
 
 @pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])

@@ -64,6 +64,7 @@ def sources() -> dict[str, tuple[dict[str, Tensor], source.Dense, dict]]:
         "stacks": (source.stacks(dense), dense, {}),
         "separate stacks": (source.stacks(dense, fused=False), dense, {}),
         "swapped stacks": (source.stacks(dense, swapped=True), dense, {}),
+        "separate swapped stacks": (source.stacks(dense, swapped=True, fused=False), dense, {}),
         "fp8 stacks": (fp8_stack, split_stacks(meant_stack), blocks),
     }
 

@@ -14,7 +14,14 @@ from torch import Tensor
 from torch_nvfp4.checkpoint.contents import Category, Contents, Expert, LayerExperts, id_spans
 from torch_nvfp4.checkpoint.headers import collect_tensors, listing, load_json
 from torch_nvfp4.checkpoint.transforms import check_transforms
-from torch_nvfp4.checkpoint.weights import Shards, check_other_leaves, copy_matrix, empty_bytes, empty_scales, read_matrix
+from torch_nvfp4.checkpoint.weights import (
+    Shards,
+    check_other_leaves,
+    copy_matrix,
+    empty_bytes,
+    empty_scales,
+    read_matrix,
+)
 from torch_nvfp4.errors import CheckpointError, refusal, shown
 from torch_nvfp4.format import GROUP_SIZE, NVFP4Weight
 from torch_nvfp4.gate import Gate

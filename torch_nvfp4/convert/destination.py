@@ -128,10 +128,14 @@ class Destination:
             stream.flush()
             self.publish(descriptor, name)
 
+    def withdraw(self, name: str) -> None:
+        """Takes a file back that was published."""
+        (self.path / name).unlink()
+        self._sync(self.path / name)
+
     def finish(self) -> None:
         """Removes the journal: the checkpoint is complete."""
-        (self.path / JOURNAL).unlink()
-        self._sync(self.path / JOURNAL)
+        self.withdraw(JOURNAL)
 
     def _write(self, name: str, content: bytes) -> None:
         descriptor = self.create(name)
