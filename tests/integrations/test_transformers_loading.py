@@ -184,6 +184,18 @@ def test_a_config_object_without_the_checkpoints_section(models: dict[str, Path]
     assert json.loads((tmp_path / "config.json").read_text())["quantization_config"] == expected
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]"])
+def test_a_damaged_hf_quant_config(models: dict[str, Path], changed: Callable[..., Path], content: str) -> None:
+    path = changed(lambda tensors: None)
+    config = json.loads((path / "config.json").read_text())
+    del config["quantization_config"]
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "hf_quant_config.json").write_text(content)
+    for loader in (AutoModel.from_pretrained, from_pretrained):
+        with pytest.raises(CheckpointError, match=r"hf_quant_config.json: expected .* JSON, got"):
+            loader(path)
+
+
 def test_keywords_of_from_pretrained(models: dict[str, Path]) -> None:
     path = models["modelopt"]
     expected = logits(load(path))

@@ -294,12 +294,12 @@ def _check_experts(source: Source, root: str, roles: dict[int, dict[str, Part]])
             got = f"no {' and no '.join(missing)} projection of expert {expert}"
             raise CheckpointError(refusal(where, f"gate, up and down of experts 0..{num - 1}", got))
         rows, cols = roles[0]["gate"].rows, roles[0]["gate"].cols
-        for what, got, size in (
+        for what, stored, declared_size in (
             ("hidden size", cols, source.model.hidden_size),
             ("intermediate size", rows, source.model.intermediate_size(name.layer)),
         ):
-            if size not in (None, got):
-                raise CheckpointError(refusal(where, f"{what} {size} (from config.json)", f"{got}"))
+            if declared_size not in (None, stored):
+                raise CheckpointError(refusal(where, f"{what} {declared_size} (from config.json)", f"{stored}"))
         for role, part in parts.items():
             expected = (cols, rows) if role == "down" else (rows, cols)
             if (part.rows, part.cols) != expected:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, modeling_utils
 from transformers.quantizers import auto
 from transformers.utils import cached_file
 
+from torch_nvfp4.checkpoint.headers import load_json
 from torch_nvfp4.integrations.transformers.config import METHOD, TorchNVFP4Config, is_nvfp4_config
 from torch_nvfp4.integrations.transformers.quantizer import TorchNVFP4Quantizer
 from torch_nvfp4.integrations.transformers.versions import check_installed
@@ -85,9 +85,9 @@ def unregister() -> None:
         kind for kind in auto.LOADING_ATTRIBUTES_CONFIG_TYPES if kind is not TorchNVFP4Config
     )
     # Where someone wrapped it after `register`, it stays inside and does nothing.
-    chooser = modeling_utils.get_hf_quantizer
-    if getattr(chooser, "reads_quant_file", None) is chooser:
-        modeling_utils.get_hf_quantizer = chooser.__wrapped__
+    ours = getattr(modeling_utils.get_hf_quantizer, "reads_quant_file", None)
+    if ours is not None and ours is modeling_utils.get_hf_quantizer:
+        modeling_utils.get_hf_quantizer = ours.__wrapped__
     mapping.pop(METHOD, None)
     auto.AUTO_QUANTIZER_MAPPING.pop(METHOD, None)
 
@@ -195,7 +195,7 @@ def _read_quant_file(config: Any) -> dict[str, Any] | None:
         )
     if file is None or not os.path.isfile(file):
         return None
-    content = json.loads(Path(file).read_text())
+    content = load_json(Path(file))
     if not is_nvfp4_config(content):
         return None
     section = dict(content.get("quantization", content))
