@@ -238,6 +238,52 @@ def test_serve_answers_openais_client(path: Path, server: str) -> None:
     assert chat().endswith(expected)
 
 
+@pytest.mark.parametrize("written", ["--port {}", "--port={}"])
+def test_an_address_in_use(path: Path, written: str) -> None:
+    """Said before the model is loaded."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        arguments = ["serve", str(path), "--host", "127.0.0.1", *written.format(port).split()]
+        result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    words = f"torch-nvfp4 serve: --host, --port: expected an address that is free, got 127.0.0.1:{port}, which another"
+    assert result.stderr.startswith(words)
+
+
+def ending(error: BaseException | int) -> Callable[..., int]:
+    def run(**_: object) -> int:
+        if isinstance(error, int):
+            return error
+        raise error
+
+    return run
+
+
+def test_how_serve_ends(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C is 130 as in every command; a server that does not start is no bug of this package."""
+    from transformers.cli import transformers as program
+
+    interrupted = RuntimeError()
+    interrupted.__cause__ = KeyboardInterrupt()
+    cases: list[tuple[BaseException | int, int, str]] = [
+        (interrupted, 130, "torch-nvfp4 serve: interrupted"), (0, 0, ""), (4, 4, ""), (SystemExit(143), 143, ""),
+        (SystemExit(3), 2, "torch-nvfp4 serve: expected the server to start, got what it says above"),
+    ]  # fmt: skip
+    for error, code, words in cases:
+        monkeypatch.setattr(program, "app", ending(error))
+        result = CliRunner().invoke(app, ["serve", str(path), "--port", "0"])
+        unregister()
+        assert result.exit_code == code
+        assert words in result.stderr
+    monkeypatch.undo()
+    result = CliRunner().invoke(app, ["serve", str(path), "--nonsense"])
+    unregister()
+    assert result.exit_code == 2
+    assert "--nonsense" in result.stderr
+
+
 def test_serve_hands_its_options_on(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And registers, so that the server's from_pretrained takes the checkpoint."""
     from transformers.cli import transformers as program
