@@ -23,6 +23,7 @@ transformers = pytest.importorskip("transformers")
 from torch_nvfp4.integrations.transformers import (  # noqa: E402
     TorchNVFP4Config,
     from_pretrained,
+    placement,
     register,
     unregister,
 )
@@ -116,6 +117,28 @@ def test_codes_of_other_formats_are_not_taken_for_values(
     """transformers would load them without their scales, or leave random weights in their place."""
     with pytest.raises(CheckpointError, match=f"tensor '{name}': expected NVFP4, FP8 .* got {got}; this format is not"):
         load(changed(change))
+
+
+@pytest.mark.parametrize(("layout", "name"), [
+    ("modelopt", "self_attn.q_proj.weight"), ("deepseek", "self_attn.q_a_proj.weight"),
+])  # fmt: skip
+def test_a_weight_that_transformers_rearranges(
+    models: dict[str, Path], layout: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the rows of q and k of models with another order of RoPE's pairs: packed rows would stay as they lie."""
+    loading, mapping = transformers.core_model_loading, placement.get_model_conversion_mapping
+    converter = loading.WeightConverter([name], [name], [loading.Transpose(0, 1)])
+    monkeypatch.setattr(placement, "get_model_conversion_mapping", lambda model: [*mapping(model), converter])
+    with pytest.raises(CheckpointError, match="expected a weight that transformers loads as it is, got one that it"):
+        load(models[layout])
+
+
+def test_an_fp8_weight_of_another_size(models: dict[str, Path]) -> None:
+    config = transformers.AutoConfig.from_pretrained(models["deepseek"])
+    config.q_lora_rank = 64
+    words = r"'layers.0.attn.wq_a.weight': expected shape \[64, 128\], as model.layers.0.self_attn.q_a_proj.weight has"
+    with pytest.raises(CheckpointError, match=words):
+        load(models["deepseek"], config=config)
 
 
 @pytest.mark.parametrize(("layout", "head"), [("deepseek", "head"), ("modelopt", "lm_head")])

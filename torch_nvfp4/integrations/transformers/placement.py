@@ -47,12 +47,22 @@ def place(model: Any, checkpoint: Checkpoint) -> Placement:
 
     Raises CheckpointError where an NVFP4 or FP8 weight has no place, or one that cannot hold it.
     """
-    renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
+    conversions = list(get_model_conversion_mapping(model))
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if not isinstance(entry, WeightRenaming)]
     state = model.state_dict()
 
     def renamed(name: str) -> str:
         new, _ = rename_source_key(name, renamings, [], model.base_model_prefix, state)
         return name if new not in state and name in state else str(new)
+
+    def checked(name: str, target: str) -> str:
+        """``target``, if transformers would copy the tensor into it as it is: packed rows cannot be rearranged."""
+        _, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if target in state and pattern is not None:
+            where, expected = f"{checkpoint.path}: {shown(name)}", "a weight that transformers loads as it is"
+            raise CheckpointError(refusal(where, expected, f"one that it converts ({pattern})"))
+        return target
 
     placement = Placement(experts=_expert_modules(model, checkpoint))
     taken: set[str] = set()
@@ -60,6 +70,7 @@ def place(model: Any, checkpoint: Checkpoint) -> Placement:
         target = renamed(f"{name}.weight")
         if target not in state and _is_ignored(model, target):
             continue
+        checked(f"{name}.weight", target)
         placement.linears[name] = _checked_linear(model, checkpoint, name, target.removesuffix(".weight"))
         taken.add(name)
     fp8 = fp8_weights(checkpoint)
@@ -80,7 +91,11 @@ def place(model: Any, checkpoint: Checkpoint) -> Placement:
             if name in fp8 and not _is_ignored(model, target):
                 raise CheckpointError(refusal(name, "a parameter of the model for an FP8 weight", f"none ({target})"))
         elif name in fp8:
-            placement.fp8[target] = fp8[name]
+            if state[target].shape != checkpoint.tensors[name].shape:
+                where = f"{checkpoint.path}: {shown(name)}"
+                expected = f"shape {list(state[target].shape)}, as {target} has"
+                raise CheckpointError(refusal(where, expected, f"{list(checkpoint.tensors[name].shape)}"))
+            placement.fp8[checked(name, target)] = fp8[name]
         else:
             placement.names[target] = name
     return placement
