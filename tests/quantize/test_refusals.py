@@ -199,6 +199,9 @@ def test_places(tmp_path: Path) -> None:
     refused((tmp_path / "full", tmp_path / "result"), "expected config.json in the directory, got notes.txt")
     refused((path, tmp_path / "full"), "full: expected a new or empty directory", "got notes.txt")
     refused((path, tmp_path / "file"), "file: expected a new or empty directory, got a file")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    refused((path, tmp_path / "dangling"), "expected a new or empty directory, got a symbolic link whose target is")
+    (tmp_path / "dangling").unlink()
     refused((path, path), "expected a directory beside the source, got the source itself")
     refused((path, tmp_path / "link" / "result"), "expected a directory beside the source, got one inside the other")
     refused((path, tmp_path), "expected a directory beside the source, got one inside the other")
@@ -319,6 +322,18 @@ def test_two_runs_at_once(tmp_path: Path) -> None:
     first.write()
     refused((path, tmp_path / "result"), "result: expected one run at a time, got another process that writes here")
     first.close()
+
+
+def test_another_run_that_is_done_meanwhile(tmp_path: Path) -> None:
+    """Its result is not written over, shard by shard, by a run with other options that began before it."""
+    path = source.write(tmp_path / "source", small())
+    late = open_conversion(path, tmp_path / "result", layout="compressed-tensors")
+    assert quantize(path, tmp_path / "result")[0] == 0
+    before = source.contents(tmp_path / "result")
+    with pytest.raises(CheckpointError, match="result: expected a new or empty directory, or an interrupted run's"):
+        late.write()
+    late.close()
+    assert source.contents(tmp_path / "result") == before
 
 
 def test_a_source_that_changes_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
