@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -374,9 +375,14 @@ def test_a_source_that_goes_away_while_it_is_open(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])
-@pytest.mark.parametrize("leaf", [0, 1, 2])
-def test_a_result_that_is_not_what_was_written(tmp_path: Path, leaf: int, layout: str) -> None:
-    """A disk that changes codes, block scales or a global scale: the comparison fails, and no config is written."""
+@pytest.mark.parametrize(("leaf", "change"), [
+    (0, "halves"), (0, 0), (1, 24), (1, 4), (1, -4), (1, -8), (1, 0), (2, 1.5), (2, 0.75),
+])  # fmt: skip
+def test_a_result_that_is_not_what_was_written(tmp_path: Path, leaf: int, change: Any, layout: str) -> None:
+    """A disk that changes codes, block scales or a global scale: the comparison fails, and no config is written.
+
+    A change of 0 is a part of the file that was lost. Smaller scales saturate what lies above 6 steps.
+    """
     leaves = (".weight", ".weight_scale", ".weight_scale_2")
     if layout == "compressed-tensors":
         leaves = (".weight_packed", ".weight_scale", ".weight_global_scale")
@@ -389,14 +395,16 @@ def test_a_result_that_is_not_what_was_written(tmp_path: Path, leaf: int, layout
     content, values = bytearray(file.read_bytes()), load_file(file)[name + leaves[leaf]]
     entry = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])[name + leaves[leaf]]
     begin = 8 + int.from_bytes(content[:8], "little") + entry["data_offsets"][0]
-    if leaf == 0:  # the halves of a byte exchanged
+    if change == 0:
+        content[begin + 8 : begin + 16] = bytes(8)
+    elif leaf == 0:  # the halves of a byte exchanged
         index = int(((values & 15) != (values >> 4)).reshape(-1).nonzero()[5])
         byte = content[begin + index]
         content[begin + index] = byte >> 4 | (byte & 15) << 4
-    elif leaf == 1:
-        content[begin + 7] = min(0x7E, content[begin + 7] + 24)
+    elif leaf == 1:  # an 8th of an octave is 1
+        content[begin + 7] = min(0x7E, content[begin + 7] + change)
     else:
-        content[begin : begin + 4] = (values * 1.5).numpy().tobytes()
+        content[begin : begin + 4] = (values * change).numpy().tobytes()
     file.write_bytes(content)
     code, out, err = quantize(path, result, "--layout", layout)
     assert code == 1
