@@ -267,3 +267,24 @@ def test_categories(leaves: dict[str, torch.dtype], category: str, tmp_path: Pat
     assert only.nbytes == sum(tensor.nbytes for tensor in tensors.values())
     assert (checkpoint.layout, checkpoint.linears) == (None, ())
     assert checkpoint.summary().num_experts is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_torchs_defaults_change_nothing(original: Path, dtype: torch.dtype) -> None:
+    """Models are often loaded under another default dtype, or inside ``with torch.device("cuda")``."""
+    checkpoint = Checkpoint.open(original)
+
+    def read() -> list[Tensor]:
+        w13, w2 = checkpoint.experts(1)
+        return [*w13, *w2, *checkpoint.linear("layers.1.ffn.experts.2.w3"), checkpoint.expert_map()]
+
+    expected = read()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            got = read()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for a, b in zip(got, expected, strict=True):
+        assert (a.dtype, a.device) == (b.dtype, b.device)
+        assert_equal(a, b)

@@ -14,7 +14,14 @@ from torch import Tensor
 from torch_nvfp4.checkpoint.contents import Category, Contents, Expert, LayerExperts, id_spans
 from torch_nvfp4.checkpoint.headers import collect_tensors, listing, load_json
 from torch_nvfp4.checkpoint.transforms import check_transforms
-from torch_nvfp4.checkpoint.weights import Shards, check_other_leaves, copy_matrix, empty_bytes, read_matrix
+from torch_nvfp4.checkpoint.weights import (
+    Shards,
+    check_other_leaves,
+    copy_matrix,
+    empty_bytes,
+    empty_scales,
+    read_matrix,
+)
 from torch_nvfp4.errors import CheckpointError, refusal, shown
 from torch_nvfp4.format import GROUP_SIZE, NVFP4Weight
 from torch_nvfp4.gate import Gate
@@ -268,9 +275,9 @@ class Checkpoint:
         with Shards() as shards:
             self._check_leaves(shards, content, experts)
             w13 = NVFP4Weight(
-                empty_bytes(num, 2, i, k // 2), empty_bytes(num, 2, i, k // GROUP_SIZE), torch.empty(num, 2)
+                empty_bytes(num, 2, i, k // 2), empty_bytes(num, 2, i, k // GROUP_SIZE), empty_scales(num, 2)
             )
-            w2 = NVFP4Weight(empty_bytes(num, k, i // 2), empty_bytes(num, k, i // GROUP_SIZE), torch.empty(num))
+            w2 = NVFP4Weight(empty_bytes(num, k, i // 2), empty_bytes(num, k, i // GROUP_SIZE), empty_scales(num))
             for index, expert in enumerate(experts):
                 copy_matrix(shards, expert.gate, rows, every_k, *(part[index, 0] for part in w13))
                 copy_matrix(shards, expert.up, rows, every_k, *(part[index, 1] for part in w13))
@@ -289,8 +296,8 @@ class Checkpoint:
         """
         num = len((self._first_layer() if layer is None else self._layer(layer)).experts)
         local = self._rank_part("ep", ep_rank, ep_size, "number of experts", num)
-        expert_map = torch.full((num,), -1, dtype=torch.int32)
-        expert_map[local] = torch.arange(local.stop - local.start, dtype=torch.int32)
+        expert_map = torch.full((num,), -1, dtype=torch.int32, device="cpu")
+        expert_map[local] = torch.arange(local.stop - local.start, dtype=torch.int32, device="cpu")
         return expert_map
 
     def linear(self, name: str) -> NVFP4Weight:

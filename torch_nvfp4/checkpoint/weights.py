@@ -172,7 +172,7 @@ def _global_scale(shards: Shards, matrix: Matrix) -> Tensor:
     index = 0
     if count > 1:  # [num], or [num, 2] of gate and up
         index = matrix.expert * (count // module.num) + (matrix.half if count > module.num else 0)
-    stored = torch.empty(())
+    stored = empty_scales()
     shards.read(info, 4 * index, stored.reshape(1).view(torch.uint8))
     if not torch.isfinite(stored):
         raise tensor_error(info.file, info.name, "a finite global scale", f"{stored.item()}")
@@ -188,10 +188,16 @@ def _global_scale(shards: Shards, matrix: Matrix) -> Tensor:
 def read_matrix(shards: Shards, matrix: Matrix) -> NVFP4Weight:
     """A whole matrix: data [rows, cols / 2], scale [rows, cols / 16], global_scale 0-d."""
     rows, cols = matrix.rows, matrix.stored.cols
-    weight = NVFP4Weight(empty_bytes(rows, cols // 2), empty_bytes(rows, cols // GROUP_SIZE), torch.empty(()))
+    weight = NVFP4Weight(empty_bytes(rows, cols // 2), empty_bytes(rows, cols // GROUP_SIZE), empty_scales())
     copy_matrix(shards, matrix, slice(0, rows), slice(0, cols), *weight)
     return NVFP4Weight(weight.data, weight.scale.view(torch.float8_e4m3fn), weight.global_scale)
 
 
 def empty_bytes(*shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.uint8)
+    """Where files are read into: memory of the CPU, whatever torch's default device is."""
+    return torch.empty(shape, dtype=torch.uint8, device="cpu")
+
+
+def empty_scales(*shape: int) -> Tensor:
+    """As `empty_bytes`, for global scales: fp32, whatever torch's default dtype is."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
 import resource
 import sys
 import time
@@ -14,6 +12,7 @@ import torch
 import typer
 
 from torch_nvfp4.cli.inspect import open_checkpoint
+from torch_nvfp4.cli.integration import integration, of_transformers
 from torch_nvfp4.cli.options import (
     BackendOption,
     CheckpointArgument,
@@ -25,6 +24,8 @@ from torch_nvfp4.cli.options import (
 from torch_nvfp4.cli.output import json_writer
 from torch_nvfp4.cli.terminal import Terminal, printable
 from torch_nvfp4.cli.wording import size
+
+_LEAST_TEMPERATURE = 1e-6  # logits that are divided by less may leave the range of fp32
 
 
 def command(
@@ -66,6 +67,7 @@ def command(
       torch-nvfp4 generate Qwen3-30B-A3B-NVFP4 --prompt "Once upon a time" --raw --temperature 0.7 --max-new-tokens 64
     """
     terminal = Terminal(json_file)
+    _check(prompt, temperature)
     where = parse_device(device)
     precision = parse_dtype(dtype, where)
     with json_writer(json_file) as write_json:
@@ -73,16 +75,28 @@ def command(
         generation = integration("generation", "transformers")
         sampling = generation.Sampling(max_new_tokens, temperature, top_p, top_k, seed)
         start = time.perf_counter()
-        tokenizer, model = generation.load(checkpoint, where, precision, backend or None)
-        load_s = time.perf_counter() - start
         stream = sys.stderr if json_file is not None and str(json_file) == "-" else sys.stdout
-        chat = not raw and bool(tokenizer.chat_template)
-        result = generation.generate(tokenizer, model, prompt, sampling, chat=chat, write=lambda t: _write(t, stream))
+        with of_transformers(f"a checkpoint and a prompt that transformers can run ({checkpoint})"):
+            tokenizer, model = generation.load(checkpoint, where, precision, backend or None)
+            load_s = time.perf_counter() - start
+            chat = not raw and bool(tokenizer.chat_template)
+            result = generation.generate(
+                tokenizer, model, prompt, sampling, chat=chat, write=lambda text: _write(text, stream)
+            )
         _write("\n", stream)
         facts = {"checkpoint": str(checkpoint), "device": str(where), "load_s": load_s, **asdict(result)}
         facts |= {"decode_tokens_per_s": result.decode_tokens_per_s, "peak_bytes": _peak_memory(where)}
         terminal.note(_summary(facts))
         write_json(facts)
+
+
+def _check(prompt: str, temperature: float) -> None:
+    """What the parser of options lets pass."""
+    if any("\ud800" <= char <= "\udfff" for char in prompt):
+        raise ValueError(f"--prompt: expected text in UTF-8, got {prompt!a:.200}")
+    if 0 < temperature < _LEAST_TEMPERATURE:
+        expected = f"0, which takes the likeliest token, or at least {_LEAST_TEMPERATURE:g}"
+        raise ValueError(f"--temperature: expected {expected}, got {temperature:g}")
 
 
 def _summary(facts: dict[str, Any]) -> str:
@@ -93,23 +107,6 @@ def _summary(facts: dict[str, Any]) -> str:
         f"{'static cache; ' if facts['static_cache'] else ''}peak memory {size(facts['peak_bytes'])} "
         f"({facts['device']})"
     )
-
-
-def integration(module: str, extra: str) -> Any:
-    """A module of ``torch_nvfp4.integrations.transformers``, which takes seconds to import.
-
-    Raises ValueError, with the extra to install, where transformers is missing or another than the known versions.
-    """
-    install = f"pip install 'torch-nvfp4[{extra}]'"
-    package = "torch_nvfp4.integrations.transformers"
-    try:
-        installed = importlib.metadata.version("transformers")
-        wrong = importlib.import_module(f"{package}.versions").unknown_version(installed)
-        if wrong is not None:
-            raise ValueError(f"{wrong}; {install}, in an environment apart from an engine that asks for {installed}")
-        return importlib.import_module(f"{package}.{module}")
-    except ModuleNotFoundError as error:  # PackageNotFoundError is one
-        raise ValueError(f"expected transformers, got no module {error.name}; {install}") from error
 
 
 def _write(text: str, stream: TextIO) -> None:

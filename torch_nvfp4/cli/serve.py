@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import typer
 
-from torch_nvfp4.cli.generate import integration
 from torch_nvfp4.cli.inspect import open_checkpoint
+from torch_nvfp4.cli.integration import integration
 from torch_nvfp4.cli.options import CheckpointArgument
 from torch_nvfp4.cli.terminal import Terminal
 from torch_nvfp4.errors import CheckpointError, refusal

@@ -167,7 +167,10 @@ class Conversion:
         return result
 
     def finish(self) -> None:
-        """The other files, the index and the configs, config.json last; then the reader opens the result."""
+        """The other files, the index and the configs, config.json last; then the reader opens the result.
+
+        Raises CheckpointError where it would not load it; then there is no config.json, and the journal stays.
+        """
         path = self._target.path
         for name, _ in self.files:
             self._target.copy(self._source.path / name, name)
@@ -179,10 +182,14 @@ class Conversion:
             self._target.write_json("hf_quant_config.json", hf_quant_config(self.selection))
         section = quantization_config(self.selection, self.layout)
         self._target.write_json("config.json", self._source.stripped_config() | {"quantization_config": section})
+        try:
+            refusals = Checkpoint.open(path).refusals()
+            if refusals:
+                raise CheckpointError(refusal(path, "layers that can be loaded", refusals[0].reason))
+        except CheckpointError:
+            self._target.withdraw("config.json")
+            raise
         self._target.finish()
-        refusals = Checkpoint.open(path).refusals()
-        if refusals:
-            raise CheckpointError(refusal(path, "layers that can be loaded", refusals[0].reason))
 
     def close(self) -> None:
         """Gives up the lock on the destination and the source's files."""

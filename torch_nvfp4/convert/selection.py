@@ -220,7 +220,7 @@ def _expert_groups(source: Source, root: str, modules: Iterable[tuple[ExpertName
             raise tensor_error(weight.data.file, weight.data.name, expected, got)
     if len(kinds) > 1:
         raise CheckpointError(refusal(f"{source.path}: tensors {root}*", "single experts or stacks of experts", "both"))
-    swapped = kinds == {True} and _are_swapped(stored)
+    swapped = kinds == {True} and _are_swapped(stored, source.model.hidden_size)
     for name, weight in modules:
         for expert, role, part in _parts(source, root, name, weight, swapped):
             if role in roles.setdefault(expert, {}):
@@ -234,15 +234,19 @@ def _expert_groups(source: Source, root: str, modules: Iterable[tuple[ExpertName
     return groups
 
 
-def _are_swapped(stored: dict[str, StoredWeight]) -> bool:
-    """Whether stacks are [E, in, out]: gate_up [E, K, 2I] with down [E, I, K], which the shapes tell."""
+def _are_swapped(stored: dict[str, StoredWeight], hidden_size: int | None) -> bool:
+    """Whether stacks are [E, in, out]: gate_up [E, K, 2I] with down [E, I, K], which the shapes tell.
+
+    Stacks of gate and of up alone fit together in both ways, so that the config's K decides.
+    """
     first, down = stored.get("gate_up", stored.get("gate")), stored.get("down")
     if first is None or down is None:
         return False
     times = 2 if "gate_up" in stored else 1
     (_, rows, cols), (_, down_rows, down_cols) = first.data.shape, down.data.shape
     straight = cols == down_rows and rows == times * down_cols
-    return not straight and rows == down_cols and cols == times * down_rows
+    swapped = rows == down_cols and cols == times * down_rows
+    return swapped and (not straight or rows == hidden_size != cols)
 
 
 def _parts(
@@ -290,6 +294,12 @@ def _check_experts(source: Source, root: str, roles: dict[int, dict[str, Part]])
             got = f"no {' and no '.join(missing)} projection of expert {expert}"
             raise CheckpointError(refusal(where, f"gate, up and down of experts 0..{num - 1}", got))
         rows, cols = roles[0]["gate"].rows, roles[0]["gate"].cols
+        for what, stored, declared_size in (
+            ("hidden size", cols, source.model.hidden_size),
+            ("intermediate size", rows, source.model.intermediate_size(name.layer)),
+        ):
+            if declared_size not in (None, stored):
+                raise CheckpointError(refusal(where, f"{what} {declared_size} (from config.json)", f"{stored}"))
         for role, part in parts.items():
             expected = (cols, rows) if role == "down" else (rows, cols)
             if (part.rows, part.cols) != expected:

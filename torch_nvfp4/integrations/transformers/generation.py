@@ -28,11 +28,12 @@ class Sampling:
     seed: int = 0
 
     def arguments(self) -> dict[str, Any]:
-        """Those of ``model.generate``."""
+        """Those of ``model.generate``: one sequence, whatever the checkpoint's generation_config.json says."""
+        one = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False}
         if self.temperature == 0:
-            return {"max_new_tokens": self.max_new_tokens, "do_sample": False, "top_p": None, "top_k": None,
+            return one | {"max_new_tokens": self.max_new_tokens, "do_sample": False, "top_p": None, "top_k": None,
                     "temperature": None}  # fmt: skip
-        return {"max_new_tokens": self.max_new_tokens, "do_sample": True, "temperature": self.temperature,
+        return one | {"max_new_tokens": self.max_new_tokens, "do_sample": True, "temperature": self.temperature,
                 "top_p": self.top_p, "top_k": self.top_k}  # fmt: skip
 
 
@@ -59,7 +60,8 @@ def load(path: str | Path, device: torch.device, dtype: torch.dtype, backend: st
     Raises CheckpointError for a directory without a tokenizer, and what ``from_pretrained`` raises.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        # The code of a checkpoint is not run, and nobody is asked on the terminal whether it may be.
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())  # lists, over several lines, what each kind of tokenizer needs
         raise CheckpointError(refusal(path, "the files of a tokenizer beside the weights", reason)) from error
@@ -70,7 +72,7 @@ def load(path: str | Path, device: torch.device, dtype: torch.dtype, backend: st
         device = torch.device("cuda", torch.cuda.current_device())
     # Onto the device at once: a layer is packed where it runs.
     placed = {} if device.type == "cpu" else {"device_map": {"": device}}
-    return tokenizer, from_pretrained(path, backend=backend, dtype=dtype, **placed).eval()
+    return tokenizer, from_pretrained(path, backend=backend, dtype=dtype, trust_remote_code=False, **placed).eval()
 
 
 def generate(
