@@ -47,7 +47,7 @@ class Work:
 
 
 _TINY_WORK = Work(
-    scored=(12, 12), checked=24, decode=(1, 2), steps=2, prefill=((1, 24),), blocks=(1, 8), rounds=1
+    scored=(12, 12), checked=24, decode=(2,), steps=2, prefill=((1, 24),), blocks=(1, 8), rounds=1
 )  # fmt: skip
 
 

@@ -44,6 +44,7 @@ class StaticDecoder:
         self.length = length  # tokens that a cache has room for
         self._step = torch.compile(model.forward, fullgraph=True, **options)
         self._caches: dict[int, Any] = {}
+        self._keyword = _cache_keyword(model)
 
     def start(self, ids: Tensor) -> None:
         batch = len(ids)
@@ -51,13 +52,15 @@ class StaticDecoder:
             self._caches[batch] = transformers.StaticCache(config=self.model.config, max_cache_len=self.length)
         self._cache = self._caches[batch]
         self._cache.reset()
-        logits = self.model(ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1).logits
+        arguments = {self._keyword: self._cache}
+        logits = self.model(ids, use_cache=True, logits_to_keep=1, **arguments).logits
         self.token = logits[:, -1:].argmax(-1)
         self._position = torch.full((batch, 1), ids.shape[1], device=ids.device)
 
     def step(self) -> None:
         torch.compiler.cudagraph_mark_step_begin()
-        logits = self._step(self.token, past_key_values=self._cache, use_cache=True, position_ids=self._position).logits
+        arguments = {self._keyword: self._cache}
+        logits = self._step(self.token, use_cache=True, position_ids=self._position, **arguments).logits
         self.token = logits[:, -1:].argmax(-1)
         self._position = self._position + 1
 
@@ -75,9 +78,7 @@ class LayerDecoder:
             attention = layer.self_attn
             attention.forward = torch.compiler.disable(attention.forward)
         self._compiled = [torch.compile(layer.forward, **options) for layer in self._layers]
-        # The keyword that a version of the model has.
-        names = inspect.signature(model.model.forward).parameters
-        self._keyword = "cache" if "cache" in names else "past_key_values"
+        self._keyword = _cache_keyword(model)
 
     def start(self, ids: Tensor) -> None:
         self._cache = transformers.DynamicCache(config=self.model.config)
@@ -95,6 +96,11 @@ class LayerDecoder:
             for layer in self._layers:
                 del layer.forward
         self.token = logits[:, -1:].argmax(-1)
+
+
+def _cache_keyword(model: nn.Module) -> str:
+    """What the installed version calls the cache that a model is called with."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def decoder(model: Any, length: int, **options: Any) -> Decoder:
