@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from pathlib import Path
 
@@ -197,6 +198,37 @@ def test_progress(original: Path) -> None:
     calls: list[tuple[int, int]] = []
     Checkpoint.open(original).experts(0, ep_size=2, progress=lambda done, total: calls.append((done, total)))
     assert calls == [(1, 2), (2, 2)]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 100])
+def test_threads_read_the_same_bytes(threads: int, original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = Checkpoint.open(original).experts(1, progress=lambda *_: None)  # read by one thread
+    used: set[int] = set()
+    read = Shards.read
+
+    def noting(shards: Shards, info: TensorInfo, begin: int, out: Tensor) -> None:
+        used.add(id(shards))
+        read(shards, info, begin, out)
+
+    monkeypatch.setattr(Shards, "read", noting)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    before = len(os.listdir("/proc/self/fd"))
+    got = Checkpoint.open(original).experts(1)
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(used) == min(threads, EXPERTS)
+    for a, b in zip(expected, got, strict=True):
+        for part, other in zip(a, b, strict=True):
+            assert_equal(other, part)
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_the_first_expert_that_is_wrong_is_named(threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever thread finds its error first."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    names = [f"layers.0.ffn.experts.{expert}.w3.weight_scale_2" for expert in (1, 3)]
+    write_changed(tmp_path, lambda tensors: tensors.update((name, torch.tensor(float("nan"))) for name in names))
+    with raises(names[0], "a finite global scale, got nan"):
+        Checkpoint.open(tmp_path).experts(0)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from helpers import fake_vllm
 from helpers.fake_vllm import VERSIONS, moe_config
 from helpers.layers import activations, make_layer, routed
 from helpers.recorded import RecordedOps
-from helpers.vllm_layers import EXPERTS, HIDDEN, INTERMEDIATE, TOP_K, Plugin, apply, build, close, select
+from helpers.vllm_layers import EXPERTS, HIDDEN, INTERMEDIATE, TOP_K, Plugin, apply, build, close, select, vllm_layer
 from torch_nvfp4 import reference
 from torch_nvfp4.backends import Libraries
 from torch_nvfp4.format import NVFP4Weight

@@ -20,6 +20,7 @@ from torch_nvfp4.checkpoint.weights import (
     copy_matrix,
     empty_bytes,
     empty_scales,
+    read_each,
     read_matrix,
 )
 from torch_nvfp4.errors import CheckpointError, refusal, shown
@@ -256,7 +257,8 @@ class Checkpoint:
             layer: one of `layers`.
             tp_rank, tp_size: slice I: rows of gate and up, columns of down. I / tp_size must be a multiple of 16.
             ep_rank, ep_size: slice the experts. ep_size must divide their number.
-            progress: called with (experts read, experts to read) after each expert.
+            progress: called with (experts read, experts to read) after each expert. Without it as many threads read
+                as torch has, up to 8.
 
         Returns:
             w13 [E / ep_size, 2I / tp_size, K] with global_scale [E / ep_size, 2] (gate, up), gate rows first, and
@@ -272,18 +274,20 @@ class Checkpoint:
         rows = self._rank_part("tp", tp_rank, tp_size, "intermediate size", i, GROUP_SIZE)
         experts = content.experts[self._rank_part("ep", ep_rank, ep_size, "number of experts", len(content.experts))]
         num, i, every_k = len(experts), rows.stop - rows.start, slice(0, k)
+        w13 = NVFP4Weight(empty_bytes(num, 2, i, k // 2), empty_bytes(num, 2, i, k // GROUP_SIZE), empty_scales(num, 2))
+        w2 = NVFP4Weight(empty_bytes(num, k, i // 2), empty_bytes(num, k, i // GROUP_SIZE), empty_scales(num))
+
+        def read(shards: Shards, index: int) -> None:
+            expert = experts[index]
+            copy_matrix(shards, expert.gate, rows, every_k, *(part[index, 0] for part in w13))
+            copy_matrix(shards, expert.up, rows, every_k, *(part[index, 1] for part in w13))
+            copy_matrix(shards, expert.down, every_k, rows, *(part[index] for part in w2))
+            if progress is not None:
+                progress(index + 1, num)
+
         with Shards() as shards:
             self._check_leaves(shards, content, experts)
-            w13 = NVFP4Weight(
-                empty_bytes(num, 2, i, k // 2), empty_bytes(num, 2, i, k // GROUP_SIZE), empty_scales(num, 2)
-            )
-            w2 = NVFP4Weight(empty_bytes(num, k, i // 2), empty_bytes(num, k, i // GROUP_SIZE), empty_scales(num))
-            for index, expert in enumerate(experts):
-                copy_matrix(shards, expert.gate, rows, every_k, *(part[index, 0] for part in w13))
-                copy_matrix(shards, expert.up, rows, every_k, *(part[index, 1] for part in w13))
-                copy_matrix(shards, expert.down, every_k, rows, *(part[index] for part in w2))
-                if progress is not None:
-                    progress(index + 1, num)
+            read_each(shards, read, num, threads=1 if progress is not None else torch.get_num_threads())
         return ExpertWeights(
             NVFP4Weight(w13.data.flatten(1, 2), w13.scale.flatten(1, 2).view(torch.float8_e4m3fn), w13.global_scale),
             NVFP4Weight(w2.data, w2.scale.view(torch.float8_e4m3fn), w2.global_scale),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
@@ -16,7 +17,7 @@ from torch_nvfp4.checkpoint.layouts import UNIT_LEAVES, Matrix, Unsupported
 from torch_nvfp4.errors import shown
 from torch_nvfp4.format import GROUP_SIZE, NVFP4Weight, reciprocal_global_scale
 
-__all__ = ["Shards", "check_other_leaves", "copy_matrix", "empty_bytes", "read_matrix"]
+__all__ = ["Shards", "check_other_leaves", "copy_matrix", "empty_bytes", "read_each", "read_matrix"]
 
 _TORCH_DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8,
@@ -27,6 +28,7 @@ _TORCH_DTYPES = {
     "I64": torch.int64, "U64": torch.uint64, "F64": torch.float64, "C64": torch.complex64,
 }  # fmt: skip
 _BLOCK = 2**20  # bytes that are read at a time where only some of each row are wanted
+_THREADS = 8  # that read at a time: more do not read memory or a disk faster
 _GAP = 2**14  # bytes between them; copying these takes as long as a call
 
 
@@ -135,6 +137,28 @@ def _other_than_ones(shards: Shards, info: TensorInfo) -> str | None:
     values = shards.tensor(info).reshape(-1)
     other = values != 1
     return f"{float(values[int(other.byte().argmax())]):g}" if bool(other.any()) else None
+
+
+def read_each(shards: Shards, read: Callable[[Shards, int], None], count: int, *, threads: int) -> None:
+    """Calls ``read(shards, index)`` for each index below ``count``, in up to 8 threads.
+
+    One thread reads in order from ``shards``. Several have shards of their own, opened and checked like those, and
+    read consecutive parts; where more than one fails, the error is that of the lowest indices.
+    """
+    threads = min(threads, _THREADS, count)
+    if threads <= 1:
+        for index in range(count):
+            read(shards, index)
+        return
+
+    def read_part(part: int) -> None:
+        for index in range(count * part // threads, count * (part + 1) // threads):
+            read(sources[part], index)
+
+    with ExitStack() as stack:
+        sources = [stack.enter_context(Shards()) for _ in range(threads)]
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(read_part, range(threads)))
 
 
 def copy_matrix(

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, TextStreamer
 from torch_nvfp4.errors import CheckpointError, refusal
 from torch_nvfp4.integrations.transformers.registry import from_pretrained
 
-__all__ = ["GeneratedText", "Sampling", "generate", "load"]
+__all__ = ["GeneratedText", "Sampling", "generate", "load", "load_model"]
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,16 @@ def load(path: str | Path, device: torch.device, dtype: torch.dtype, backend: st
     # Without any file transformers makes up a tokenizer that knows its special tokens alone.
     if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
         raise CheckpointError(refusal(path, "the files of a tokenizer beside the weights", "none"))
+    return tokenizer, load_model(path, device, dtype, backend)
+
+
+def load_model(path: str | Path, device: torch.device, dtype: torch.dtype, backend: str | None = None) -> Any:
+    """The model of a checkpoint directory on one device. Raises what ``from_pretrained`` raises."""
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     # Onto the device at once: a layer is packed where it runs.
     placed = {} if device.type == "cpu" else {"device_map": {"": device}}
-    return tokenizer, from_pretrained(path, backend=backend, dtype=dtype, trust_remote_code=False, **placed).eval()
+    return from_pretrained(path, backend=backend, dtype=dtype, trust_remote_code=False, **placed).eval()
 
 
 def generate(

@@ -117,7 +117,7 @@ class TorchNVFP4Quantizer(HfQuantizer):  # type: ignore[misc]
             module = _submodule(model, owner)
             if module is not None:
                 parameter = getattr(module, leaf)
-                _fill(parameter, weight.dequantized(self.checkpoint, parameter.dtype))
+                _fill(parameter, weight.dequantized(self.checkpoint, parameter.dtype, device))
         self._conversions = getattr(model, "_weight_conversions", None)
         model._weight_conversions = []  # the names that are saved are the checkpoint's already
         return model
