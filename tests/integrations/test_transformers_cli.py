@@ -276,8 +276,9 @@ def test_serve_answers_openais_client(path: Path, server: str) -> None:
 
 
 @pytest.mark.parametrize("written", ["--port {}", "--port={}"])
-def test_an_address_in_use(path: Path, written: str) -> None:
+def test_an_address_in_use(path: Path, written: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Said before the model is loaded."""
+    monkeypatch.setattr(serving, "is_serve_available", lambda: True)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -302,6 +303,7 @@ def test_how_serve_ends(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C is 130 as in every command; a server that does not start is no bug of this package."""
     from transformers.cli import transformers as program
 
+    monkeypatch.setattr(serving, "is_serve_available", lambda: True)
     interrupted = RuntimeError()
     interrupted.__cause__ = KeyboardInterrupt()
     cases: list[tuple[BaseException | int, int, str]] = [
@@ -314,7 +316,10 @@ def test_how_serve_ends(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         unregister()
         assert result.exit_code == code
         assert words in result.stderr
-    monkeypatch.undo()
+
+
+def test_an_option_that_the_server_does_not_have(path: Path) -> None:
+    pytest.importorskip("fastapi")
     result = CliRunner().invoke(app, ["serve", str(path), "--nonsense"])
     unregister()
     assert result.exit_code == 2

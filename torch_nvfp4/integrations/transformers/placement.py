@@ -78,14 +78,15 @@ def place(model: Any, checkpoint: Checkpoint) -> Placement:
     for name in checkpoint.tensors:
         module, _ = split_name(name)
         expert = expert_name(module)
-        if expert is not None and expert.layer in placement.experts and name not in state:
+        is_expert = expert is not None and expert.layer in placement.experts
+        if is_expert and name not in state:
             continue
         if module in taken and not name.endswith(".bias"):
             continue
         target = renamed(name)
         if name in scales:
             continue
-        if name not in fp8 and not _is_ignored(model, target):
+        if name not in fp8 and not is_expert and not _is_ignored(model, target):
             _check_is_dense(checkpoint, name, state.get(target))
         if target not in state:
             if name in fp8 and not _is_ignored(model, target):
