@@ -129,6 +129,6 @@ def test_the_table() -> None:
         {"kind": "prefill", "size": "4 x 2048", "packed": 0.02, "bf16": 0.03},
         {"kind": "decode", "size": "16", "packed": 0.004},
     ]
-    _, prefill, decode = time_table(rows).splitlines()
-    assert prefill.split() == ["prefill,", "4", "x", "2048", "tokens", "20.00", "30.00", "1.50", "409600.0"]
-    assert decode.split() == ["decode", "step,", "batch", "16", "4.000", "-", "-", "4000.0"]
+    _, prefill, decode = (line.split()[-5:] for line in time_table(rows).splitlines())
+    assert prefill == ["20.00", "30.00", "1.50", "409600.0", "273066.7"]
+    assert decode == ["4.000", "-", "-", "4000.0", "-"]

@@ -67,8 +67,10 @@ def generate(path: Path, dtype: torch.dtype, device: torch.device, backend: str 
     return Generation(version, tokens[len(_PROMPT) :], seconds, far["mean_kl"])
 
 
-def print_generation(terminal: Terminal, generation: Generation | str) -> None:
-    """One line; exit code 1 where the model is too far from the one in fp32."""
+def print_generation(terminal: Terminal, generation: Generation | str | None) -> None:
+    """One line, or none where nothing was asked for; exit code 1 where the model is too far from the one in fp32."""
+    if generation is None:
+        return
     if isinstance(generation, str):
         terminal.line(generation)
         return

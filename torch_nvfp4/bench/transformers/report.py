@@ -28,14 +28,18 @@ def load_table(loads: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def time_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """One line per measurement: milliseconds of both sides, their ratio, and tokens per second of the packed model."""
-    lines = [f"{'':26}{PACKED + ' ms':>12}{DENSE + ' ms':>12}{'ratio':>8}{'tokens/s':>12}"]
+    """One line per measurement: milliseconds of both sides, their ratio, and tokens per second of both."""
+    heads = (f"{PACKED} ms", f"{DENSE} ms", "ratio", f"{PACKED} tokens/s", f"{DENSE} tokens/s")
+    lines = [" " * 26 + f"{heads[0]:>12}{heads[1]:>12}{heads[2]:>8}{heads[3]:>18}{heads[4]:>16}"]
     for row in rows:
         text, digits = _LABELS[row["kind"]]
         ours, theirs = row[PACKED], row.get(DENSE)
-        both = f"{'-':>12}{'-':>8}" if theirs is None else f"{theirs * 1e3:12.{digits}f}{theirs / ours:8.2f}"
-        rate = "" if row["kind"] == "block" else f"{_tokens(row) / ours:12.1f}"
-        lines.append(f"{text.format(row['size']):26}{ours * 1e3:12.{digits}f}{both}{rate}")
+        cells = [f"{ours * 1e3:12.{digits}f}"]
+        cells += [f"{'-':>12}{'-':>8}"] if theirs is None else [f"{theirs * 1e3:12.{digits}f}{theirs / ours:8.2f}"]
+        if row["kind"] != "block":
+            rates = ["-" if seconds is None else f"{_tokens(row) / seconds:.1f}" for seconds in (ours, theirs)]
+            cells.append(f"{rates[0]:>18}{rates[1]:>16}")
+        lines.append(f"{text.format(row['size']):26}{''.join(cells)}")
     return "\n".join(lines)
 
 

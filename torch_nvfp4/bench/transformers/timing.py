@@ -87,14 +87,17 @@ class LayerDecoder:
         self.token = logits[:, -1:].argmax(-1)
 
     def step(self) -> None:
+        kept = [layer.__dict__.get("forward") for layer in self._layers]  # a hook of accelerate, if there is one
         for layer, compiled in zip(self._layers, self._compiled, strict=True):
             layer.forward = compiled
         try:
             arguments = {self._keyword: self._cache}
             logits = self.model(self.token, use_cache=True, **arguments).logits
         finally:
-            for layer in self._layers:
+            for layer, forward in zip(self._layers, kept, strict=True):
                 del layer.forward
+                if forward is not None:
+                    layer.forward = forward
         self.token = logits[:, -1:].argmax(-1)
 
 
@@ -115,7 +118,7 @@ def decoder(model: Any, length: int, **options: Any) -> Decoder:
     return LayerDecoder(model, **options)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def decode_seconds(decoders: Mapping[str, Decoder], ids: Tensor, steps: int, rounds: int) -> dict[str, list[float]]:
     """Seconds per step of each round, the decoders in turns; each starts anew from the prompt."""
     result: dict[str, list[float]] = {side: [] for side in decoders}
@@ -135,7 +138,7 @@ def _steps(each: Decoder, count: int) -> None:
         each.step()
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def tokens(each: Decoder, ids: Tensor, steps: int) -> Tensor:
     """[batch, 1 + steps]: what a decoder makes of a prompt."""
     each.start(ids)
@@ -146,7 +149,7 @@ def tokens(each: Decoder, ids: Tensor, steps: int) -> Tensor:
     return torch.cat(found, 1)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def prefill_seconds(models: Mapping[str, Any], ids: Tensor, rounds: int) -> dict[str, list[float]]:
     """Seconds per prefill of a prompt with a fresh cache, in turns, not compiled."""
     result: dict[str, list[float]] = {side: [] for side in models}
@@ -158,7 +161,7 @@ def prefill_seconds(models: Mapping[str, Any], ids: Tensor, rounds: int) -> dict
     return result
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def block_seconds(
     models: Mapping[str, Any], packed: str, ids: Tensor, counts: Sequence[int], blocks: Sequence[str], rounds: int
 ) -> dict[int, dict[str, Any]]:
@@ -176,6 +179,7 @@ def block_seconds(
     result: dict[int, dict[str, Any]] = {}
     for count in counts:
         runs: dict[tuple[str, str], Callable[[], object]] = {}
+        remarks: dict[tuple[str, str], str] = {}
         for side, model in models.items():
             for name in ("packed",) if side == packed else _IMPLEMENTATIONS:
                 slots = count * model.config.num_experts_per_tok
@@ -183,7 +187,9 @@ def block_seconds(
                     continue
                 if side != packed:
                     model.set_experts_implementation(name)
-                runs[side, name] = _captured(_blocks(model, calls, count), ids.device)
+                run, remark = _captured(_blocks(model, calls, count), ids.device)
+                runs[side, name] = run
+                remarks[side, name] = remark
         times: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
         for _ in range(rounds):
             for key, run in runs.items():
@@ -194,7 +200,7 @@ def block_seconds(
         for side in models:
             best = min((key for key in medians if key[0] == side), key=lambda key: medians[key])
             result[count][side] = {"seconds": medians[best], "experts": best[1]}
-            result[count][side]["all"] = {name: medians[key] for key in medians for name in key[1:] if key[0] == side}
+            result[count][side]["all"] = {f"{key[1]}{remarks[key]}": medians[key] for key in medians if key[0] == side}
     return result
 
 
@@ -215,10 +221,10 @@ def _blocks(
     return run
 
 
-def _captured(run: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """``run`` as a CUDA graph; on a CPU itself."""
+def _captured(run: Callable[[], object], device: torch.device) -> tuple[Callable[[], object], str]:
+    """``run`` as a CUDA graph, and ""; ``run`` itself on a CPU, and, with a remark, where it cannot be captured."""
     if device.type != "cuda":
-        return run
+        return run, ""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -226,14 +232,20 @@ def _captured(run: Callable[[], object], device: torch.device) -> Callable[[], o
         run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
+    try:
+        with torch.cuda.graph(graph):
+            run()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:  # such as an operation that waits for the GPU
+        torch.cuda.synchronize()
+        return run, ", not as a CUDA graph"
     graph.replay()
 
     def replay(_: Callable[[], object] = run) -> None:  # with ``run`` the inputs stay alive that the graph reads
         graph.replay()
 
-    return replay
+    return replay, ""
 
 
 def _wall_seconds(run: Callable[[], object], device: torch.device) -> float:
