@@ -16,7 +16,7 @@ ADVICE = "pip install 'torch-nvfp4[transformers]', and demo does that too"
 @pytest.mark.parametrize("module", ["transformers", "accelerate"])
 def test_demo_says_what_is_missing(module, tmp_path):
     if module == "accelerate":
-        pytest.importorskip("transformers")
+        pytest.importorskip("transformers", minversion="5.23")
     code = (
         f"import sys, torch; sys.modules[{module!r}] = None\n"
         "from torch_nvfp4.cli.demo_generate import generate\n"
@@ -29,7 +29,7 @@ def test_demo_says_what_is_missing(module, tmp_path):
 
 
 def test_demo_says_that_the_version_is_another(tmp_path, monkeypatch):
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", minversion="5.23")
     monkeypatch.setattr(transformers, "__version__", "5.17.0")
     line = demo_generate.generate(tmp_path, torch.bfloat16, torch.device("cpu"), None)
     assert "expected transformers >= 5.23, < 6, got 5.17.0" in line

@@ -20,7 +20,7 @@ from torch_nvfp4.checkpoint import open_checkpoint
 from torch_nvfp4.format import dequantize
 from torch_nvfp4.testing import TOLERANCE
 
-pytest.importorskip("transformers")
+pytest.importorskip("transformers", minversion="5.23")
 
 from torch_nvfp4.bench.transformers import loading, timing, values
 from torch_nvfp4.bench.transformers.dense import write_dense

@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 from helpers.hf_models import greedy, write_model, write_tokenizer
 from torch_nvfp4.cli import app
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", minversion="5.23")
 
 from torch_nvfp4.integrations.transformers import from_pretrained, generation, serving, unregister  # noqa: E402
 from torch_nvfp4.integrations.transformers.generation import GeneratedText, Sampling  # noqa: E402
@@ -73,8 +73,8 @@ def test_sampling_is_repeatable(path: Path) -> None:
 
 
 def test_the_rate_is_of_the_tokens_after_the_first() -> None:
-    assert GeneratedText("", 3, 11, 1.0, 2.0, False).decode_tokens_per_s == 5.0
-    assert GeneratedText("", 3, 1, 1.0, 0.0, False).decode_tokens_per_s is None
+    assert GeneratedText("", 3, 11, 1.0, 9.0, 0.2, False).decode_tokens_per_s == 5.0
+    assert GeneratedText("", 3, 1, 1.0, 0.0, None, False).decode_tokens_per_s is None
 
 
 def test_what_is_missing_is_one_line(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

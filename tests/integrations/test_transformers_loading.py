@@ -18,7 +18,7 @@ from helpers.hf_models import prompt, relative, write_model
 from torch_nvfp4 import quantize
 from torch_nvfp4.errors import CheckpointError
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", minversion="5.23")
 
 from torch_nvfp4.integrations.transformers import (  # noqa: E402
     TorchNVFP4Config,

@@ -14,7 +14,7 @@ from helpers.fp64_loop import dense
 from helpers.hf_models import greedy, prompt, relative, write_dense, write_model
 from torch_nvfp4.convert import open_conversion
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", minversion="5.23")
 
 from torch_nvfp4.integrations.transformers import register, unregister  # noqa: E402
 

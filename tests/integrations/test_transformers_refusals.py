@@ -20,7 +20,7 @@ from helpers.hf_models import prompt, write_model
 from torch_nvfp4.errors import CheckpointError
 from torch_nvfp4.quant_config import MoEQuantConfig
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", minversion="5.23")
 
 from torch_nvfp4.integrations.transformers import TorchNVFP4Config, from_pretrained, register, unregister  # noqa: E402
 from torch_nvfp4.integrations.transformers.config import is_nvfp4_config  # noqa: E402

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,19 +41,24 @@ class Sampling:
 
 @dataclass(frozen=True)
 class GeneratedText:
-    """What a call of ``generate`` made. Times are in seconds; the first token's holds the prompt's."""
+    """What a call of ``generate`` made. Times are in seconds; the first token's holds the prompt's.
+
+    ``step_s`` is the median of the steps, None for a single token: with a static cache the first ones compile, which
+    ``decode_s`` holds as well.
+    """
 
     text: str
     prompt_tokens: int
     new_tokens: int
     first_token_s: float
     decode_s: float
+    step_s: float | None
     static_cache: bool
 
     @property
     def decode_tokens_per_s(self) -> float | None:
-        """Of the tokens after the first, None where there is none."""
-        return (self.new_tokens - 1) / self.decode_s if self.new_tokens > 1 and self.decode_s > 0 else None
+        """Of the steps after the first token; None for a single token."""
+        return 1 / self.step_s if self.step_s else None
 
 
 def load(path: str | Path, device: torch.device, dtype: torch.dtype, backend: str | None = None) -> tuple[Any, Any]:
@@ -117,26 +124,27 @@ def generate(
             **arguments,
         )
     end = time.perf_counter()
-    first = streamer.first_token or end
+    first = streamer.times[0] if streamer.times else end
+    steps = [after - before for before, after in pairwise(streamer.times)]
+    step = statistics.median(steps) if steps else None
     new = output[0, ids.shape[1] :]
     text = str(tokenizer.decode(new, skip_special_tokens=True))
-    return GeneratedText(text, ids.shape[1], len(new), first - start, end - first, static)
+    return GeneratedText(text, ids.shape[1], len(new), first - start, end - first, step, static)
 
 
 class _Streamer(TextStreamer):  # type: ignore[misc]
-    """Hands the text on as it becomes readable, and knows when the first token came."""
+    """Hands the text on as it becomes readable, and knows when each token came."""
 
     def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._write = write
         self._calls = 0
-        self.first_token: float | None = None
+        self.times: list[float] = []
 
     def put(self, value: torch.Tensor) -> None:
-        # The first call has the prompt.
         self._calls += 1
-        if self._calls == 2:
-            self.first_token = time.perf_counter()
+        if self._calls > 1:  # the first call has the prompt
+            self.times.append(time.perf_counter())
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:

@@ -150,11 +150,13 @@ class NVFP4Experts(_Experts):
             torch.ops.nvfp4.moe.out(*arguments, **keywords, out=output)
             return
         run = functools.partial(torch.ops.nvfp4.moe.out, *arguments, **keywords)
-        if self._kept.setdefault(threading.get_ident(), run) is not run:
+        # What an error between the two calls has left is dropped with the error below.
+        if self._kept.pop(threading.get_ident(), None) is not None:
             raise RuntimeError(
                 "expected finalize_weight_and_reduce_impl() after apply(), got apply() again: this vLLM does not call "
                 "its experts as its version does. Set TORCH_NVFP4_VLLM=off to serve with vLLM's own kernels."
             )
+        self._kept[threading.get_ident()] = run
 
 
 class NVFP4BatchedExperts(_Experts):
