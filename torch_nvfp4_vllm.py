@@ -8,6 +8,7 @@ torch_nvfp4's op library above all, is imported inside ``register``.
 from __future__ import annotations
 
 import os
+import sys
 
 __all__ = ["ENVIRONMENT_VARIABLE", "MODES", "mode", "register"]
 
@@ -34,12 +35,24 @@ def mode() -> str:
 def register() -> None:
     """Puts torch_nvfp4 in front of vLLM's backends for NVFP4 experts. vLLM calls this in each of its processes.
 
-    Calling it again changes nothing.
+    Calling it again changes nothing. After an error vLLM calls it again for the next engine of the process.
 
     Raises:
         ValueError: TORCH_NVFP4_VLLM has an unknown value.
         RuntimeError: torch_nvfp4 cannot be loaded, or this vLLM is not one that it knows.
     """
+    try:
+        _install()
+    except BaseException:
+        # vLLM notes that plug-ins are loaded before it loads them. A process that catches the error and makes another
+        # engine, as a notebook does, would serve with vLLM's own kernels and not hear of it.
+        plugins = sys.modules.get("vllm.plugins")
+        if getattr(plugins, "plugins_loaded", False):
+            plugins.plugins_loaded = False  # type: ignore[union-attr]
+        raise
+
+
+def _install() -> None:
     if mode() == "off":
         return
     try:

@@ -1,4 +1,4 @@
-"""``moe`` as its steps: in make_fx, in run_decompositions, and as a graph pass inside torch.compile."""
+"""``moe`` and ``batched_moe`` as their steps: in make_fx, in run_decompositions, and as a pass inside torch.compile."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import torch_nvfp4
 from torch_nvfp4.compiler import decompose_moe, inductor_options
-from torch_nvfp4.ops.moe import decompositions
+from torch_nvfp4.ops import decompositions
 from torch_nvfp4.testing import assert_accurate, random_routing, random_weight, relative_l2
 
 EXPERTS, TOKENS, TOP_K = 4, 10, 2
@@ -87,8 +87,8 @@ def ops(graph: fx.Graph) -> list[str]:
 STEPS = ["route", "grouped_gemm", "grouped_gemm", "combine"]
 
 
-def test_table_has_moe_alone() -> None:
-    assert list(decompositions()) == [torch.ops.nvfp4.moe.default]
+def test_table_has_the_fused_layers_alone() -> None:
+    assert list(decompositions()) == [torch.ops.nvfp4.moe.default, torch.ops.nvfp4.batched_moe.default]
 
 
 def test_moe_stays_one_node_without_the_table() -> None:
@@ -294,3 +294,127 @@ def test_left_to_inductor() -> None:
             assert_accurate(compiled(*args), model.reference(*args))
     assert (options["joint_custom_pre_pass"].decomposed, options["joint_custom_pre_pass"].fused) == (1, 0)
     assert counters["stats"]["unique_graphs"] == 1
+
+
+# batched_moe.
+ROWS = 5
+COUNTS = (3, 0, ROWS, 1)
+
+
+class BatchedExperts(Experts):
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:  # type: ignore[override]
+        weights = (self.w13, self.w13_global_scale, self.w2, self.w2_global_scale)
+        return torch_nvfp4.batched_moe(x, *weights, counts, **self.gate)
+
+    def reference(self, x: Tensor, counts: Tensor) -> Tensor:  # type: ignore[override]
+        return torch_nvfp4.reference.batched_moe(x, self.dense13, self.dense2, counts, **self.gate)
+
+
+def batch(dtype: torch.dtype = torch.bfloat16, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """hidden_states with NaN behind the counts, and the counts."""
+    x = torch.randn(EXPERTS, ROWS, 64, generator=torch.Generator().manual_seed(1)) * 5
+    for rows, count in zip(x, COUNTS, strict=True):
+        rows[count:] = torch.nan
+    return x.to(device, dtype), torch.tensor(COUNTS, dtype=torch.int32, device=device)
+
+
+def error_up_to_the_counts(out: Tensor, expected: Tensor) -> float:
+    """The relative error of the counted rows; the others have to be zeros."""
+    counted = torch.arange(ROWS) < torch.tensor(COUNTS).unsqueeze(1)
+    assert not out.cpu()[~counted].any()
+    return relative_l2(out.cpu()[counted], expected.cpu()[counted])
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_batched_values(dtype: torch.dtype, gate: str, device: str) -> None:
+    if device == "cuda" and dtype == torch.float32:
+        pytest.skip("the CUDA kernels take 16-bit activations")
+    model = BatchedExperts(**GATES[gate], device=device)
+    args = batch(dtype, device)
+    gm = decomposed(model, args)
+    assert ops(gm.graph) == STEPS
+    out = run(gm, model, args)
+    assert out.dtype == dtype
+    assert error_up_to_the_counts(out, model.reference(*args)) <= TOLERANCE[dtype]
+
+
+def test_batched_run_decompositions_graph(render: Render) -> None:
+    """The number of rows per expert is dynamic; the counts are a tensor, which no step reads on the host."""
+    model, args = BatchedExperts(clamp_limit=7.0), batch()
+    program = torch.export.export(model, args, dynamic_shapes=({1: torch.export.Dim("rows", min=2)}, None))
+    assert ops(program.graph) == ["batched_moe"]
+    steps = program.run_decompositions(decompositions())
+    assert_expected_inline(
+        render(steps.graph),
+        """\
+%1: M = aten.sym_size.int(%0: bfloat16[4, M, 64], 1)
+%2: int32[M] = aten.arange.default(M, device=device(type='cpu'), dtype=torch.int32, pin_memory=False)
+%3: int32[4] = aten.arange.default(4, device=device(type='cpu'), dtype=torch.int32, pin_memory=False)
+%4: int32[4, 1] = aten.unsqueeze.default(%3, 1)
+%6: int32[4, 1] = aten.unsqueeze.default(%5: int32[4], 1)
+%7: bool[4, M] = aten.lt.Tensor(%2, %6)
+%8: int32[4, M] = aten.where.ScalarOther(%7, %4, -1)
+%9: 4*M = mul(4, M)
+%10: int32[4*M, 1] = aten.view.default(%8, [4*M, 1])
+%11: bfloat16[4*M, 64] = aten.view.default(%0, [4*M, 64])
+%12: float32[4*M, 1] = aten.ones_like.default(%10, dtype=torch.float32, pin_memory=False)
+%13: (int32[4*M], int32[5]) = nvfp4.route.default(%10, None, 4)
+%14: int32[4*M] = getitem(%13, 0)
+%15: int32[5] = getitem(%13, 1)
+%18: bfloat16[4*M, 64] = nvfp4.grouped_gemm.default(%11, %16: uint8[4, 2, 32, 1, 36], %17: float32[4, 2], %14,
+    %15)
+%19: float32[4*M, 64] = aten._to_copy.default(%18, dtype=torch.float32)
+%20: (float32[4*M, 32], float32[4*M, 32]) = aten.split.Tensor(%19, 32, -1)
+%21: float32[4*M, 32] = getitem(%20, 0)
+%22: float32[4*M, 32] = getitem(%20, 1)
+%23: float32[4*M, 32] = aten.clamp.default(%22, -7.0, 7.0)
+%24: float32[4*M, 32] = aten.clamp.default(%21, None, 7.0)
+%25: float32[4*M, 32] = aten.mul.Tensor(%24, 1.0)
+%26: float32[4*M, 32] = aten.sigmoid.default(%25)
+%27: float32[4*M, 32] = aten.mul.Tensor(%24, %26)
+%28: float32[4*M, 32] = aten.add.Tensor(%23, 0.0)
+%29: float32[4*M, 32] = aten.mul.Tensor(%27, %28)
+%30: bfloat16[4*M, 32] = aten._to_copy.default(%29, dtype=torch.bfloat16)
+%33: bfloat16[4*M, 64] = nvfp4.grouped_gemm.default(%30, %31: uint8[4, 64, 1, 36], %32: float32[4], %14, %15)
+%34: bfloat16[4*M, 64] = nvfp4.combine.default(%33, %12, %10, None, 4)
+%35: bfloat16[4, M, 64] = aten.view.default(%34, [4, M, 64])
+return [%35]""",
+    )
+    expected = model.reference(*args)
+    assert error_up_to_the_counts(steps.module()(*args), expected) <= TOLERANCE[torch.bfloat16]
+    x, counts = args
+    fewer = torch.minimum(counts, torch.tensor(2, dtype=torch.int32))
+    out = steps.module()(x[:, :2].contiguous(), fewer)
+    for rows, wanted, count in zip(out, model.reference(x[:, :2], fewer), fewer.tolist(), strict=True):
+        assert not rows[count:].any()
+        assert count == 0 or relative_l2(rows[:count], wanted[:count]) <= TOLERANCE[torch.bfloat16]
+
+
+def test_counts_out_of_range_are_those_of_cuda() -> None:
+    """The op on the CPU names them; in a graph nothing can wait for them."""
+    model, (x, _) = BatchedExperts(), batch()
+    x = x.nan_to_num()
+    gm = decomposed(model, (x, torch.zeros(EXPERTS, dtype=torch.int32)))
+    out = run(gm, model, (x, torch.tensor([-7, ROWS + 1, 2**31 - 1, -(2**31)], dtype=torch.int32)))
+    expected = model.reference(x, torch.tensor([0, ROWS, ROWS, 0], dtype=torch.int32))
+    assert not out[0].any()
+    assert not out[3].any()
+    assert relative_l2(out[1:3], expected[1:3]) <= TOLERANCE[torch.bfloat16]
+
+
+def test_pass_takes_batched_calls_too() -> None:
+    """Compiled, with the gate fused again, the values are those of the steps."""
+    model, args = BatchedExperts(clamp_limit=7.0), batch()
+    gm = trace(model, args, {})
+    assert ops(gm.graph) == ["batched_moe"]
+    assert decompose_moe(gm.graph) == 1
+    gm.graph.lint()
+    gm.recompile()
+    assert ops(gm.graph) == STEPS
+    torch.testing.assert_close(run(gm, model, args), run(decomposed(model, args), model, args), rtol=0, atol=0)
+    options = inductor_options(decompose_moe=True)
+    with torch.no_grad(), torch.compiler.config.patch(force_disable_caches=True):
+        out = compile_with(model, options)(*args)
+    assert (options["joint_custom_pre_pass"].decomposed, options["joint_custom_pre_pass"].fused) == (1, 1)
+    assert error_up_to_the_counts(out, model.reference(*args)) <= TOLERANCE[torch.bfloat16]

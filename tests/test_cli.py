@@ -1,5 +1,6 @@
 """The command line: values in its JSON against independent computation, exit codes, and one-line errors."""
 
+import importlib.util
 import json
 import math
 import shutil
@@ -263,6 +264,15 @@ def test_demo(checkpoint, tmp_path, monkeypatch):
         hit = len(set(next(bench.cases(bench.Shape(4, 64, 32, 2), tokens)).topk_ids.flatten().tolist()))
         assert row["touched_bytes"] == hit * (3 * HIDDEN * INTERMEDIATE * 9 // 16 + 12), mode
     assert "demo passed: 2 layers, eager and compiled, within 0.004 of fp64" in result.stdout
+    if importlib.util.find_spec("transformers") is None:
+        assert "pip install 'torch-nvfp4[transformers]', and demo does that too" in result.stdout
+        assert "pip install" in report["generation"]
+    else:
+        generation = report["generation"]
+        assert len(generation["tokens"]) == 24
+        assert len(set(generation["tokens"])) > 4
+        assert 0 < generation["mean_kl"] <= 0.1
+        assert f"transformers {generation['transformers']} generated 24 tokens on the packed weights" in result.stdout
 
 
 def test_demo_of_layers_that_differ(tmp_path, monkeypatch):

@@ -165,7 +165,8 @@ def to_nvfp4(weight: MXFP4Weight, *, gated: bool = False) -> NVFP4Weight:
     share = 2 if gated else 1
     matrices = data.reshape(math.prod(batch), share, n // share, half_k)
     spread = spread_scales(scale).reshape(*matrices.shape[:3], -1)
-    block_scale, global_scale = torch.empty_like(spread), torch.empty(len(matrices), share, dtype=torch.float32)
+    block_scale = torch.empty_like(spread)
+    global_scale = torch.empty(len(matrices), share, dtype=torch.float32, device="cpu")
     for i in range(len(matrices)):
         try:
             exponents = global_exponents(matrices[i], spread[i])

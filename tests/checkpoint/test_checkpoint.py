@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from pathlib import Path
 
@@ -199,6 +200,37 @@ def test_progress(original: Path) -> None:
     assert calls == [(1, 2), (2, 2)]
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3, 100])
+def test_threads_read_the_same_bytes(threads: int, original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = Checkpoint.open(original).experts(1, progress=lambda *_: None)  # read by one thread
+    used: set[int] = set()
+    read = Shards.read
+
+    def noting(shards: Shards, info: TensorInfo, begin: int, out: Tensor) -> None:
+        used.add(id(shards))
+        read(shards, info, begin, out)
+
+    monkeypatch.setattr(Shards, "read", noting)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    before = len(os.listdir("/proc/self/fd"))
+    got = Checkpoint.open(original).experts(1)
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(used) == min(threads, EXPERTS)
+    for a, b in zip(expected, got, strict=True):
+        for part, other in zip(a, b, strict=True):
+            assert_equal(other, part)
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_the_first_expert_that_is_wrong_is_named(threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever thread finds its error first."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    names = [f"layers.0.ffn.experts.{expert}.w3.weight_scale_2" for expert in (1, 3)]
+    write_changed(tmp_path, lambda tensors: tensors.update((name, torch.tensor(float("nan"))) for name in names))
+    with raises(names[0], "a finite global scale, got nan"):
+        Checkpoint.open(tmp_path).experts(0)
+
+
 @pytest.fixture
 def read_bytes(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Bytes of each tensor that were read."""
@@ -267,3 +299,24 @@ def test_categories(leaves: dict[str, torch.dtype], category: str, tmp_path: Pat
     assert only.nbytes == sum(tensor.nbytes for tensor in tensors.values())
     assert (checkpoint.layout, checkpoint.linears) == (None, ())
     assert checkpoint.summary().num_experts is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_torchs_defaults_change_nothing(original: Path, dtype: torch.dtype) -> None:
+    """Models are often loaded under another default dtype, or inside ``with torch.device("cuda")``."""
+    checkpoint = Checkpoint.open(original)
+
+    def read() -> list[Tensor]:
+        w13, w2 = checkpoint.experts(1)
+        return [*w13, *w2, *checkpoint.linear("layers.1.ffn.experts.2.w3"), checkpoint.expert_map()]
+
+    expected = read()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            got = read()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for a, b in zip(got, expected, strict=True):
+        assert (a.dtype, a.device) == (b.dtype, b.device)
+        assert_equal(a, b)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 HIDDEN, INTERMEDIATE, EXPERTS, LAYERS, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY, TOP_K = 128, 64, 8, 2, 4, 2, 32, 512, 2
@@ -84,6 +84,39 @@ def write(folder: Path, layout: str, *, up_gain: float = 1.0, seed: int = 0, see
                 quantized |= _stored(module, matrix, layout)
     _save(folder / "dense", dense, _config("float32"))
     _save(folder / "quantized", quantized, _config(seeded) | {"quantization_config": _quantization(layout)})
+
+
+def write_unquantized(folder: Path, *, seed: int = 0) -> None:
+    """``folder/source``: such a model in bf16 with experts that no NVFP4 weight is equal to."""
+    write(folder, "modelopt", seed=seed, seeded="bfloat16")
+    generator = torch.Generator().manual_seed(seed + 1)
+    tensors = {name: value.bfloat16() for name, value in load_file(folder / "dense" / "model.safetensors").items()}
+    for name, value in tensors.items():
+        if ".experts." in name:
+            gain = 1.0 if "down_proj" in name else 2.0
+            value.copy_(torch.randn(value.shape, generator=generator) * gain * value.shape[1] ** -0.5)
+    _save(folder / "source", tensors, _config("bfloat16"))
+
+
+def write_dense(folder: Path, quantized: Path) -> None:
+    """``folder/dense``: what the experts of a quantized checkpoint stand for, and the rest of it, in fp32."""
+    tensors: dict[str, Tensor] = {}
+    for file in quantized.glob("*.safetensors"):
+        tensors |= load_file(file)
+    dense = {}
+    for name, value in tensors.items():
+        module = name.removesuffix(".weight_packed").removesuffix(".weight")
+        if name.endswith(".weight_packed"):
+            global_scale = 1.0 / tensors[f"{module}.weight_global_scale"].reshape(())
+        elif value.dtype == torch.uint8:
+            global_scale = tensors[f"{module}.weight_scale_2"]
+        elif ".experts." in name:
+            continue  # the scales
+        else:
+            dense[name] = value.float()
+            continue
+        dense[f"{module}.weight"] = NVFP4(value, tensors[f"{module}.weight_scale"], global_scale).dequantized()
+    _save(folder / "dense", dense, _config("float32"))
 
 
 def _stored(module: str, matrix: NVFP4, layout: str) -> dict[str, Tensor]:

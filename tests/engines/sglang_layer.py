@@ -56,8 +56,9 @@ def random_inputs(seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def reference(experts: Experts, hidden_states: Tensor, weights: Tensor, ids: Tensor, *, limit: float | None = None,
-              alpha: float | None = None, on_input: bool = False, activation: str = "silu") -> Tensor:  # fmt: skip
-    """The layer in fp64, token by token."""
+              alpha: float | None = None, step: float | None = None, on_input: bool = False,
+              activation: str = "silu") -> Tensor:  # fmt: skip
+    """The layer in fp64, token by token. ``limit`` clamps before SiLU, ``step`` behind it."""
     rows = []
     for x, token_weights, token_ids in zip(hidden_states.double(), weights.double(), ids.tolist(), strict=True):
         row = torch.zeros(HIDDEN, dtype=torch.float64)
@@ -66,7 +67,9 @@ def reference(experts: Experts, hidden_states: Tensor, weights: Tensor, ids: Ten
             up = experts[expert, "w3"].dequantized() @ x * (weight if on_input else 1.0)
             if limit is not None:
                 gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-            if activation == "gelu":
+            if step is not None:
+                middle = torch.nn.functional.silu(gate).clamp(max=step) * up.clamp(-step, step)
+            elif activation == "gelu":
                 middle = torch.nn.functional.gelu(gate) * up
             elif alpha is None:
                 middle = torch.nn.functional.silu(gate) * up

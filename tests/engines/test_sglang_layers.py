@@ -10,6 +10,7 @@ import torch
 
 from engines import sglang_layer, sglang_stubs
 from engines.sglang_layer import load, make_layer, random_experts, random_inputs, reference, run, sglang_process
+from helpers.recorded import RecordedOps
 
 sglang_stubs.install()
 
@@ -71,7 +72,7 @@ def test_weights_are_packed_once_and_the_loaded_tensors_freed(layout: str) -> No
 
 GATES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "no limit": ({}, {}),
-    "gemm1_clamp_limit": ({"gemm1_clamp_limit": LIMIT}, {"limit": LIMIT}),
+    "gemm1_clamp_limit": ({"gemm1_clamp_limit": LIMIT}, {"step": LIMIT}),
     "alpha": (
         {"gemm1_alpha": 1.702, "gemm1_clamp_limit": LIMIT, "gate_up_interleaved": False},
         {"alpha": 1.702, "limit": LIMIT},
@@ -112,6 +113,22 @@ def test_two_ranks_add_up(kind: str, layout: str) -> None:
     assert error(total, reference(experts, *inputs, limit=LIMIT)) < 2 * TOLERANCE[torch.float32]
 
 
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_deterministic_inference(deterministic: bool) -> None:
+    """--enable-deterministic-inference reaches the op, and a token's row has the bits that it has alone."""
+    experts, (x, weights, ids) = random_experts(), random_inputs()
+    with sglang_process({"enable_deterministic_inference": deterministic}):
+        layer = make_layer("modelopt", swiglu_limit=LIMIT)
+        load(layer, experts, "modelopt")
+        with RecordedOps("batch_invariant") as seen:
+            whole = run(layer, x.clone(), weights, ids)
+        rows = [run(layer, x[[t]], weights[[t]], ids[[t]]) for t in range(len(x))]
+    assert seen.values == [deterministic]
+    assert error(whole, reference(experts, x, weights, ids, limit=LIMIT)) < TOLERANCE[torch.float32]
+    if deterministic:
+        assert torch.equal(torch.cat(rows), whole)
+
+
 def test_ids_of_dropped_tokens() -> None:
     experts, (x, weights, ids) = random_experts(), random_inputs()
     ids[2:5] = -1
@@ -120,6 +137,17 @@ def test_ids_of_dropped_tokens() -> None:
         load(layer, experts, "modelopt")
         got = run(layer, x, weights, ids)
     assert torch.equal(got[2:5], torch.zeros_like(got[2:5]))
+
+
+def test_routing_that_is_cut_out_of_more() -> None:
+    """Columns of wider tensors, whose rows lie apart."""
+    experts, (x, weights, ids) = random_experts(), random_inputs()
+    with sglang_process():
+        layer = make_layer("modelopt")
+        load(layer, experts, "modelopt")
+        wide = torch.cat((weights, weights), dim=1)[:, : sglang_layer.TOP_K]
+        got = run(layer, x, wide, ids.T.contiguous().T)
+        assert torch.equal(got, run(layer, x, weights, ids))
 
 
 def test_the_scaling_factor_that_the_runner_owes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,15 +247,59 @@ def test_another_sglang_class_is_not_taken_silently(
             Derived(sglang_layer.quant_config("modelopt"))
 
 
-def test_formats_that_the_runner_does_not_read() -> None:
+def test_the_formulas_are_those_of_sglangs_triton_runner() -> None:
+    """Its own functions, called with the same limit."""
+    from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe
+
+    from torch_nvfp4.integrations.sglang.support import layer_gate
+
+    x = torch.linspace(-6, 6, 64).repeat(64, 1)
+    x = torch.cat((x, x.T), dim=1)
+    gate, up = x.chunk(2, dim=1)
+    limit_only, with_alpha = fused_moe._swiglu_silu_clamp_mul, fused_moe.swiglu_no_interleaved_with_alpha_and_limit
+    cases: list[tuple[dict[str, Any], Any, tuple[float, ...]]] = [
+        ({"gemm1_clamp_limit": LIMIT}, limit_only, (LIMIT,)),
+        (GATES["alpha"][0], with_alpha, (1.702, LIMIT)),
+    ]
+    for config, function, values in cases:
+        with sglang_process():
+            ours = layer_gate(make_layer("modelopt", **config).moe_runner_config)
+        wanted = function.__wrapped__(x, *values)
+        got = ours(gate, up)
+        torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["modelopt", "w4a4"])
+def test_packed_routing(layout: str) -> None:
+    """int32 of an id and the bits of a weight in bfloat16, which a fused gate hands out."""
     from sglang.srt.layers.moe.topk import PackedTopKOutput
 
-    experts, (x, _, ids) = random_experts(), random_inputs()
+    experts, (x, weights, ids) = random_experts(), random_inputs()
+    weights = weights.to(torch.bfloat16)
+    ids[2:4, 1] = -1
+    packed = (ids << 16) | (weights.view(torch.int16).to(torch.int32) & 0xFFFF)
+    logits = torch.zeros(x.shape[0], sglang_layer.EXPERTS)
+    with sglang_process():
+        layer = make_layer(layout)
+        load(layer, experts, layout)
+        got = layer(x, PackedTopKOutput(packed, logits))
+        assert torch.equal(got, run(layer, x, weights.float(), ids))
+    with sglang_process(moe_ep_size=2, moe_ep_rank=0, tp_size=2, tp_rank=0, attn_tp_size=2):
+        layer = make_layer(layout)
+        load(layer, experts, layout)
+        with pytest.raises(RuntimeError, match=r"expected topk_weights .* a rank has 3 of 6 experts, got PackedTopK"):
+            layer(x, PackedTopKOutput(packed, logits))
+
+
+def test_formats_that_the_runner_does_not_read() -> None:
+    from sglang.srt.layers.moe.topk import BypassedTopKOutput
+
+    experts, (x, _, _) = random_experts(), random_inputs()
     with sglang_process():
         layer = make_layer("modelopt")
         load(layer, experts, "modelopt")
-        with pytest.raises(RuntimeError, match="expected topk_weights and topk_ids, got PackedTopKOutput"):
-            layer(x, PackedTopKOutput(ids, torch.zeros(x.shape[0], sglang_layer.EXPERTS)))
+        with pytest.raises(RuntimeError, match="expected topk_weights and topk_ids, got BypassedTopKOutput"):
+            layer(x, BypassedTopKOutput(x, torch.zeros(x.shape[0], sglang_layer.EXPERTS), None))
 
 
 def test_registering_twice_changes_nothing() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -69,6 +70,17 @@ def generate(folder: Path, environment: dict[str, str], limit: float | None, opt
     return run, json.loads(result.read_text()) if result.exists() else None
 
 
+def command(arguments: list[str]) -> int:
+    """The exit code of torch-nvfp4."""
+    from typer.testing import CliRunner
+
+    from torch_nvfp4.cli import app
+
+    run = CliRunner().invoke(app, arguments)
+    print(run.output)
+    return run.exit_code
+
+
 def differences(reference: Reference, results: list[dict[str, Any]]) -> tuple[float, float]:
     """The largest difference of a log-probability, and the most by which a token is less likely than the best."""
     error = gap = 0.0
@@ -116,6 +128,31 @@ def test_require_ends_an_engine_that_asks_for_another_backend(
         "TORCH_NVFP4_VLLM=require: torch_nvfp4 cannot run these NVFP4 experts: expected --moe-backend auto, got "
         in (run.stdout)
     )
+
+
+@pytest.mark.parametrize(
+    ("layout", "dtype", "tolerance"), [("modelopt", "float16", FP16), ("compressed-tensors", "float32", FP32)]
+)
+def test_what_quantize_writes(
+    tmp_path: Path, engine_environment: dict[str, str], layout: str, dtype: str, tolerance: float
+) -> None:
+    """``torch-nvfp4 quantize``, then vLLM: the log-probabilities are those of the dequantized result in fp32."""
+    qwen3_moe.write_unquantized(tmp_path / "made")
+    result = tmp_path / "quantized"
+    assert command(["quantize", str(tmp_path / "made" / "source"), str(result), "--layout", layout]) == 0
+    qwen3_moe.write_dense(tmp_path, result)
+    environment = engine_environment | {"TORCH_NVFP4_VLLM": "require"}
+    run, results = generate(tmp_path, environment, None, EAGER | {"dtype": dtype})
+    assert run.returncode == 0, run.stdout[-4000:]
+    assert "for NVFP4 experts (NVFP4Experts, silu, no clamp)" in run.stdout, run.stdout[-4000:]
+    error, gap = differences(Reference(tmp_path), results)
+    print(f"largest error of a log-probability {error:.2e}, of a choice {gap:.2e}")
+    assert error < tolerance
+    assert gap < 2 * tolerance
+    # Not the model that was quantized: that has other log-probabilities.
+    (tmp_path / "dense").rename(tmp_path / "dequantized")
+    shutil.copytree(tmp_path / "made" / "source", tmp_path / "dense")
+    assert differences(Reference(tmp_path), results)[0] > 4 * tolerance
 
 
 def free_port() -> int:

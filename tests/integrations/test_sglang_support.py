@@ -41,8 +41,11 @@ def config(**changes: Any) -> types.SimpleNamespace:
     [
         ({}, Gate()),
         ({"swiglu_limit": 10.0}, Gate(clamp_limit=10.0)),
-        ({"gemm1_clamp_limit": 7.0}, Gate(clamp_limit=7.0)),
-        ({"swiglu_limit": 7.0, "gemm1_clamp_limit": 7.0}, Gate(clamp_limit=7.0)),
+        ({"gemm1_clamp_limit": 7.0}, Gate("swiglustep", clamp_limit=7.0)),
+        (
+            {"swiglu_limit": 7.0, "gemm1_clamp_limit": 7.0, "gemm1_alpha": 1.5, "gate_up_interleaved": False},
+            Gate(clamp_limit=7.0, alpha=1.5, beta=1.0),
+        ),
         (
             {"gemm1_alpha": 1.702, "gemm1_clamp_limit": 7.0, "gate_up_interleaved": False},
             Gate(clamp_limit=7.0, alpha=1.702, beta=1.0),
@@ -58,6 +61,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"activation": "relu2"}, "expected an activation of silu, gelu, gelu_tanh, got relu2"),
     ({"is_gated": False}, "expected gated experts, got some without a gate"),
     ({"swiglu_limit": 7.0, "gemm1_clamp_limit": 8.0}, "swiglu_limit 7 and gemm1_clamp_limit 8"),
+    # One clamps before SiLU and the other behind it.
+    ({"swiglu_limit": 7.0, "gemm1_clamp_limit": 7.0}, "expected one limit per layer, got swiglu_limit 7 and gemm1_c"),
+    ({"swiglu_limit": 7.0, "gemm1_clamp_limit": 8.0, "gemm1_alpha": 2.0}, "swiglu_limit 7 and gemm1_clamp_limit 8"),
+    ({"gemm1_clamp_limit": 7.0, "activation": "gelu"}, "expected no gemm1_clamp_limit with gelu, got 7"),
     ({"gemm1_beta": 1.0}, "expected no gemm1_beta without gemm1_alpha, got 1"),
     ({"gemm1_alpha": 2.0}, "expected a gemm1_clamp_limit with gemm1_alpha, as SGLang's runners do, got none"),
     ({"gemm1_alpha": 2.0, "gemm1_clamp_limit": 7.0}, "expected gate rows first with gemm1_alpha, got gate_up_interl"),
@@ -90,6 +97,7 @@ def test_gates_that_are_refused(changes: dict[str, Any], message: str) -> None:
         (Process("cuda", (9, 0), load_balancing=True, libraries=ALL), {}, "expected no load balancing"),
         (Process("cuda", (9, 0), paged_experts=True, libraries=ALL), {}, "expected no paged experts"),
         (Process("cuda", (9, 0), replicated_weights=True, libraries=ALL), {}, "expected no weights replicated"),
+        (Process("cuda", (9, 0), cpu_experts=True, libraries=ALL), {}, "expected no experts on the CPU beside those"),
         (HOPPER, {"no_combine": True}, "expected no outputs per expert"),
         (HOPPER, {"hidden_size": 250}, "expected K and I to be multiples of 16, got 250, 128"),
     ],
@@ -204,6 +212,11 @@ def test_report(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SGLANG_USE_CPU_ENGINE", "1")
     monkeypatch.setattr(report_module, "device_error", lambda device, capability: None)
     assert report() == ("0.5.23", True, "TORCH_NVFP4_SGLANG=auto")
+    for with_this in ("", "other, torch_nvfp4"):
+        monkeypatch.setenv("SGLANG_PLUGINS", with_this)
+        assert report() == ("0.5.23", True, "TORCH_NVFP4_SGLANG=auto")
+    monkeypatch.setenv("SGLANG_PLUGINS", " , ")  # with SGLang, none at all
+    assert report()[1:] == (False, "expected torch_nvfp4 in SGLANG_PLUGINS, got ''")
     monkeypatch.setenv("SGLANG_PLUGINS", "other")
     assert report()[1:] == (False, "expected torch_nvfp4 in SGLANG_PLUGINS, got 'other'")
     monkeypatch.setenv("TORCH_NVFP4_SGLANG", "off")

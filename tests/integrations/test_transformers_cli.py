@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from helpers.hf_models import greedy, write_model, write_tokenizer
 from torch_nvfp4.cli import app
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", minversion="5.23")
 
-from torch_nvfp4.integrations.transformers import from_pretrained, serving, unregister  # noqa: E402
+from torch_nvfp4.integrations.transformers import from_pretrained, generation, serving, unregister  # noqa: E402
 from torch_nvfp4.integrations.transformers.generation import GeneratedText, Sampling  # noqa: E402
 
 
@@ -65,12 +68,13 @@ def test_sampling_is_repeatable(path: Path) -> None:
     assert run(1) == run(1) != run(2)
     assert Sampling(8, 0.5, 0.9, 3).arguments() == {
         "max_new_tokens": 8, "do_sample": True, "temperature": 0.5, "top_p": 0.9, "top_k": 3,
+        "num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False,
     }  # fmt: skip
 
 
 def test_the_rate_is_of_the_tokens_after_the_first() -> None:
-    assert GeneratedText("", 3, 11, 1.0, 2.0, False).decode_tokens_per_s == 5.0
-    assert GeneratedText("", 3, 1, 1.0, 0.0, False).decode_tokens_per_s is None
+    assert GeneratedText("", 3, 11, 1.0, 9.0, 0.2, False).decode_tokens_per_s == 5.0
+    assert GeneratedText("", 3, 1, 1.0, 0.0, None, False).decode_tokens_per_s is None
 
 
 def test_what_is_missing_is_one_line(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,12 +91,130 @@ def test_what_is_missing_is_one_line(path: Path, tmp_path: Path, monkeypatch: py
 
     line = error("generate", str(without), "--prompt", "w3")
     assert f"{without}: expected the files of a tokenizer beside the weights, got " in line
+    with monkeypatch.context() as patch:  # the reason where config.json names the class of a tokenizer
+
+        def refuse(*_: object, **__: object) -> None:
+            raise ValueError("none of: \n(1) one, \n(2) two. \nInstall sentencepiece.")
+
+        patch.setattr(transformers.AutoTokenizer, "from_pretrained", refuse)
+        line = error("generate", str(without), "--prompt", "w3")
+        assert line.endswith("beside the weights, got none of: (1) one, (2) two. Install sentencepiece.")
     assert "expected a checkpoint directory, got no such path" in error(
         "generate", str(tmp_path / "no"), "--prompt", "w3"
     )
     assert "expected a checkpoint directory, got no such path" in error("serve", str(tmp_path / "no"))
     monkeypatch.setattr(serving, "is_serve_available", lambda: False)
     assert "got not all of them; pip install 'torch-nvfp4[serve]'" in error("serve", str(path), "--port", "1")
+
+
+@pytest.mark.parametrize("arguments", [("generate", "--prompt", "w3"), ("serve",)])
+def test_another_transformers_is_no_bug(
+    path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    command, *options = arguments
+    real = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "5.19.0" if name == "transformers" else real(name))
+    result = CliRunner().invoke(app, [command, str(path), *options])
+    extra = {"generate": "transformers", "serve": "serve"}[command]
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.splitlines()[-1] == (
+        f"torch-nvfp4 {command}: expected transformers >= 5.23, < 6, got 5.19.0; "
+        f"pip install 'torch-nvfp4[{extra}]', in an environment apart from an engine that asks for 5.19.0"
+    )
+
+
+def test_a_checkpoint_without_nvfp4_weights_is_not_served(tmp_path: Path) -> None:
+    """transformers would serve it, with nothing of this package."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_moe", "hidden_size": 64}))
+    save_file({"lm_head.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
+    result = CliRunner().invoke(app, ["serve", str(tmp_path)])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.splitlines()[-1] == (
+        f"torch-nvfp4 serve: {tmp_path}: expected NVFP4 weights, got none; torch-nvfp4 quantize makes them"
+    )
+
+
+def edit(file: Path, **changes: Any) -> None:
+    content = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps(content | changes))
+
+
+BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a template that refuses": (
+        lambda copy: edit(copy / "tokenizer_config.json", chat_template="{{ raise_exception('roles alternate') }}"),
+        "expected a checkpoint and a prompt that transformers can run (PATH), got TemplateError: roles alternate",
+    ),
+    "a template that is none": (
+        lambda copy: edit(copy / "tokenizer_config.json", chat_template="{% if %}"), "got TemplateSyntaxError: ",
+    ),
+    "a config of another type": (
+        lambda copy: edit(copy / "config.json", num_attention_heads="x"),
+        "got StrictDataclassFieldValidationError: Validation error for field 'num_attention_heads'",
+    ),
+    "a config that does not fit the weights": (
+        lambda copy: edit(copy / "config.json", vocab_size=300), "got RuntimeError: You set `ignore_mismatched_sizes`",
+    ),
+    "a tokenizer that is none": (lambda copy: (copy / "tokenizer.json").write_text("[]"), "got TypeError: "),
+    "a model of the checkpoint's own code": (
+        lambda copy: edit(copy / "config.json", model_type="own", auto_map={"AutoConfig": "own.Config"}),
+        "custom code",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_what_transformers_raises_is_one_line(path: Path, tmp_path: Path, case: str) -> None:
+    change, words = BROKEN[case]
+    copy = tmp_path / "copy"
+    shutil.copytree(path, copy)
+    change(copy)
+    result = CliRunner().invoke(app, ["generate", str(copy), "--prompt", "w3", "--device", "cpu"], input="y\n")
+    line = result.stderr.splitlines()[-1]
+    assert result.exit_code == 2, result.stderr
+    assert result.stdout == ""
+    assert line.startswith("torch-nvfp4 generate: ")
+    assert words.replace("PATH", str(copy)) in line
+
+
+def test_a_bug_is_still_a_bug(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise TypeError("of this package")
+
+    broken.__code__ = broken.__code__.replace(co_filename=generation.__file__)
+    monkeypatch.setattr(generation, "from_pretrained", broken)
+    result = CliRunner().invoke(app, ["generate", str(path), "--prompt", "w3", "--device", "cpu"])
+    assert result.exit_code == 3
+    assert "this is a bug in torch_nvfp4" in result.stderr
+    assert "TypeError: of this package" in result.stderr
+
+
+def test_generate_makes_one_sequence(path: Path, tmp_path: Path) -> None:
+    """Whatever the checkpoint's generation_config.json says."""
+    copy = tmp_path / "copy"
+    shutil.copytree(path, copy)
+    edit(copy / "generation_config.json", num_beams=3, num_return_sequences=2, return_dict_in_generate=True)
+    arguments = ["--prompt", "w3", "--max-new-tokens", "4", "--device", "cpu", "--dtype", "fp32"]
+    results = [CliRunner().invoke(app, ["generate", str(folder), *arguments]) for folder in (path, copy)]
+    assert results[1].exit_code == 0, results[1].stderr
+    assert results[1].stdout == results[0].stdout
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["--prompt", "w3 \udcff"], r"--prompt: expected text in UTF-8, got 'w3 \udcff'"),
+    (["--prompt", "w3", "--temperature", "1e-40"], "--temperature: expected 0, which takes the likeliest token, or at"),
+])  # fmt: skip
+def test_requests_that_no_model_can_answer(path: Path, arguments: list[str], words: str) -> None:
+    result = CliRunner().invoke(app, ["generate", str(path), *arguments])
+    assert result.exit_code == 2
+    assert words in result.stderr
+
+
+@pytest.mark.parametrize("command", ["generate", "serve"])
+def test_another_version_of_transformers(path: Path, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "5.22.0")
+    result = CliRunner().invoke(app, [command, str(path), *(["--prompt", "w3"] if command == "generate" else [])])
+    assert result.exit_code == 2
+    assert "expected transformers >= 5.23, < 6, got 5.22.0; pip install 'torch-nvfp4[" in result.stderr
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +273,57 @@ def test_serve_answers_openais_client(path: Path, server: str) -> None:
     # The server closes the connection of an error; the next client has its own.
     client = openai.OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0)
     assert chat().endswith(expected)
+
+
+@pytest.mark.parametrize("written", ["--port {}", "--port={}"])
+def test_an_address_in_use(path: Path, written: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said before the model is loaded."""
+    monkeypatch.setattr(serving, "is_serve_available", lambda: True)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        arguments = ["serve", str(path), "--host", "127.0.0.1", *written.format(port).split()]
+        result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    words = f"torch-nvfp4 serve: --host, --port: expected an address that is free, got 127.0.0.1:{port}, which another"
+    assert result.stderr.startswith(words)
+
+
+def ending(error: BaseException | int) -> Callable[..., int]:
+    def run(**_: object) -> int:
+        if isinstance(error, int):
+            return error
+        raise error
+
+    return run
+
+
+def test_how_serve_ends(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C is 130 as in every command; a server that does not start is no bug of this package."""
+    from transformers.cli import transformers as program
+
+    monkeypatch.setattr(serving, "is_serve_available", lambda: True)
+    interrupted = RuntimeError()
+    interrupted.__cause__ = KeyboardInterrupt()
+    cases: list[tuple[BaseException | int, int, str]] = [
+        (interrupted, 130, "torch-nvfp4 serve: interrupted"), (0, 0, ""), (4, 4, ""), (SystemExit(143), 143, ""),
+        (SystemExit(3), 2, "torch-nvfp4 serve: expected the server to start, got what it says above"),
+    ]  # fmt: skip
+    for error, code, words in cases:
+        monkeypatch.setattr(program, "app", ending(error))
+        result = CliRunner().invoke(app, ["serve", str(path), "--port", "0"])
+        unregister()
+        assert result.exit_code == code
+        assert words in result.stderr
+
+
+def test_an_option_that_the_server_does_not_have(path: Path) -> None:
+    pytest.importorskip("fastapi")
+    result = CliRunner().invoke(app, ["serve", str(path), "--nonsense"])
+    unregister()
+    assert result.exit_code == 2
+    assert "--nonsense" in result.stderr
 
 
 def test_serve_hands_its_options_on(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import pytest
 from helpers.hf_models import write_model
 from torch_nvfp4.checkpoint import Checkpoint, write_checkpoint
 
-pytest.importorskip("transformers")
+pytest.importorskip("transformers", minversion="5.23")
 
 PROGRAM = Path(__file__).parents[1] / "helpers" / "hf_memory.py"
 PACKAGE = Path(__file__).parents[2]

@@ -16,7 +16,7 @@ from helpers.hf_models import LIMIT, QWEN_LAYOUTS, greedy, prompt, relative, wri
 from torch_nvfp4.checkpoint import Checkpoint
 from torch_nvfp4.gate import Gate
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", minversion="5.23")
 
 from torch_nvfp4.integrations.transformers import (  # noqa: E402
     TorchNVFP4Config,

@@ -13,7 +13,7 @@ import torch
 
 from helpers.hf_models import greedy, prompt, relative, write_model
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", minversion="5.23")
 
 from torch_nvfp4.integrations.transformers import from_pretrained  # noqa: E402
 

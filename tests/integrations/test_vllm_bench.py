@@ -175,7 +175,19 @@ def runs(monkeypatch):
     monkeypatch.setattr(serve, "_run", run)
     monkeypatch.setattr(command, "score", lambda job, files, device, progress: None)
     monkeypatch.setattr(command, "_print_scores", lambda scores: None)
+    monkeypatch.setattr(command, "_check_vllm", lambda: None)
     return asked
+
+
+@pytest.mark.parametrize("what", ["serve", "layer"])
+def test_without_vllm_nothing_is_written(what, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
+    assert command.main([what, "--tiny", "--dir", str(tmp_path / "model")]) == 1
+    captured = capsys.readouterr()
+    assert captured.err == (
+        "error: expected vLLM beside torch_nvfp4, got no module vllm; pip install both into one environment\n"
+    )
+    assert not (tmp_path / "model").exists()
 
 
 def test_the_first_pair_scores_and_does_not_count_and_sides_change_places(runs, tmp_path, capsys):

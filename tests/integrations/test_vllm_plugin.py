@@ -5,20 +5,21 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
+import math
 import sys
-from collections.abc import Callable, Iterator
-from types import ModuleType, SimpleNamespace
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from helpers import fake_vllm
-from helpers.fake_vllm import ORACLE, USER, VERSIONS, moe_config
+from helpers.fake_vllm import VERSIONS, moe_config
 from helpers.layers import activations, make_layer, routed
+from helpers.recorded import RecordedOps
+from helpers.vllm_layers import EXPERTS, HIDDEN, INTERMEDIATE, TOP_K, Plugin, apply, build, close, select, vllm_layer
 from torch_nvfp4 import reference
 from torch_nvfp4.backends import Libraries
 from torch_nvfp4.format import NVFP4Weight
@@ -29,93 +30,6 @@ from torch_nvfp4.integrations.vllm.weights import gate_up_scales
 
 BOTH = Libraries(cpu_ops=True, cuda_ops=True, flashinfer=False)
 NONE = Libraries(cpu_ops=False, cuda_ops=False, flashinfer=False)
-EXPERTS, HIDDEN, INTERMEDIATE, TOP_K = 4, 64, 32, 2
-
-
-class Plugin:
-    """The plug-in, installed into a stand-in."""
-
-    def __init__(self, modules: dict[str, ModuleType]) -> None:
-        self.oracle, self.user = modules[ORACLE], modules[USER]
-        self.mode = "auto"
-        self.module = importlib.import_module("torch_nvfp4.integrations.vllm.oracle")
-        self.module.install(lambda: self.mode)
-
-
-def select(plugin: Plugin, **changes: Any) -> Any:
-    """vLLM's choice for a layer, and the class of its experts."""
-    weight_key, activation_key = changes.pop("weight_key", "static"), changes.pop("activation_key", None)
-    return plugin.user.select_nvfp4_moe_backend(moe_config(**changes), weight_key, activation_key=activation_key)
-
-
-@pytest.fixture
-def make_plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Plugin]]:
-    ours = [f"torch_nvfp4.integrations.vllm.{name}" for name in ("oracle", "experts", "platform")]
-
-    def make(version: str = "0.33.0", device: str = "cpu", capability: tuple[int, int] | None = None) -> Plugin:
-        for name in [name for name in sys.modules if name.split(".")[0] == "vllm"]:
-            monkeypatch.delitem(sys.modules, name)
-        for name in ours:  # they have imported the vLLM of another test
-            sys.modules.pop(name, None)
-        modules = fake_vllm.engine(version, device, capability)
-        for name, module in modules.items():
-            monkeypatch.setitem(sys.modules, name, module)
-        return Plugin(modules)
-
-    yield make
-    for name in ours:
-        sys.modules.pop(name, None)
-
-
-def vllm_layer(layer: Any, layout: str) -> tuple[SimpleNamespace, dict[str, Tensor]]:
-    """What a layer of vLLM holds after loading, and what its quantization method hands to the conversion."""
-    w13, w2 = layer
-    held = SimpleNamespace()
-    if layout == "modelopt":
-        held.w13_weight_scale_2, held.w2_weight_scale_2 = w13.global_scale, w2.global_scale
-        gate, down = w13.global_scale[:, 0], w2.global_scale
-    else:
-        held.w13_weight_global_scale, held.w2_weight_global_scale = 1.0 / w13.global_scale, 1.0 / w2.global_scale
-        gate, down = 1.0 / held.w13_weight_global_scale[:, 0].contiguous(), 1.0 / held.w2_weight_global_scale
-    handed = {"w13": w13.data, "w13_scale": w13.scale, "w13_scale_2": gate, "a13_scale": torch.ones(EXPERTS),
-              "w2": w2.data, "w2_scale": w2.scale, "w2_scale_2": down, "a2_scale": torch.ones(EXPERTS)}  # fmt: skip
-    return held, handed
-
-
-def build(plugin: Plugin, layer: Any, layout: str, config: SimpleNamespace) -> tuple[Any, Tensor, Tensor]:
-    """The experts that vLLM makes of a layer, and the two weights it calls them with."""
-    backend = plugin.module.Backend.TORCH_NVFP4
-    batched_format = config.moe_parallel_config.use_batched_activation_format
-    cls = plugin.module.NVFP4BatchedExperts if batched_format else plugin.module.NVFP4Experts
-    held, handed = vllm_layer(layer, layout)
-    w13, w13_scale, w13_scale_2, a13_scale, w2, w2_scale, w2_scale_2, a2_scale = (
-        plugin.user.convert_to_nvfp4_moe_kernel_format(
-            nvfp4_backend=backend, layer=held, is_act_and_mul=True, **handed
-        )
-    )  # fmt: skip
-    assert a13_scale is None
-    assert a2_scale is None
-    assert {len(tensor) for tensor in (w13, w13_scale, w13_scale_2, w2, w2_scale, w2_scale_2)} == {EXPERTS}
-    quant = plugin.user.make_nvfp4_moe_quant_config(
-        backend=backend, w13_scale=w13_scale, w2_scale=w2_scale, w13_scale_2=w13_scale_2, w2_scale_2=w2_scale_2,
-        a13_scale=None, a2_scale=None, swiglu_limit=config.swiglu_limit,
-    )  # fmt: skip
-    batched = {"max_num_tokens": 8, "num_dispatchers": 1} if batched_format else {}
-    return cls(config, quant, **batched), w13, w2
-
-
-def apply(
-    experts: Any, output: Tensor, x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor,
-    activation: Any = None, expert_map: Any = None, on_input: bool = False, meta: Any = None,
-) -> None:  # fmt: skip
-    empty = x.new_empty(0)
-    experts.apply(
-        output, x, w13, w2, weights, ids, activation, EXPERTS, expert_map, None, None, empty, empty, meta, on_input
-    )
-
-
-def close(got: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])
@@ -236,6 +150,32 @@ def test_batched_activations(make_plugin: Callable[..., Plugin], version: str) -
         apply(experts, output, x, w13, w2, torch.ones(8, 1), torch.zeros(8, 1, dtype=torch.int32))
 
 
+def test_batch_invariance(make_plugin: Callable[..., Plugin], monkeypatch: pytest.MonkeyPatch) -> None:
+    """VLLM_BATCH_INVARIANT reaches the op, so that a token's row has the bits that it has alone."""
+    plugin = make_plugin()
+    monkeypatch.setattr(sys.modules["vllm.envs"], "VLLM_BATCH_INVARIANT", True)
+    plugin.mode = "require"
+    assert select(plugin)[1] is plugin.module.NVFP4Experts
+    with pytest.raises(ValueError, match="kernel does not support batch invariance"):
+        select(plugin, batched=True)
+    layer = make_layer(EXPERTS, HIDDEN, INTERMEDIATE, seed=1)
+    config = moe_config(in_dtype=torch.float32, swiglu_limit=0.7)
+    x = activations(40, HIDDEN, seed=2).float()
+    weights, ids, _, _ = routed(40, EXPERTS, TOP_K, seed=3)
+    for asked in (True, False):
+        monkeypatch.setattr(sys.modules["vllm.envs"], "VLLM_BATCH_INVARIANT", asked)
+        experts, w13, w2 = build(plugin, layer, "modelopt", config)
+        whole, row = torch.full_like(x, torch.nan), torch.full_like(x[:1], torch.nan)
+        with RecordedOps("batch_invariant") as seen:
+            apply(experts, whole, x, w13, w2, weights, ids)
+        assert seen.values == [asked]
+        close(whole, reference.moe(x.double(), *layer, weights, ids, clamp_limit=0.7))
+        for token in range(40 if asked else 0):
+            one = slice(token, token + 1)
+            apply(experts, row, x[one], w13, w2, weights[one], ids[one])
+            assert torch.equal(row, whole[one])
+
+
 def test_moe_problem_size(make_plugin: Callable[..., Plugin]) -> None:
     experts, w13, w2 = build(make_plugin(), make_layer(EXPERTS, HIDDEN, INTERMEDIATE, seed=1), "modelopt", moe_config())
     ids = torch.zeros(9, TOP_K)
@@ -346,6 +286,12 @@ REFUSED: list[tuple[dict[str, Any], str, tuple[int, int] | None, str]] = [
     ({"moe_backend": "marlin"}, "cpu", None, "expected --moe-backend auto, got marlin"),
     ({"has_bias": True}, "cpu", None, "expected experts without biases, got some with"),
     ({"enable_eplb": True}, "cpu", None, "expected no load balancing of experts (enable_eplb)"),
+    ({"use_all2all_kernels": True, "all2all_backend": "flashinfer_nvlink_two_sided"}, "cuda", (9, 0),
+     "expected an --all2all-backend of allgather_reducescatter, deepep_high_throughput, deepep_low_latency, deepep_v2, "
+     "nixl_ep, got flashinfer_nvlink_two_sided"),
+    ({"use_all2all_kernels": True, "all2all_backend": "moonep"}, "cuda", (9, 0), "nixl_ep, got moonep"),
+    # vLLM does without its own exchange here, however many ranks there are.
+    ({"all2all_backend": "passthrough"}, "cuda", (9, 0), "nixl_ep, got passthrough"),
     ({"hidden_dim": 72}, "cpu", None, "expected K and I to be multiples of 16, got 72, 32"),
     ({"intermediate_size_per_partition": 40}, "cuda", (9, 0), "expected K and I to be multiples of 16, got 64, 40"),
     ({"in_dtype": torch.float32}, "cuda", (9, 0), "expected hidden_states in bfloat16 or float16, got float32"),
@@ -361,7 +307,7 @@ REFUSED: list[tuple[dict[str, Any], str, tuple[int, int] | None, str]] = [
     ({"swiglu_limit": 0.0}, "cpu", None, "expected clamp_limit to be finite and positive"),
     ({"activation": "SWIGLUOAI_UNINTERLEAVE"}, "cpu", None, "expected a swiglu_limit with SWIGLUOAI_UNINTERLEAVE"),
     ({"activation": "SWIGLUSTEP", "swiglu_limit": 5.0}, "cpu", None, "expected swiglu_limit 7.0 with SWIGLUSTEP"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("changes", "device", "capability", "reason"), REFUSED)
@@ -373,7 +319,10 @@ def test_refused(changes: dict[str, Any], device: str, capability: tuple[int, in
 
 def test_taken() -> None:
     for device, capability in (("cpu", None), ("cuda", (8, 0)), ("cuda", (9, 0))):
-        assert layer_error(moe_config(), device, capability, step_limit=7.0, libraries=BOTH) is None
+        # Of the exchanges, the one that is named does not matter where there is none.
+        for changes in ({}, {"use_all2all_kernels": True, "all2all_backend": "nixl_ep"}, {"all2all_backend": "moonep"}):
+            config = moe_config(**changes)
+            assert layer_error(config, device, capability, step_limit=7.0, libraries=BOTH) is None
         assert device_error(device, capability, BOTH) is None
         missing = device_error(device, capability, NONE)
         assert missing is not None
@@ -412,6 +361,54 @@ def test_global_scales_off_the_layer() -> None:
     ):
         with pytest.raises(RuntimeError, match=words):
             gate_up_scales(layer, gate)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_global_scales_that_are_not_finite_are_refused(make_plugin: Callable[..., Plugin], value: float) -> None:
+    """And not taken for the sign of a vLLM that hands on something else."""
+    w13, w2 = make_layer(EXPERTS, HIDDEN, INTERMEDIATE, seed=1)
+    for column in (0, 1):
+        scales = w13.global_scale.clone()
+        scales[2, column] = value
+        broken = (NVFP4Weight(w13.data, w13.scale, scales), w2)
+        with pytest.raises(ValueError, match=rf"expected finite values, got {value} at index \[2, {column}\]"):
+            build(make_plugin(), broken, "modelopt", moe_config())
+
+
+def test_converting_what_is_converted_is_an_error(make_plugin: Callable[..., Plugin]) -> None:
+    """As with a second process_weights_after_loading, which leaves nothing to convert."""
+    plugin = make_plugin()
+    layer = make_layer(EXPERTS, HIDDEN, INTERMEDIATE, seed=1)
+    held, handed = vllm_layer(layer, "modelopt")
+    backend = plugin.module.Backend.TORCH_NVFP4
+    keywords: dict[str, Any] = {"nvfp4_backend": backend, "layer": held, "is_act_and_mul": True}
+    w13, w13_scale, both, _, w2, w2_scale, _, _ = plugin.user.convert_to_nvfp4_moe_kernel_format(**keywords, **handed)
+    held.w13_weight_scale_2 = both
+    again = handed | {"w13": w13, "w13_scale": w13_scale, "w2": w2, "w2_scale": w2_scale}
+    with pytest.raises(RuntimeError) as raised:
+        plugin.user.convert_to_nvfp4_moe_kernel_format(**keywords, **again)
+    assert (
+        f"expected w13 as the checkpoint has it, [E, 2I, K / 2], got shape {list(w13.shape)}, which is packed"
+        in str(raised.value)
+    )
+    assert "vLLM's reload_weights" in str(raised.value)
+
+
+@pytest.mark.parametrize("value", ["1", "true", "0", ""])
+@pytest.mark.parametrize("version", ["0.24.0", "0.28.0", "0.29.0", "0.33.0"])
+def test_vllm_is_left_the_backend_that_its_environment_forces(
+    make_plugin: Callable[..., Plugin], monkeypatch: pytest.MonkeyPatch, version: str, value: str
+) -> None:
+    monkeypatch.setenv("VLLM_TEST_FORCE_FP8_MARLIN", value)
+    reason = versions.marlin_error(version)
+    forced = value in ("1", "true") and version < "0.29"
+    assert reason == ("expected VLLM_TEST_FORCE_FP8_MARLIN not to be set, got 1" if forced else None)
+    if forced:
+        plugin = make_plugin(version)
+        assert select(plugin)[0] == "select_nvfp4_moe_backend"
+        plugin.mode = "require"
+        with pytest.raises(ValueError, match="expected VLLM_TEST_FORCE_FP8_MARLIN not to be set, got 1"):
+            select(plugin)
 
 
 def test_nan_scales_are_refused(make_plugin: Callable[..., Plugin]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -91,6 +92,42 @@ def test_what_is_missing_is_named() -> None:
     assert sum(problem.startswith(ORACLE) for problem in unmet("0.32.0", loader(modules))) == 3
 
 
+@pytest.mark.parametrize("error", [
+    ImportError("cannot import name 'tl'"), ModuleNotFoundError("No module named 'triton'", name="triton"),
+    OSError("libcuda.so.1: cannot open shared object file"),
+], ids=lambda error: type(error).__name__)  # fmt: skip
+def test_a_module_that_cannot_be_imported_is_named_with_its_error(error: Exception) -> None:
+    """And once: a vLLM of another platform must not end with an error that says nothing of this package."""
+    modules = fake_vllm.stubs("0.32.0")
+
+    def load(name: str) -> ModuleType:
+        if name == ORACLE:
+            raise error
+        return modules[name]
+
+    wanted = f"{ORACLE}: expected a module that can be imported, got {type(error).__name__}: {error}"
+    assert list(unmet("0.32.0", load)) == [wanted]
+    with pytest.raises(RuntimeError, match=re.escape(f"{wanted}. Set TORCH_NVFP4_VLLM=off to serve with")):
+        check_installed("0.32.0", load)
+
+
+def test_a_vllm_without_the_modules_is_refused_by_its_version() -> None:
+    """Before the plug-in's own modules, which import classes that an older vLLM has not."""
+    program = (
+        "import sys, types; vllm = sys.modules['vllm'] = types.ModuleType('vllm'); vllm.__version__ = '0.20.1'; "
+        "import torch_nvfp4_vllm; torch_nvfp4_vllm.register()"
+    )
+    folder = str(Path(torch_nvfp4_vllm.__file__).parent)
+    environment = {name: value for name, value in os.environ.items() if name != "TORCH_NVFP4_VLLM"}
+    run = subprocess.run([sys.executable, "-c", program], cwd=folder, env=environment, capture_output=True, text=True)
+    assert run.returncode == 1
+    last = run.stderr.strip().splitlines()[-1]
+    assert last.startswith(
+        "RuntimeError: torch_nvfp4's plug-in does not know this vLLM (0.20.1): expected vllm 0.24 to"
+    )
+    assert "Set TORCH_NVFP4_VLLM=off to serve with vLLM's own kernels" in last
+
+
 def test_the_entry_point_imports_the_standard_library_alone() -> None:
     tree = ast.parse(Path(torch_nvfp4_vllm.__file__).read_text())
     at_import = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
@@ -124,6 +161,21 @@ def test_a_bad_mode_names_the_three(monkeypatch: pytest.MonkeyPatch, value: str)
     monkeypatch.setenv("TORCH_NVFP4_VLLM", value)
     with pytest.raises(ValueError, match=f"^TORCH_NVFP4_VLLM: expected auto, require or off, got '{value}'$"):
         torch_nvfp4_vllm.register()
+
+
+def test_vllm_calls_again_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's flag says that plug-ins are loaded before they are."""
+    plugins = ModuleType("vllm.plugins")
+    plugins.plugins_loaded = True  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm.plugins", plugins)
+    monkeypatch.setenv("TORCH_NVFP4_VLLM", "on")
+    with pytest.raises(ValueError, match="TORCH_NVFP4_VLLM: expected auto, require or off, got 'on'"):
+        torch_nvfp4_vllm.register()
+    assert plugins.plugins_loaded is False
+    monkeypatch.setattr(plugins, "plugins_loaded", True)
+    monkeypatch.setenv("TORCH_NVFP4_VLLM", "off")
+    torch_nvfp4_vllm.register()
+    assert plugins.plugins_loaded is True
 
 
 def test_off_leaves_vllm_alone(monkeypatch: pytest.MonkeyPatch) -> None:

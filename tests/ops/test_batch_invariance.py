@@ -15,6 +15,7 @@ from torch import Tensor
 
 import torch_nvfp4
 from helpers.layers import BF16, FP32, GATES, PackedLayer, activations, make_layer, seeded, to
+from helpers.recorded import RecordedOps
 from torch_nvfp4.ops.moe import decomposed_moe
 from torch_nvfp4.ops.select import explain_select
 from torch_nvfp4.testing import random_routing
@@ -119,17 +120,9 @@ def test_out_and_decomposition_pass_it_on(device: str) -> None:
 
 def recorded(call: Any) -> list[Any]:
     """What the ops of a call get for batch_invariant."""
-    seen: list[Any] = []
-
-    class Record(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if op.namespace == "nvfp4" and any(a.name == "batch_invariant" for a in op._schema.arguments):
-                seen.append((kwargs or {}).get("batch_invariant", False))
-            return op(*args, **(kwargs or {}))
-
-    with Record():
+    with RecordedOps("batch_invariant") as seen:
         call()
-    return seen
+    return seen.values
 
 
 def test_setting(device: str) -> None:

@@ -7,6 +7,8 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from helpers import dense_checkpoint as source
+from torch_nvfp4.checkpoint import CheckpointError
 from torch_nvfp4.cli import app
 from torch_nvfp4.convert import open_conversion, run
 
@@ -159,6 +162,29 @@ def test_a_source_that_cannot_be_quantized(tmp_path: Path, case: str) -> None:
     assert not list(tmp_path.rglob("*.partial"))
 
 
+@pytest.mark.parametrize(("key", "what", "got"), [
+    ("hidden_size", "hidden size", 48), ("moe_intermediate_size", "intermediate size", 32),
+])  # fmt: skip
+def test_sizes_that_the_config_does_not_declare(tmp_path: Path, key: str, what: str, got: int) -> None:
+    """Before hours of work, after which no reader would take the result."""
+    path = source.write(tmp_path / "source", small(), source.CONFIG | {key: 64})
+    refused((path, tmp_path / "result"), f"layers.0.mlp.experts.*: expected {what} 64 (from config.json), got {got}")
+    assert not (tmp_path / "result").exists()
+
+
+def test_a_result_that_no_reader_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no config.json, and the run may go on."""
+    path = source.write(tmp_path / "source", small())
+    refusal = SimpleNamespace(reason="no reason")
+    monkeypatch.setattr(run.Checkpoint, "refusals", lambda self: [refusal])
+    refused((path, tmp_path / "result"), "result: expected layers that can be loaded, got no reason")
+    names = {file.name for file in (tmp_path / "result").iterdir()}
+    assert "config.json" not in names
+    assert "quantize.journal.json" in names
+    monkeypatch.undo()
+    assert quantize(path, tmp_path / "result")[0] == 0
+
+
 def test_places(tmp_path: Path) -> None:
     path = source.write(tmp_path / "source", small())
     (tmp_path / "full").mkdir()
@@ -171,6 +197,9 @@ def test_places(tmp_path: Path) -> None:
     refused((tmp_path / "full", tmp_path / "result"), "expected config.json in the directory, got notes.txt")
     refused((path, tmp_path / "full"), "full: expected a new or empty directory", "got notes.txt")
     refused((path, tmp_path / "file"), "file: expected a new or empty directory, got a file")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    refused((path, tmp_path / "dangling"), "expected a new or empty directory, got a symbolic link whose target is")
+    (tmp_path / "dangling").unlink()
     refused((path, path), "expected a directory beside the source, got the source itself")
     refused((path, tmp_path / "link" / "result"), "expected a directory beside the source, got one inside the other")
     refused((path, tmp_path), "expected a directory beside the source, got one inside the other")
@@ -293,6 +322,18 @@ def test_two_runs_at_once(tmp_path: Path) -> None:
     first.close()
 
 
+def test_another_run_that_is_done_meanwhile(tmp_path: Path) -> None:
+    """Its result is not written over, shard by shard, by a run with other options that began before it."""
+    path = source.write(tmp_path / "source", small())
+    late = open_conversion(path, tmp_path / "result", layout="compressed-tensors")
+    assert quantize(path, tmp_path / "result")[0] == 0
+    before = source.contents(tmp_path / "result")
+    with pytest.raises(CheckpointError, match="result: expected a new or empty directory, or an interrupted run's"):
+        late.write()
+    late.close()
+    assert source.contents(tmp_path / "result") == before
+
+
 def test_a_source_that_changes_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = source.write(tmp_path / "source", small())
     truncate = os.truncate
@@ -306,10 +347,39 @@ def test_a_source_that_changes_meanwhile(tmp_path: Path, monkeypatch: pytest.Mon
     assert not list((tmp_path / "result").glob("*.safetensors*"))
 
 
+def test_a_source_that_goes_away(tmp_path: Path) -> None:
+    """The message is about the source, not about what is written."""
+    path = source.write(tmp_path / "source", small())
+    conversion = open_conversion(path, tmp_path / "result")
+    (path / source.SHARDS[1]).unlink()
+    with pytest.raises(CheckpointError, match=f"{source.SHARDS[1]}: .*expected a file that can be read, got No such"):
+        conversion.write()
+    conversion.close()
+
+
+def test_a_source_that_goes_away_while_it_is_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = source.write(tmp_path / "source", small())
+    fsync, count = os.fsync, [0]
+
+    def remove_shard(descriptor: int) -> None:
+        fsync(descriptor)
+        count[0] += 1
+        if count[0] == 3:  # of the journal, its directory and the first shard
+            (path / source.SHARDS[1]).unlink()
+
+    monkeypatch.setattr(os, "fsync", remove_shard)
+    refused((path, tmp_path / "result"), f"source/{source.SHARDS[1]}: expected a file that does not change meanwhile")
+
+
 @pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])
-@pytest.mark.parametrize("leaf", [0, 1, 2])
-def test_a_result_that_is_not_what_was_written(tmp_path: Path, leaf: int, layout: str) -> None:
-    """A disk that changes codes, block scales or a global scale: the comparison fails, and no config is written."""
+@pytest.mark.parametrize(("leaf", "change"), [
+    (0, "halves"), (0, 0), (1, 24), (1, 4), (1, -4), (1, -8), (1, 0), (2, 1.5), (2, 0.75),
+])  # fmt: skip
+def test_a_result_that_is_not_what_was_written(tmp_path: Path, leaf: int, change: Any, layout: str) -> None:
+    """A disk that changes codes, block scales or a global scale: the comparison fails, and no config is written.
+
+    A change of 0 is a part of the file that was lost. Smaller scales saturate what lies above 6 steps.
+    """
     leaves = (".weight", ".weight_scale", ".weight_scale_2")
     if layout == "compressed-tensors":
         leaves = (".weight_packed", ".weight_scale", ".weight_global_scale")
@@ -322,14 +392,16 @@ def test_a_result_that_is_not_what_was_written(tmp_path: Path, leaf: int, layout
     content, values = bytearray(file.read_bytes()), load_file(file)[name + leaves[leaf]]
     entry = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])[name + leaves[leaf]]
     begin = 8 + int.from_bytes(content[:8], "little") + entry["data_offsets"][0]
-    if leaf == 0:  # the halves of a byte exchanged
+    if change == 0:
+        content[begin + 8 : begin + 16] = bytes(8)
+    elif leaf == 0:  # the halves of a byte exchanged
         index = int(((values & 15) != (values >> 4)).reshape(-1).nonzero()[5])
         byte = content[begin + index]
         content[begin + index] = byte >> 4 | (byte & 15) << 4
-    elif leaf == 1:
-        content[begin + 7] = min(0x7E, content[begin + 7] + 24)
+    elif leaf == 1:  # an 8th of an octave is 1
+        content[begin + 7] = min(0x7E, content[begin + 7] + change)
     else:
-        content[begin : begin + 4] = (values * 1.5).numpy().tobytes()
+        content[begin : begin + 4] = (values * change).numpy().tobytes()
     file.write_bytes(content)
     code, out, err = quantize(path, result, "--layout", layout)
     assert code == 1

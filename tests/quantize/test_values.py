@@ -64,6 +64,7 @@ def sources() -> dict[str, tuple[dict[str, Tensor], source.Dense, dict]]:
         "stacks": (source.stacks(dense), dense, {}),
         "separate stacks": (source.stacks(dense, fused=False), dense, {}),
         "swapped stacks": (source.stacks(dense, swapped=True), dense, {}),
+        "separate swapped stacks": (source.stacks(dense, swapped=True, fused=False), dense, {}),
         "fp8 stacks": (fp8_stack, split_stacks(meant_stack), blocks),
     }
 
@@ -207,6 +208,22 @@ def test_the_same_bytes_for_any_number_of_threads(tmp_path: Path) -> None:
     assert "assets/chat.jinja" in results[0]
     assert "tokenizer.json" in results[0]
     assert not [name for name in results[0] if "journal" in name or "partial" in name or name.endswith(".bin")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_torchs_defaults_change_nothing(tmp_path: Path, dtype: torch.dtype) -> None:
+    path = source.write(tmp_path / "source", source.per_expert(source.experts()) | source.others())
+    for layout in LEAVES:
+        convert(path, tmp_path / layout, layout=layout)
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            for layout in LEAVES:
+                convert(path, tmp_path / f"{layout} again", layout=layout)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for layout in LEAVES:
+        assert source.contents(tmp_path / f"{layout} again") == source.contents(tmp_path / layout)
 
 
 def test_a_stack_is_never_read_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,14 +90,15 @@ def tensor_error(
 def collect_tensors(path: Path) -> Tensors:
     """Every tensor that the index names, in the shard that it names; without an index, every tensor of the directory.
 
-    Without an index, shards whose names count them (model-00001-of-00002) must all be there.
+    Without an index, shards whose names count them (model-00001-of-00002) must all be there. An index of which no shard
+    is there counts for nothing beside model.safetensors.
 
     The index is the authority: a tensor that a shard holds and the index does not name is not part of the checkpoint,
     and of two shards that hold a name the one that the index names counts.
     """
-    if os.path.lexists(path / INDEX_NAME):
-        return _indexed_tensors(path, _load_weight_map(path / INDEX_NAME))
     single = path / SINGLE_NAME
+    if os.path.lexists(path / INDEX_NAME) and not (os.path.lexists(single) and _is_left_over(path / INDEX_NAME)):
+        return _indexed_tensors(path, _load_weight_map(path / INDEX_NAME))
     shards = [single] if os.path.lexists(single) else sorted(path.glob("*.safetensors"))
     if not shards:
         raise CheckpointError(
@@ -165,6 +166,18 @@ def _load_weight_map(index: Path) -> dict[str, str]:
             )
         )
     return weight_map
+
+
+def _is_left_over(index: Path) -> bool:
+    """Whether none of the shards that an index names is there.
+
+    save_pretrained of transformers leaves an index like this where it writes one file in place of shards.
+    """
+    weight_map = load_json(index, _MAX_INDEX_BYTES).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        return False
+    shards = {shard for shard in weight_map.values() if _is_shard_name(shard)}
+    return bool(shards) and not any(os.path.lexists(index.parent / shard) for shard in shards)
 
 
 def _is_shard_name(name: object) -> bool:

@@ -196,7 +196,8 @@ class Checkpoint:
             layer: one of `layers`.
             tp_rank, tp_size: slice I: rows of gate and up, columns of down. I / tp_size must be a multiple of 16.
             ep_rank, ep_size: slice the experts. ep_size must divide their number.
-            progress: called with (experts read, experts to read) after each expert.
+            progress: called with (experts read, experts to read) after each expert. Without it as many threads read
+                as torch has, up to 8.
 
         Returns:
             w13 [E / ep_size, 2I / tp_size, K] with global_scale [E / ep_size, 2] (gate, up), gate rows first, and
@@ -223,8 +224,8 @@ class Checkpoint:
         """
         num = len((self._first_layer() if layer is None else self._layer(layer)).experts)
         local = self._rank_part("ep", ep_rank, ep_size, "number of experts", num)
-        expert_map = torch.full((num,), -1, dtype=torch.int32)
-        expert_map[local] = torch.arange(local.stop - local.start, dtype=torch.int32)
+        expert_map = torch.full((num,), -1, dtype=torch.int32, device="cpu")
+        expert_map[local] = torch.arange(local.stop - local.start, dtype=torch.int32, device="cpu")
         return expert_map
 
     def linear(self, name: str) -> NVFP4Weight:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
@@ -31,6 +32,7 @@ _TORCH_DTYPES = {
     "I64": torch.int64, "U64": torch.uint64, "F64": torch.float64, "C64": torch.complex64,
 }  # fmt: skip
 _BLOCK = 2**20  # bytes that are read at a time where only some of each row are wanted
+_THREADS = 8  # that read at a time: more do not read memory or a disk faster
 _GAP = 2**14  # bytes between them; copying these takes as long as a call
 
 
@@ -141,6 +143,28 @@ def _other_than_ones(shards: Shards, info: TensorInfo) -> str | None:
     return f"{float(values[int(other.byte().argmax())]):g}" if bool(other.any()) else None
 
 
+def read_each(shards: Shards, read: Callable[[Shards, int], None], count: int, *, threads: int) -> None:
+    """Calls ``read(shards, index)`` for each index below ``count``, in up to 8 threads.
+
+    One thread reads in order from ``shards``. Several have shards of their own, opened and checked like those, and
+    read consecutive parts; where more than one fails, the error is that of the lowest indices.
+    """
+    threads = min(threads, _THREADS, count)
+    if threads <= 1:
+        for index in range(count):
+            read(shards, index)
+        return
+
+    def read_part(part: int) -> None:
+        for index in range(count * part // threads, count * (part + 1) // threads):
+            read(sources[part], index)
+
+    with ExitStack() as stack:
+        sources = [stack.enter_context(Shards()) for _ in range(threads)]
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(read_part, range(threads)))
+
+
 def read_experts(
     shards: Shards, content: LayerExperts, experts: Sequence[Expert], rows: slice, adds_w2_bias: bool,
     progress: Callable[[int, int], None] | None = None,
@@ -148,13 +172,15 @@ def read_experts(
     """The experts with these rows of gate and up and columns of down; zeros as w2_bias where another rank adds it."""
     num, halves, i, k = len(experts), 2 if content.gated else 1, rows.stop - rows.start, content.hidden_size
     w13 = NVFP4Weight(
-        empty_bytes(num, halves, i, k // 2), empty_bytes(num, halves, i, k // GROUP_SIZE), torch.empty(num, halves)
+        empty_bytes(num, halves, i, k // 2), empty_bytes(num, halves, i, k // GROUP_SIZE), empty_scales(num, halves)
     )
-    w2 = NVFP4Weight(empty_bytes(num, 1, k, i // 2), empty_bytes(num, 1, k, i // GROUP_SIZE), torch.empty(num, 1))
-    w13_bias = torch.empty(num, halves, i) if content.has_w13_bias else None
-    w2_bias = torch.zeros(num, 1, k) if content.has_w2_bias else None
+    w2 = NVFP4Weight(empty_bytes(num, 1, k, i // 2), empty_bytes(num, 1, k, i // GROUP_SIZE), empty_scales(num, 1))
+    w13_bias = empty_scales(num, halves, i) if content.has_w13_bias else None
+    w2_bias = empty_scales(num, 1, k).zero_() if content.has_w2_bias else None
     every_k = slice(0, k)
-    for index, expert in enumerate(experts):
+
+    def read(shards: Shards, index: int) -> None:
+        expert = experts[index]
         copy_matrices(shards, expert.first, rows, every_k, *(part[index] for part in w13))
         copy_matrices(shards, [expert.down], every_k, rows, *(part[index] for part in w2))
         if w13_bias is not None:
@@ -163,6 +189,8 @@ def read_experts(
             _copy_biases(shards, [expert.down], every_k, w2_bias[index])
         if progress is not None:
             progress(index + 1, num)
+
+    read_each(shards, read, num, threads=1 if progress is not None else torch.get_num_threads())
     fp8 = torch.float8_e4m3fn
     return ExpertWeights(
         NVFP4Weight(
@@ -281,7 +309,7 @@ def _global_scale(shards: Shards, matrix: Matrix) -> Tensor:
     index = 0
     if count > 1:  # [num], or [num, 2] of gate and up
         index = matrix.expert * (count // module.num) + (matrix.half if count > module.num else 0)
-    stored = torch.empty(())
+    stored = empty_scales()
     shards.read(info, 4 * index, stored.reshape(1).view(torch.uint8))
     if not torch.isfinite(stored):
         raise tensor_error(info.file, info.name, "a finite global scale", f"{stored.item()}")
@@ -297,10 +325,16 @@ def _global_scale(shards: Shards, matrix: Matrix) -> Tensor:
 def read_matrix(shards: Shards, matrix: Matrix) -> NVFP4Weight:
     """A whole matrix: data [rows, cols / 2], scale [rows, cols / 16], global_scale 0-d."""
     rows, cols = matrix.rows, matrix.stored.cols
-    weight = NVFP4Weight(empty_bytes(1, rows, cols // 2), empty_bytes(1, rows, cols // GROUP_SIZE), torch.empty(1))
+    weight = NVFP4Weight(empty_bytes(1, rows, cols // 2), empty_bytes(1, rows, cols // GROUP_SIZE), empty_scales(1))
     copy_matrices(shards, [matrix], slice(0, rows), slice(0, cols), *weight)
     return NVFP4Weight(weight.data[0], weight.scale[0].view(torch.float8_e4m3fn), weight.global_scale[0])
 
 
 def empty_bytes(*shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.uint8)
+    """Where files are read into: memory of the CPU, whatever torch's default device is."""
+    return torch.empty(shape, dtype=torch.uint8, device="cpu")
+
+
+def empty_scales(*shape: int) -> Tensor:
+    """As `empty_bytes`, for global scales and biases: fp32, whatever torch's default dtype is."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")

@@ -8,8 +8,9 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -17,6 +18,7 @@ from safetensors import SafetensorError
 
 from torch_nvfp4.bench import cpu_name
 from torch_nvfp4.checkpoint import write_checkpoint
+from torch_nvfp4.cli.demo_generate import Generation, generate, print_generation
 from torch_nvfp4.cli.demo_run import DemoRow, run_demo
 from torch_nvfp4.cli.inspect import collect_checkpoint, open_checkpoint, print_checkpoint
 from torch_nvfp4.cli.options import BackendOption, DeviceOption, DtypeOption, JsonOption, parse_device, parse_dtype
@@ -47,8 +49,8 @@ def command(
 ) -> None:
     """The whole way: write a checkpoint in DeepSeek-V4-Flash's layout, load it, check it, compile it, time it.
 
-    Exit code 1 if a layer's error is above the tolerance. It takes about a minute and writes 130 MiB, to $TMPDIR
-    without --keep.
+    At the end transformers, where it is installed, generates tokens on the checkpoint that was written. Exit code 1 if
+    an error is above the tolerance. It takes about a minute and writes 130 MiB, to $TMPDIR without --keep.
 
     \b
     Examples:
@@ -77,18 +79,39 @@ def command(
             tokens=DEMO_TOKENS, terminal=terminal,
         )  # fmt: skip
         tolerance = TOLERANCE[activations]
-        write_json({"checkpoint": facts, "tolerance": tolerance, "rows": [row.to_json() for row in rows]})
+        generation = None if checkpoint is not None else _generated(terminal, path, activations, where, backend)
+        write_json(_report(facts, tolerance, rows, generation))
     ran = count(min(layers, len(opened.layers)), "layer")
     terminal.line(f"{ran}, {dtype} activations, times per layer, on {device_name(where)}:", "bold")
     _print_rows(terminal, rows, tolerance)
     worst = max(row.relative_l2 for row in rows)
     if not worst <= tolerance:
         failed("demo", f"the largest error of a layer: expected at most {tolerance:g}, got {error(worst)}")
+    print_generation(terminal, generation)
     terminal.line(
         f"demo passed: {ran}, eager and compiled, within {tolerance:g} of fp64 "
         f"(largest error {worst:.1e}), in {time.perf_counter() - started:.0f} s",
         "green",
     )
+
+
+def _generated(
+    terminal: Terminal, path: Path, dtype: torch.dtype, device: torch.device, backend: str
+) -> Generation | str:
+    with terminal.progress() as progress:
+        progress.stage(None)
+        progress.begin("generating with transformers")
+        return generate(path, dtype, device, backend or None)
+
+
+def _report(
+    facts: dict[str, Any], tolerance: float, rows: Sequence[DemoRow], generation: Generation | str | None
+) -> dict[str, Any]:
+    """What --json gets; without "generation" for a checkpoint of the user."""
+    report = {"checkpoint": facts, "tolerance": tolerance, "rows": [row.to_json() for row in rows]}
+    if generation is None:
+        return report
+    return report | {"generation": generation if isinstance(generation, str) else asdict(generation)}
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import torch
 import typer
 
 from torch_nvfp4.cli.inspect import open_checkpoint
+from torch_nvfp4.cli.integration import integration, of_transformers
 from torch_nvfp4.cli.options import (
     BackendOption,
     CheckpointArgument,
@@ -23,6 +24,8 @@ from torch_nvfp4.cli.options import (
 from torch_nvfp4.cli.output import json_writer
 from torch_nvfp4.cli.terminal import Terminal, printable
 from torch_nvfp4.cli.wording import size
+
+_LEAST_TEMPERATURE = 1e-6  # logits that are divided by less may leave the range of fp32
 
 
 def command(
@@ -64,23 +67,36 @@ def command(
       torch-nvfp4 generate Qwen3-30B-A3B-NVFP4 --prompt "Once upon a time" --raw --temperature 0.7 --max-new-tokens 64
     """
     terminal = Terminal(json_file)
+    _check(prompt, temperature)
     where = parse_device(device)
     precision = parse_dtype(dtype, where)
     with json_writer(json_file) as write_json:
         open_checkpoint(terminal, checkpoint)  # says what is wrong with it before the seconds that transformers takes
-        generation = _integration()
+        generation = integration("generation", "transformers")
         sampling = generation.Sampling(max_new_tokens, temperature, top_p, top_k, seed)
         start = time.perf_counter()
-        tokenizer, model = generation.load(checkpoint, where, precision, backend or None)
-        load_s = time.perf_counter() - start
         stream = sys.stderr if json_file is not None and str(json_file) == "-" else sys.stdout
-        chat = not raw and bool(tokenizer.chat_template)
-        result = generation.generate(tokenizer, model, prompt, sampling, chat=chat, write=lambda t: _write(t, stream))
+        with of_transformers(f"a checkpoint and a prompt that transformers can run ({checkpoint})"):
+            tokenizer, model = generation.load(checkpoint, where, precision, backend or None)
+            load_s = time.perf_counter() - start
+            chat = not raw and bool(tokenizer.chat_template)
+            result = generation.generate(
+                tokenizer, model, prompt, sampling, chat=chat, write=lambda text: _write(text, stream)
+            )
         _write("\n", stream)
         facts = {"checkpoint": str(checkpoint), "device": str(where), "load_s": load_s, **asdict(result)}
         facts |= {"decode_tokens_per_s": result.decode_tokens_per_s, "peak_bytes": _peak_memory(where)}
         terminal.note(_summary(facts))
         write_json(facts)
+
+
+def _check(prompt: str, temperature: float) -> None:
+    """What the parser of options lets pass."""
+    if any("\ud800" <= char <= "\udfff" for char in prompt):
+        raise ValueError(f"--prompt: expected text in UTF-8, got {prompt!a:.200}")
+    if 0 < temperature < _LEAST_TEMPERATURE:
+        expected = f"0, which takes the likeliest token, or at least {_LEAST_TEMPERATURE:g}"
+        raise ValueError(f"--temperature: expected {expected}, got {temperature:g}")
 
 
 def _summary(facts: dict[str, Any]) -> str:
@@ -91,15 +107,6 @@ def _summary(facts: dict[str, Any]) -> str:
         f"{'static cache; ' if facts['static_cache'] else ''}peak memory {size(facts['peak_bytes'])} "
         f"({facts['device']})"
     )
-
-
-def _integration():  # type: ignore[no-untyped-def]  # the module, which takes seconds to import
-    try:
-        from torch_nvfp4.integrations.transformers import generation
-    except ModuleNotFoundError as error:
-        got = f"no module {error.name}"
-        raise ValueError(f"expected transformers, got {got}; pip install 'torch-nvfp4[transformers]'") from error
-    return generation
 
 
 def _write(text: str, stream: TextIO) -> None:

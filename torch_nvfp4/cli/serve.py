@@ -5,8 +5,10 @@ from __future__ import annotations
 import typer
 
 from torch_nvfp4.cli.inspect import open_checkpoint
+from torch_nvfp4.cli.integration import integration
 from torch_nvfp4.cli.options import CheckpointArgument
 from torch_nvfp4.cli.terminal import Terminal
+from torch_nvfp4.errors import CheckpointError, refusal
 
 
 def command(context: typer.Context, checkpoint: CheckpointArgument) -> None:
@@ -20,10 +22,7 @@ def command(context: typer.Context, checkpoint: CheckpointArgument) -> None:
       torch-nvfp4 serve DeepSeek-V4-Flash-NVFP4
       torch-nvfp4 serve Qwen3-30B-A3B-NVFP4 --host 0.0.0.0 --port 8080 --device cuda:0
     """
-    open_checkpoint(Terminal(), checkpoint)
-    try:
-        from torch_nvfp4.integrations.transformers import serving
-    except ModuleNotFoundError as error:
-        got = f"no module {error.name}"
-        raise ValueError(f"expected transformers, got {got}; pip install 'torch-nvfp4[serve]'") from error
-    serving.serve(checkpoint, context.args)
+    opened = open_checkpoint(Terminal(), checkpoint)
+    if not opened.layers and not opened.linears:
+        raise CheckpointError(refusal(checkpoint, "NVFP4 weights", "none", "torch-nvfp4 quantize makes them"))
+    integration("serving", "serve").serve(checkpoint, context.args)

@@ -1,8 +1,8 @@
 """What torch.compile, AOTInductor and TensorRT make of the ops.
 
 - ``inductor_options()`` switches the graph passes on in torch.compile and AOTInductor: ``fuse_gates`` fuses an eager
-  clamp-SwiGLU gate into its GEMM, ``decompose_moe`` turns ``moe`` into its steps. Both work on any aten graph whose
-  nodes carry ``meta["val"]`` (make_fx, torch.export, a backend of torch.compile).
+  clamp-SwiGLU gate into its GEMM, ``decompose_moe`` turns ``moe`` and ``batched_moe`` into their steps. Both work
+  on any aten graph whose nodes carry ``meta["val"]`` (make_fx, torch.export, a backend of torch.compile).
 - ``torch_nvfp4.compiler.tensorrt`` registers a plugin and a converter where it is imported.
 
 The names below are imported when they are first asked for: they need Inductor, which takes seconds that neither

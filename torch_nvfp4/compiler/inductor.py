@@ -24,9 +24,9 @@ def inductor_options(*, fuse_gates: bool = True, decompose_moe: bool = False) ->
     Args:
         fuse_gates: an eager gate after ``grouped_gemm`` or ``linear`` becomes ``grouped_gemm_swiglu``, with the limit
             read from the graph (see ``fuse_gates``).
-        decompose_moe: ``moe`` becomes its steps, with clamp and activation in aten for Inductor to compile. With
-            ``fuse_gates`` the activation is then fused into the first GEMM again; pass ``fuse_gates=False`` to leave
-            it to Inductor.
+        decompose_moe: ``moe`` and ``batched_moe`` become their steps, with clamp and activation in aten for Inductor to
+            compile. With ``fuse_gates`` the activation is then fused into the first GEMM again; pass
+            ``fuse_gates=False`` to leave it to Inductor.
 
     The limit has to be a constant of the graph. ``torch.compile(dynamic=True)`` of torch 2.15 makes an input of every
     float that the model does not spell out, and the gate stays as it is: mark the token dimension with ``mark_dynamic``

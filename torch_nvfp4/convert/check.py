@@ -16,7 +16,14 @@ from torch_nvfp4.convert.plan import Shard
 from torch_nvfp4.convert.selection import Group
 from torch_nvfp4.convert.source import Source, TensorFiles
 from torch_nvfp4.convert.values import dense, mxfp4_matrix
-from torch_nvfp4.format import E2M1_MAX, GROUP_SIZE, NVFP4Weight, dequantize, reciprocal_global_scale
+from torch_nvfp4.format import (
+    E2M1_MAX,
+    E4M3_MIN_SUBNORMAL,
+    GROUP_SIZE,
+    NVFP4Weight,
+    dequantize,
+    reciprocal_global_scale,
+)
 from torch_nvfp4.mxfp4 import MXFP4Weight
 
 __all__ = ["Difference", "open_shard", "worst_of_group"]
@@ -29,12 +36,13 @@ class Difference(NamedTuple):
     """Of a matrix from its source.
 
     relative_l2: of the matrix. excess: 0, or by how many steps of its block a value is further from the source than
-    rounding to the nearest e2m1 value explains; infinite where a matrix of MXFP4 has not the same bits.
+    rounding to the nearest e2m1 value explains; infinite where a matrix of MXFP4 (is_mxfp4) has not the same bits.
     """
 
     module: str
     relative_l2: float
     excess: float
+    is_mxfp4: bool = False
 
     @property
     def key(self) -> tuple[float, float]:
@@ -68,7 +76,7 @@ def worst_of_group(source: Source, files: TensorFiles, group: Group, spelling: S
         if math.isnan(relative):
             info = files.tensors[part.name + spelling.scale]
             raise tensor_error(info.file, info.name, "finite values", "NaN")
-        worst = max(worst, Difference(part.name, relative, excess), key=lambda each: each.key)
+        worst = max(worst, Difference(part.name, relative, excess, part.weight.is_mxfp4), key=lambda each: each.key)
     return worst
 
 
@@ -87,7 +95,8 @@ def difference(original: Tensor, weight: NVFP4Weight) -> tuple[float, float]:
     """(relative L2 error, excess) as in `Difference`; the error of a matrix of zeros is 0 or infinite.
 
     A value lies at most one step from its source, the half of the widest gap of e2m1 (4 to 6), where the largest of
-    its block is at most 6 steps; a block whose scale was rounded down loses what is above that.
+    its block is at most 6 steps; a block whose scale was rounded down loses what is above that. Rounding a scale to
+    E4M3 takes away at most a 16th of it, or half of the smallest subnormal: one that is smaller is wrong.
     """
     total, wrong, excess = 0.0, 0.0, 0.0
     rows = max(1, (1 << 18) // original.shape[1])
@@ -101,9 +110,11 @@ def difference(original: Tensor, weight: NVFP4Weight) -> tuple[float, float]:
         wrong += float(torch.linalg.vector_norm(error, dtype=torch.float64)) ** 2
         step = scale.to(torch.float32).mul_(weight.global_scale)
         blocks = expected.unflatten(-1, (-1, GROUP_SIZE)).abs().amax(-1)
-        allowed = torch.maximum(step, blocks - E2M1_MAX * step) + _ROUNDING * blocks
+        rounded_down = (blocks / 16).clamp_(min=E2M1_MAX * E4M3_MIN_SUBNORMAL / 2 * float(weight.global_scale))
+        lost = torch.minimum(blocks - E2M1_MAX * step, rounded_down)
+        allowed = torch.maximum(step, lost) + _ROUNDING * blocks
         largest = error.unflatten(-1, (-1, GROUP_SIZE)).amax(-1)
-        over = ((largest - allowed) / step).clamp_(min=0)
+        over = torch.where(largest > allowed, (largest - allowed) / step, 0.0)  # infinite for a step of zero
         excess = max(excess, float(over.amax()))
     if total == 0:
         return (0.0 if wrong == 0 else math.inf), excess

@@ -48,7 +48,11 @@ class Destination:
         if not os.path.lexists(self.path):
             return
         if not self.path.is_dir():
-            raise CheckpointError(refusal(self.path, "a new or empty directory", "a file"))
+            got = "a symbolic link whose target is missing" if self.path.is_symlink() else "a file"
+            raise CheckpointError(refusal(self.path, "a new or empty directory", got))
+        self._check_entries()
+
+    def _check_entries(self) -> None:
         found = {entry.name for entry in self.path.iterdir()} - {JOURNAL + PARTIAL}
         if found and JOURNAL not in found:
             got = listing(self.path)
@@ -87,6 +91,7 @@ class Destination:
         except BlockingIOError:
             self.close()
             raise CheckpointError(refusal(self.path, "one run at a time", "another process that writes here")) from None
+        self._check_entries()  # again: another process may have been faster and be done by now
         if not self.check_journal(journal):
             self.write_json(JOURNAL, journal)
 
@@ -128,10 +133,14 @@ class Destination:
             stream.flush()
             self.publish(descriptor, name)
 
+    def withdraw(self, name: str) -> None:
+        """Takes a file back that was published."""
+        (self.path / name).unlink()
+        self._sync(self.path / name)
+
     def finish(self) -> None:
         """Removes the journal: the checkpoint is complete."""
-        (self.path / JOURNAL).unlink()
-        self._sync(self.path / JOURNAL)
+        self.withdraw(JOURNAL)
 
     def _write(self, name: str, content: bytes) -> None:
         descriptor = self.create(name)

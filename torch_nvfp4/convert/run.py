@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -169,7 +168,10 @@ class Conversion:
         return result
 
     def finish(self) -> None:
-        """The other files, the index and the configs, config.json last; then the reader opens the result."""
+        """The other files, the index and the configs, config.json last; then the reader opens the result.
+
+        Raises CheckpointError where it would not load it; then there is no config.json, and the journal stays.
+        """
         path = self._target.path
         for name, _ in self.files:
             self._target.copy(self._source.path / name, name)
@@ -181,12 +183,16 @@ class Conversion:
             self._target.write_json("hf_quant_config.json", hf_quant_config(self.selection))
         section = quantization_config(self.selection, self.layout)
         self._target.write_json("config.json", self._source.stripped_config() | {"quantization_config": section})
+        try:
+            checkpoint = Checkpoint.open(path)
+            activations = _unknown_activations(checkpoint)
+            refusals = [each.reason for each in checkpoint.refusals() if each.reason not in activations]
+            if refusals:
+                raise CheckpointError(refusal(path, "layers that can be loaded", refusals[0]))
+        except CheckpointError:
+            self._target.withdraw("config.json")
+            raise
         self._target.finish()
-        checkpoint = Checkpoint.open(path)
-        activations = _unknown_activations(checkpoint)
-        refusals = [each.reason for each in checkpoint.refusals() if each.reason not in activations]
-        if refusals:
-            raise CheckpointError(refusal(path, "layers that can be loaded", refusals[0]))
 
     def close(self) -> None:
         """Gives up the lock on the destination and the source's files."""
@@ -233,7 +239,7 @@ class Conversion:
             for difference in run(compare, shard.groups):
                 worst = max(worst, difference, key=lambda each: (*each.key, each.module))
         problem = None
-        if math.isinf(worst.excess):
+        if worst.excess > 0 and worst.is_mxfp4:
             problem = f"{worst.module} has not the values of the source, which is MXFP4 and converts exactly"
         elif worst.excess > 0:
             problem = f"a value of {worst.module} is {worst.excess:.2g} steps too far from the source"

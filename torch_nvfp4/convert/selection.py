@@ -305,7 +305,7 @@ def _expert_groups(source: Source, root: str, modules: Iterable[tuple[ExpertName
             raise tensor_error(weight.data.file, weight.data.name, expected, got)
     if len(kinds) > 1:
         raise CheckpointError(refusal(f"{source.path}: tensors {root}*", "single experts or stacks of experts", "both"))
-    swapped = kinds == {True} and _are_swapped(stored)
+    swapped = kinds == {True} and _are_swapped(stored, source.model.expert_hidden_size)
     for name, weight in modules:
         for expert, role, part in _parts(source, root, name, weight, swapped):
             if role in roles.setdefault(expert, {}):
@@ -332,15 +332,19 @@ def _check_biases(roles: dict[int, dict[str, Part]]) -> None:
             raise tensor_error(first.file, first.name, expected, f"none for {without.name}")
 
 
-def _are_swapped(stored: dict[str, StoredWeight]) -> bool:
-    """Whether stacks are [E, in, out]: gate_up [E, K, 2I] with down [E, I, K], which the shapes tell."""
+def _are_swapped(stored: dict[str, StoredWeight], hidden_size: int | None) -> bool:
+    """Whether stacks are [E, in, out]: gate_up [E, K, 2I] with down [E, I, K], which the shapes tell.
+
+    Stacks of gate and of up alone fit together in both ways, so that the config's K decides.
+    """
     first, down = stored.get("gate_up", stored.get("up")), stored.get("down")
     if first is None or down is None or first.is_mxfp4 or down.is_mxfp4:
         return False
     times = 2 if "gate_up" in stored else 1
     (_, rows, cols), (_, down_rows, down_cols) = first.shape, down.shape
     straight = cols == down_rows and rows == times * down_cols
-    return not straight and rows == down_cols and cols == times * down_rows
+    swapped = rows == down_cols and cols == times * down_rows
+    return swapped and (not straight or rows == hidden_size != cols)
 
 
 def _parts(
@@ -394,6 +398,12 @@ def _check_experts(source: Source, root: str, roles: dict[int, dict[str, Part]])
             text = f"{', '.join(wanted[:-1])} and {wanted[-1]} of experts 0..{num - 1}"
             raise CheckpointError(refusal(where, text, got))
         rows, cols = roles[0]["up"].rows, roles[0]["up"].cols
+        for what, size, declared_size in (
+            ("hidden size", cols, source.model.expert_hidden_size),
+            ("intermediate size", rows, source.model.intermediate_size(name.layer)),
+        ):
+            if declared_size not in (None, size):
+                raise CheckpointError(refusal(where, f"{what} {declared_size} (from config.json)", f"{size}"))
         for role, part in parts.items():
             expected = (cols, rows) if role == "down" else (rows, cols)
             if (part.rows, part.cols) != expected:

@@ -80,13 +80,19 @@ class TensorFiles:
         """`nbytes` bytes of a tensor from byte `begin` on: uint8 [nbytes]."""
         buffer = bytearray(nbytes)
         view, position = memoryview(buffer), self._starts[info.name] + begin
-        descriptor, done = self._descriptor(info.file), 0
+        done = 0
         while done < nbytes:
-            count = os.preadv(descriptor, [view[done:]], position + done)
+            try:
+                count = os.preadv(self._descriptor(info.file), [view[done:]], position + done)
+            except OSError as error:  # not to be taken for one of the file that is written
+                got = error.strerror or str(error)
+                raise tensor_error(info.file, info.name, "a file that can be read", got) from error
             if count == 0:
                 raise tensor_error(info.file, info.name, f"{nbytes} bytes", f"{done}: the file has become shorter")
             done += count
-        return torch.frombuffer(buffer, dtype=torch.uint8) if nbytes else torch.empty(0, dtype=torch.uint8)
+        if not nbytes:
+            return torch.empty(0, dtype=torch.uint8, device="cpu")
+        return torch.frombuffer(buffer, dtype=torch.uint8)
 
     def rows(self, info: TensorInfo, first: int, num: int) -> Tensor:
         """Rows of a tensor [..., rows, cols], all leading dimensions counted as rows: [num, cols] in its own dtype."""
@@ -104,10 +110,13 @@ class TensorFiles:
         return self.read(info, 0, info.nbytes).view(DTYPES[info.dtype]).view(info.shape)
 
     def changed(self) -> str | None:
-        """The name of a shard that is no longer as it was when it was opened."""
+        """The name of a shard that is no longer as it was when it was opened, or no longer there."""
         for name, state in self.states.items():
             file = next(info.file for info in self.tensors.values() if info.file.name == name)
-            status = os.stat(file)
+            try:
+                status = os.stat(file)
+            except OSError:
+                return name
             if (status.st_size, status.st_mtime_ns) != (state.size, state.mtime_ns):
                 return name
         return None

@@ -102,7 +102,7 @@ def _converted(source: Source, group: Group, spelling: Spelling) -> Iterator[Pie
         yield part.name + spelling.data, 0, data.contiguous()
         yield part.name + spelling.scale, 0, mxfp4.e4m3_scales(scale, exponent)
         stored = math.ldexp(1.0, -exponent if spelling.reciprocal else exponent)
-        yield part.name + spelling.global_scale, 0, torch.tensor(stored)
+        yield part.name + spelling.global_scale, 0, torch.tensor(stored, dtype=torch.float32, device="cpu")
 
 
 def _block_product(source: Source, weight: StoredWeight, values: Tensor, matrix: int, first: int) -> Tensor:
@@ -154,9 +154,9 @@ def _quantized(source: Source, group: Group, spelling: Spelling) -> Iterator[Pie
 def _global_scales(group: Group, amax: Tensor, spelling: Spelling) -> tuple[Tensor, Tensor]:
     """What values are multiplied by, and what is stored: that, or 6 * 448 / amax as compressed-tensors rounds it."""
     largest = E2M1_MAX * E4M3_MAX
-    global_scale = amax / torch.tensor(largest)
+    global_scale = amax / torch.tensor(largest, dtype=torch.float32, device="cpu")
     if global_scale == 0:  # a matrix of zeros, or almost: as in `quantize`
-        return torch.ones(()), torch.ones(())
+        return torch.ones_like(amax), torch.ones_like(amax)
     if not spelling.reciprocal:
         return global_scale, global_scale
     stored = amax.reciprocal() * largest  # torch divides a number by a tensor like this, and it rounds twice

@@ -1,4 +1,4 @@
-"""What a plug-in relies on in an engine, held against what an installed engine has. Imports no engine."""
+"""What an integration relies on in an engine, held against what an installed engine has. Imports no engine."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ def differences(
     signatures: Mapping[tuple[str, str], tuple[str, ...]],
     attributes: Mapping[tuple[str, str], tuple[str, ...]],
     load: Load = importlib.import_module,
+    *,
+    exact: bool = True,
 ) -> Iterator[str]:
     """One text per name that is missing or has changed, each with what was expected and what came.
 
@@ -24,14 +26,27 @@ def differences(
         signatures: (module, dotted name of a function) -> its parameters, in order.
         attributes: (module, class) -> attributes, dataclass fields or enum members that it must have.
         load: what imports a module.
+        exact: False: a function may have further parameters, and in another order, and () stands for something that
+            only has to be there.
     """
+    modules = {module: _loaded(load, module) for module, _ in (*signatures, *attributes)}
+    for module, loaded in modules.items():
+        if isinstance(loaded, Exception):
+            yield f"{module}: expected a module that can be imported, got {type(loaded).__name__}: {loaded}"
     for (module, function), wanted in signatures.items():
-        found = _find(load, module, function)
+        if isinstance(modules[module], Exception):
+            continue
+        found = _find(modules[module], function)
         got = None if found is None else _parameters_of(found)
-        if got != wanted:
-            yield f"{module}.{function}: expected {_shown(wanted)}, got {'nothing' if got is None else _shown(got)}"
+        met = got == wanted if exact else found is not None and {*wanted} <= {*(got or ())}
+        if not met:
+            expected = _shown(wanted) if exact else f"at least {_shown(wanted)}" if wanted else "it to be there"
+            have = "nothing" if found is None else type(found).__name__ if got is None else _shown(got)
+            yield f"{module}.{function}: expected {expected}, got {have}"
     for (module, name), wanted in attributes.items():
-        found = _find(load, module, name)
+        if isinstance(modules[module], Exception):
+            continue
+        found = _find(modules[module], name)
         has = set() if found is None else {*dir(found), *getattr(found, "__dataclass_fields__", ())}
         missing = [attribute for attribute in wanted if attribute not in has]
         if missing:
@@ -39,12 +54,20 @@ def differences(
             yield f"{module}.{name}: expected {', '.join(wanted)}, got {lacks}"
 
 
-def _find(load: Load, module: str, name: str) -> Any:
-    """The object of a dotted name in a module, None where the module or the name is not there."""
+def _loaded(load: Load, module: str) -> Any:
+    """The module, None where there is none of the name, or what it raises: an engine is not whole on every platform."""
     try:
-        found = load(module)
-    except ModuleNotFoundError:
-        return None
+        return load(module)
+    except ModuleNotFoundError as error:
+        itself = error.name is None or f"{module}.".startswith(f"{error.name}.")
+        return None if itself else error
+    except Exception as error:
+        return error
+
+
+def _find(module: Any, name: str) -> Any:
+    """The object of a dotted name in a module, None where it is not there."""
+    found = module
     for part in name.split("."):
         found = getattr(found, part, None)
         if found is None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 import torch_nvfp4_vllm
+from torch_nvfp4.integrations.entry_point import plugin_error
 from torch_nvfp4.integrations.sglang.report import report as _sglang
 from torch_nvfp4.integrations.transformers.versions import unknown_version as unknown_transformers
 from torch_nvfp4.integrations.vllm.support import device_error
@@ -65,20 +66,9 @@ def report_vllm() -> EngineReport:
 
 
 def _reason_against_vllm(version: str, for_cpu: bool) -> str | None:
-    try:
-        mode = torch_nvfp4_vllm.mode()
-    except ValueError as error:
-        return str(error)
-    if mode == "off":
-        return f"{torch_nvfp4_vllm.ENVIRONMENT_VARIABLE}=off"
-    group = "vllm.general_plugins"
-    plugins = [entry.name for entry in importlib.metadata.entry_points(group=group) if "torch_nvfp4" in entry.value]
-    if not plugins:
-        return f"expected the entry point torch_nvfp4 in the group {group}, got none; install torch_nvfp4 with pip"
     allowed = os.environ.get("VLLM_PLUGINS")
-    if allowed is not None and plugins[0] not in allowed.split(","):
-        return f"expected {plugins[0]} in VLLM_PLUGINS, got {allowed!r}"
-    problem = unknown_version(version)
+    names = None if allowed is None else allowed.split(",")
+    problem = plugin_error(torch_nvfp4_vllm, "vllm.general_plugins", "VLLM_PLUGINS", names) or unknown_version(version)
     if problem is not None:
         return problem
     if for_cpu:

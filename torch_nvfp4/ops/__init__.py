@@ -4,9 +4,10 @@ from torch_nvfp4.ops._library import library_paths
 from torch_nvfp4.ops.batch_invariance import is_batch_invariant, set_batch_invariant
 from torch_nvfp4.ops.batched_moe import batched_moe
 from torch_nvfp4.ops.combine import combine
+from torch_nvfp4.ops.decomposition import decompositions
 from torch_nvfp4.ops.grouped_gemm import grouped_gemm, grouped_gemm_swiglu
 from torch_nvfp4.ops.linear import linear
-from torch_nvfp4.ops.moe import decompositions, moe
+from torch_nvfp4.ops.moe import moe
 from torch_nvfp4.ops.pack import pack, unpack
 from torch_nvfp4.ops.route import route
 from torch_nvfp4.ops.swiglu import swiglu

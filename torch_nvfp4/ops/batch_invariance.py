@@ -21,8 +21,8 @@ def set_batch_invariant(enabled: bool) -> None:
     """What ``batch_invariant=None`` means from now on, in every thread, for the functions and modules of this package.
 
     With it a token's row of ``moe``, ``grouped_gemm``, ``grouped_gemm_swiglu`` and ``linear`` has the same bits
-    whatever other rows the batch has, and wherever in the batch it stands; on the CPU it always has. On CUDA that
-    costs time with few tokens, because kernels may no longer share out a sum among as many warps as are free.
+    whatever other rows the batch has, and wherever in the batch it stands; on a CPU without AVX-512 it always has. On
+    CUDA that costs time with few tokens, because kernels may no longer share out a sum among as many warps as are free.
     TORCH_NVFP4_BATCH_INVARIANT=1 in the environment turns it on at import. Compiled code keeps what held when it was
     traced, or is traced anew.
     """

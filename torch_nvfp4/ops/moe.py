@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 
 from torch_nvfp4.gate import gate_keywords, gated_activation, parse_activation
 from torch_nvfp4.ops import _checks
@@ -193,16 +191,6 @@ def decomposed_moe(
     expert_out = nvfp4.grouped_gemm(intermediate, w2, w2_global_scale, order, offsets, **how)
     on_output = torch.ones_like(topk_weights) if apply_router_weight_on_input else topk_weights
     return nvfp4.combine(expert_out, on_output, topk_ids, expert_map, experts)
-
-
-def decompositions() -> dict[OpOverload, Callable[..., Tensor]]:
-    """The table that turns ``moe`` into ``route``, ``grouped_gemm``, clamp and activation in aten, ``grouped_gemm``,
-    ``combine``, for ``make_fx(decomposition_table=...)`` and ``ExportedProgram.run_decompositions``.
-
-    Inside torch.compile and AOTInductor use ``torch_nvfp4.inductor_options(decompose_moe=True)``: the compiler's caches
-    do not see a decomposition table and would return what was compiled without it.
-    """
-    return {torch.ops.nvfp4.moe.default: decomposed_moe}
 
 
 register_no_autograd("moe", "torch_nvfp4.reference.moe")

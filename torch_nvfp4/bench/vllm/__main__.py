@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
 import math
 import shutil
@@ -156,10 +157,17 @@ def _print_scores(scores: dict[str, Any]) -> None:
     print(f"  KL of {THEIRS} less that of {OURS}: {gain['mean']:+.3e}, standard error {gain['standard_error']:.1e}")
 
 
+def _check_vllm() -> None:
+    """Raises BenchError without vLLM: before a model of gigabytes is written for it."""
+    if importlib.util.find_spec("vllm") is None:
+        raise BenchError("expected vLLM beside torch_nvfp4, got no module vllm; pip install both into one environment")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     progress = _Progress()
     try:
+        _check_vllm()
         if options.what == "layer":
             from torch_nvfp4.bench.vllm.layer import run_layer
 

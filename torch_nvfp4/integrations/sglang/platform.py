@@ -33,4 +33,5 @@ def process() -> Process:
         load_balancing=bool(moe.enable_eplb),
         paged_experts=bool(moe.enable_paged_experts),
         replicated_weights=get_parallel().dwdp_size > 1,
+        cpu_experts=moe.kt_weight_path is not None,
     )

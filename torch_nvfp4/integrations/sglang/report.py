@@ -8,12 +8,11 @@ import os
 import torch
 
 import torch_nvfp4_sglang
+from torch_nvfp4.integrations.entry_point import plugin_error
 from torch_nvfp4.integrations.sglang.support import device_error
 from torch_nvfp4.integrations.sglang.versions import unknown_version
 
 __all__ = ["report"]
-
-_GROUP = "sglang.srt.plugins"
 
 
 def report() -> tuple[str | None, bool, str]:
@@ -32,20 +31,10 @@ def report() -> tuple[str | None, bool, str]:
 
 
 def _reason_against(version: str) -> str | None:
-    try:
-        mode = torch_nvfp4_sglang.mode()
-    except ValueError as error:
-        return str(error)
-    if mode == "off":
-        return f"{torch_nvfp4_sglang.ENVIRONMENT_VARIABLE}=off"
-    entries = importlib.metadata.entry_points(group=_GROUP)
-    plugins = [entry.name for entry in entries if "torch_nvfp4" in entry.value]
-    if not plugins:
-        return f"expected the entry point torch_nvfp4 in the group {_GROUP}, got none; install torch_nvfp4 with pip"
-    allowed = [name.strip() for name in os.environ.get("SGLANG_PLUGINS", "").split(",") if name.strip()]
-    if allowed and plugins[0] not in allowed:
-        return f"expected {plugins[0]} in SGLANG_PLUGINS, got {','.join(allowed)!r}"
-    problem = unknown_version(version)
+    allowed = os.environ.get("SGLANG_PLUGINS")
+    names = [name.strip() for name in allowed.split(",") if name.strip()] if allowed else None
+    problem = plugin_error(torch_nvfp4_sglang, "sglang.srt.plugins", "SGLANG_PLUGINS", names)
+    problem = problem or unknown_version(version)
     if problem is not None:
         return problem
     if torch.cuda.is_available():

@@ -28,14 +28,16 @@ class Process:
     load_balancing: bool = False  # --enable-eplb
     paged_experts: bool = False
     replicated_weights: bool = False  # --dwdp-size above 1
+    cpu_experts: bool = False  # --kt-weight-path
     libraries: Libraries | None = None  # None: those of this process
 
 
 def layer_gate(config: Any) -> Gate:
-    """The gate of a layer.
+    """The gate of a layer, as SGLang's Triton runner has it.
 
-    SGLang's runners do not agree on every combination of these fields; only those are taken on which the Triton and
-    the Marlin runner do.
+    ``swiglu_limit`` clamps before SiLU (DeepSeek-V4), and so does ``gemm1_clamp_limit`` with ``gemm1_alpha`` (gpt-oss).
+    Without one, ``gemm1_clamp_limit`` clamps what comes out of SiLU, as Step-3.5 and Ling do: ``swiglustep``, which
+    SGLang's Marlin runner leaves out. Where the runners disagree and no model says what is meant, nothing is taken.
 
     Args:
         config: a MoeRunnerConfig (``activation``, ``is_gated``, ``swiglu_limit``, ``gemm1_alpha``, ``gemm1_beta``,
@@ -48,26 +50,26 @@ def layer_gate(config: Any) -> Gate:
         raise ValueError(f"expected an activation of {', '.join(_ACTIVATIONS)}, got {config.activation}")
     if not config.is_gated:
         raise ValueError("expected gated experts, got some without a gate")
-    limits = {limit for limit in (config.swiglu_limit, config.gemm1_clamp_limit) if limit is not None}
-    if len(limits) > 1:
-        raise ValueError(
-            f"expected one limit per layer, got swiglu_limit {config.swiglu_limit:g} and gemm1_clamp_limit "
-            f"{config.gemm1_clamp_limit:g}"
-        )
-    limit = limits.pop() if limits else None
-    if config.gemm1_alpha is None:
+    before, limit, alpha = config.swiglu_limit, config.gemm1_clamp_limit, config.gemm1_alpha
+    if before is not None and limit is not None and (alpha is None or before != limit):
+        raise ValueError(f"expected one limit per layer, got swiglu_limit {before:g} and gemm1_clamp_limit {limit:g}")
+    if alpha is None:
         if config.gemm1_beta is not None:
             raise ValueError(f"expected no gemm1_beta without gemm1_alpha, got {config.gemm1_beta:g}")
-        return Gate(activation, limit)
+        if limit is None:
+            return Gate(activation, before)
+        if activation is not Activation.silu:
+            raise ValueError(f"expected no gemm1_clamp_limit with {config.activation}, got {limit:g}")
+        return Gate(Activation.swiglustep, limit)
     if activation is not Activation.silu:
         raise ValueError(f"expected no gemm1_alpha with {config.activation}, got {config.gemm1_alpha:g}")
-    if config.gemm1_clamp_limit is None:
+    if limit is None:
         raise ValueError("expected a gemm1_clamp_limit with gemm1_alpha, as SGLang's runners do, got none")
     if config.gemm1_beta not in (None, 1.0):
         raise ValueError(f"expected gemm1_beta 1, which SGLang's runners have built in, got {config.gemm1_beta:g}")
     if config.gate_up_interleaved:
         raise ValueError("expected gate rows first with gemm1_alpha, got gate_up_interleaved")
-    return Gate(activation, limit, config.gemm1_alpha, 1.0)
+    return Gate(activation, limit, alpha, 1.0)
 
 
 def device_error(
@@ -103,6 +105,7 @@ def layer_error(config: Any, process: Process, dtype: torch.dtype | None, *, wit
         "load balancing of experts (--enable-eplb)": process.load_balancing,
         "paged experts": process.paged_experts,
         "weights replicated after loading (--dwdp-size)": process.replicated_weights,
+        "experts on the CPU beside those here (--kt-weight-path)": process.cpu_experts,
         "biases": with_bias,
         "outputs per expert (no_combine)": config.no_combine,
     }

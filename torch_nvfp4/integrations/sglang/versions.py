@@ -62,14 +62,15 @@ ATTRIBUTES: dict[tuple[str, str], tuple[str, ...]] = {
     (f"{_MOE}.moe_runner.base", "MoeRunnerConfig"): (
         "activation", "is_gated", "swiglu_limit", "gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit",
         "gate_up_interleaved", "apply_router_weight_on_input", "no_combine", "routed_scaling_factor", "hidden_size",
-        "intermediate_size_per_partition",
+        "intermediate_size_per_partition", "num_experts", "num_local_experts",
     ),
     (f"{_MOE}.token_dispatcher.standard", "StandardDispatchOutput"): (
         "hidden_states", "hidden_states_scale", "topk_output", "format",
     ),
     (f"{_MOE}.token_dispatcher.standard", "StandardCombineInput"): ("hidden_states",),
     (f"{_MOE}.topk", "StandardTopKOutput"): ("topk_weights", "topk_ids"),
-    (f"{_MOE}.topk", "TopKOutputChecker"): ("format_is_standard",),
+    (f"{_MOE}.topk", "PackedTopKOutput"): ("packed_topk_ids",),
+    (f"{_MOE}.topk", "TopKOutputChecker"): ("format_is_standard", "format_is_packed"),
     (f"{_MOE}.utils", "RegisteredMoeRunnerBackend"): ("is_marlin", "is_auto"),
 }  # fmt: skip
 

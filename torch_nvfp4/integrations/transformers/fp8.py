@@ -23,14 +23,14 @@ class FP8Weight(NamedTuple):
     scale: str
     block: tuple[int, int]
 
-    def read(self, checkpoint: Checkpoint) -> tuple[Tensor, Tensor]:
-        """(codes [N, K], scales [N, K] in fp32)."""
-        codes = checkpoint.tensor(self.name)
-        return codes, self._expanded(checkpoint.tensor(self.scale).float(), codes.shape)
+    def read(self, checkpoint: Checkpoint, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """(codes [N, K], scales [N, K] in fp32) on a device."""
+        codes = checkpoint.tensor(self.name).to(device)
+        return codes, self._expanded(checkpoint.tensor(self.scale).float().to(device), codes.shape)
 
-    def dequantized(self, checkpoint: Checkpoint, dtype: torch.dtype) -> Tensor:
-        """[N, K] in a dtype: code * scale, rounded once."""
-        codes, scale = self.read(checkpoint)
+    def dequantized(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+        """[N, K] in a dtype on a device, where it is computed: code * scale, rounded once."""
+        codes, scale = self.read(checkpoint, device)
         return (codes.float() * scale).to(dtype)
 
     def quantized_again(self, checkpoint: Checkpoint, weight: Tensor) -> Tensor:

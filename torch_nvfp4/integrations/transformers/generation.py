@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from transformers import AutoTokenizer, TextStreamer
 from torch_nvfp4.errors import CheckpointError, refusal
 from torch_nvfp4.integrations.transformers.registry import from_pretrained
 
-__all__ = ["GeneratedText", "Sampling", "generate", "load"]
+__all__ = ["GeneratedText", "Sampling", "generate", "load", "load_model"]
 
 
 @dataclass(frozen=True)
@@ -28,29 +30,35 @@ class Sampling:
     seed: int = 0
 
     def arguments(self) -> dict[str, Any]:
-        """Those of ``model.generate``."""
+        """Those of ``model.generate``: one sequence, whatever the checkpoint's generation_config.json says."""
+        one = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False}
         if self.temperature == 0:
-            return {"max_new_tokens": self.max_new_tokens, "do_sample": False, "top_p": None, "top_k": None,
+            return one | {"max_new_tokens": self.max_new_tokens, "do_sample": False, "top_p": None, "top_k": None,
                     "temperature": None}  # fmt: skip
-        return {"max_new_tokens": self.max_new_tokens, "do_sample": True, "temperature": self.temperature,
+        return one | {"max_new_tokens": self.max_new_tokens, "do_sample": True, "temperature": self.temperature,
                 "top_p": self.top_p, "top_k": self.top_k}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class GeneratedText:
-    """What a call of ``generate`` made. Times are in seconds; the first token's holds the prompt's."""
+    """What a call of ``generate`` made. Times are in seconds; the first token's holds the prompt's.
+
+    ``step_s`` is the median of the steps, None for a single token: with a static cache the first ones compile, which
+    ``decode_s`` holds as well.
+    """
 
     text: str
     prompt_tokens: int
     new_tokens: int
     first_token_s: float
     decode_s: float
+    step_s: float | None
     static_cache: bool
 
     @property
     def decode_tokens_per_s(self) -> float | None:
-        """Of the tokens after the first, None where there is none."""
-        return (self.new_tokens - 1) / self.decode_s if self.new_tokens > 1 and self.decode_s > 0 else None
+        """Of the steps after the first token; None for a single token."""
+        return 1 / self.step_s if self.step_s else None
 
 
 def load(path: str | Path, device: torch.device, dtype: torch.dtype, backend: str | None = None) -> tuple[Any, Any]:
@@ -59,18 +67,24 @@ def load(path: str | Path, device: torch.device, dtype: torch.dtype, backend: st
     Raises CheckpointError for a directory without a tokenizer, and what ``from_pretrained`` raises.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        # The code of a checkpoint is not run, and nobody is asked on the terminal whether it may be.
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = " ".join(str(error).split())  # lists, over several lines, what each kind of tokenizer needs
         raise CheckpointError(refusal(path, "the files of a tokenizer beside the weights", reason)) from error
     # Without any file transformers makes up a tokenizer that knows its special tokens alone.
     if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
         raise CheckpointError(refusal(path, "the files of a tokenizer beside the weights", "none"))
+    return tokenizer, load_model(path, device, dtype, backend)
+
+
+def load_model(path: str | Path, device: torch.device, dtype: torch.dtype, backend: str | None = None) -> Any:
+    """The model of a checkpoint directory on one device. Raises what ``from_pretrained`` raises."""
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     # Onto the device at once: a layer is packed where it runs.
     placed = {} if device.type == "cpu" else {"device_map": {"": device}}
-    return tokenizer, from_pretrained(path, backend=backend, dtype=dtype, **placed).eval()
+    return from_pretrained(path, backend=backend, dtype=dtype, trust_remote_code=False, **placed).eval()
 
 
 def generate(
@@ -110,26 +124,27 @@ def generate(
             **arguments,
         )
     end = time.perf_counter()
-    first = streamer.first_token or end
+    first = streamer.times[0] if streamer.times else end
+    steps = [after - before for before, after in pairwise(streamer.times)]
+    step = statistics.median(steps) if steps else None
     new = output[0, ids.shape[1] :]
     text = str(tokenizer.decode(new, skip_special_tokens=True))
-    return GeneratedText(text, ids.shape[1], len(new), first - start, end - first, static)
+    return GeneratedText(text, ids.shape[1], len(new), first - start, end - first, step, static)
 
 
 class _Streamer(TextStreamer):  # type: ignore[misc]
-    """Hands the text on as it becomes readable, and knows when the first token came."""
+    """Hands the text on as it becomes readable, and knows when each token came."""
 
     def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._write = write
         self._calls = 0
-        self.first_token: float | None = None
+        self.times: list[float] = []
 
     def put(self, value: torch.Tensor) -> None:
-        # The first call has the prompt.
         self._calls += 1
-        if self._calls == 2:
-            self.first_token = time.perf_counter()
+        if self._calls > 1:  # the first call has the prompt
+            self.times.append(time.perf_counter())
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:

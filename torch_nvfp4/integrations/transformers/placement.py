@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
@@ -19,6 +19,10 @@ from torch_nvfp4.integrations.transformers.gates import layout_error
 __all__ = ["Placement", "place"]
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_FLOATS = ("F64", "F32", "BF16", "F16")
+_CODES = ("U8", "I8", "F4", "F6_E2M3", "F6_E3M2", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
+# Of formats that pack several codes into an integer.
+_PACKED_LEAVES = (".weight_packed", ".qweight", "_packed", "_blocks")
 
 
 @dataclass
@@ -43,12 +47,22 @@ def place(model: Any, checkpoint: Checkpoint) -> Placement:
 
     Raises CheckpointError where an NVFP4 or FP8 weight has no place, or one that cannot hold it.
     """
-    renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
+    conversions = list(get_model_conversion_mapping(model))
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if not isinstance(entry, WeightRenaming)]
     state = model.state_dict()
 
     def renamed(name: str) -> str:
         new, _ = rename_source_key(name, renamings, [], model.base_model_prefix, state)
         return name if new not in state and name in state else str(new)
+
+    def checked(name: str, target: str) -> str:
+        """``target``, if transformers would copy the tensor into it as it is: packed rows cannot be rearranged."""
+        _, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if target in state and pattern is not None:
+            where, expected = f"{checkpoint.path}: {shown(name)}", "a weight that transformers loads as it is"
+            raise CheckpointError(refusal(where, expected, f"one that it converts ({pattern})"))
+        return target
 
     placement = Placement(experts=_expert_modules(model, checkpoint))
     taken: set[str] = set()
@@ -56,6 +70,7 @@ def place(model: Any, checkpoint: Checkpoint) -> Placement:
         target = renamed(f"{name}.weight")
         if target not in state and _is_ignored(model, target):
             continue
+        checked(f"{name}.weight", target)
         placement.linears[name] = _checked_linear(model, checkpoint, name, target.removesuffix(".weight"))
         taken.add(name)
     fp8 = fp8_weights(checkpoint)
@@ -63,21 +78,49 @@ def place(model: Any, checkpoint: Checkpoint) -> Placement:
     for name in checkpoint.tensors:
         module, _ = split_name(name)
         expert = expert_name(module)
-        if expert is not None and expert.layer in placement.experts and name not in state:
+        is_expert = expert is not None and expert.layer in placement.experts
+        if is_expert and name not in state:
             continue
         if module in taken and not name.endswith(".bias"):
             continue
         target = renamed(name)
         if name in scales:
             continue
+        if name not in fp8 and not is_expert and not _is_ignored(model, target):
+            _check_is_dense(checkpoint, name, state.get(target))
         if target not in state:
             if name in fp8 and not _is_ignored(model, target):
                 raise CheckpointError(refusal(name, "a parameter of the model for an FP8 weight", f"none ({target})"))
         elif name in fp8:
-            placement.fp8[target] = fp8[name]
+            if state[target].shape != checkpoint.tensors[name].shape:
+                where = f"{checkpoint.path}: {shown(name)}"
+                expected = f"shape {list(state[target].shape)}, as {target} has"
+                raise CheckpointError(refusal(where, expected, f"{list(checkpoint.tensors[name].shape)}"))
+            placement.fp8[checked(name, target)] = fp8[name]
         else:
             placement.names[target] = name
     return placement
+
+
+def _check_is_dense(checkpoint: Checkpoint, name: str, parameter: Tensor | None) -> None:
+    """Raises CheckpointError for codes of a format that is not read here: loaded as values they would be noise.
+
+    transformers copies them into a weight without their scales, or leaves the weight as it was initialised.
+    """
+    info = checkpoint.tensors[name]
+    if parameter is not None:
+        is_dense = info.dtype in _FLOATS or not parameter.is_floating_point()
+    else:
+        is_dense = len(info.shape) < 2 or not (info.dtype in _CODES or name.endswith(_PACKED_LEAVES))
+    if not is_dense:
+        raise CheckpointError(
+            refusal(
+                f"{info.file}: tensor {shown(name)}",
+                "NVFP4, FP8 (a matrix with its scales), or values in 16 or 32 bits",
+                f"{info.dtype} {list(info.shape)}",
+                "this format is not supported beside NVFP4",
+            )
+        )
 
 
 def _is_ignored(model: Any, name: str) -> bool:

@@ -24,7 +24,10 @@ __all__ = ["TorchNVFP4Quantizer"]
 
 _SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
 # Leaves of quantized modules that no parameter takes: what they say is in the weights, or is not used.
-_UNUSED_LEAVES = r"\.(input_scale|input_global_scale|[kv]_scale|scale|weight_scale_inv|weight_scale|activation_scale)$"
+_UNUSED_LEAVES = (
+    r"\.(input_scale|input_global_scale|[kv]_scale|scale|weight_scale_inv|weight_scale|weight_scale_2|"
+    r"weight_global_scale|activation_scale)$"
+)
 
 
 class TorchNVFP4Quantizer(HfQuantizer):  # type: ignore[misc]
@@ -71,6 +74,9 @@ class TorchNVFP4Quantizer(HfQuantizer):  # type: ignore[misc]
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> Any:
         self._checkpoint = Checkpoint.open(_directory(checkpoint_files))
+        _check_same_files(self.checkpoint, checkpoint_files)
+        if not self.quantization_config.source:  # what save_pretrained writes again
+            self.quantization_config.source = {"quant_method": "modelopt", **self.checkpoint.quant_config}
         self._placement = place(model, self.checkpoint)
         config = model.config.get_text_config(decoder=True)
         for layer, name in self._placement.experts.items():
@@ -111,7 +117,7 @@ class TorchNVFP4Quantizer(HfQuantizer):  # type: ignore[misc]
             module = _submodule(model, owner)
             if module is not None:
                 parameter = getattr(module, leaf)
-                _fill(parameter, weight.dequantized(self.checkpoint, parameter.dtype))
+                _fill(parameter, weight.dequantized(self.checkpoint, parameter.dtype, device))
         self._conversions = getattr(model, "_weight_conversions", None)
         model._weight_conversions = []  # the names that are saved are the checkpoint's already
         return model
@@ -141,6 +147,20 @@ def _directory(checkpoint_files: list[str] | None) -> Path:
         got = ", ".join(folders) or "no files (a state dict?)"
         raise CheckpointError(refusal("from_pretrained", "safetensors files of one directory", got))
     return Path(folders[0])
+
+
+def _check_same_files(checkpoint: Checkpoint, checkpoint_files: list[str] | None) -> None:
+    """Raises CheckpointError where transformers reads other files than ``Checkpoint``: weights of two models.
+
+    With model.safetensors and an index side by side, it takes the one and ``Checkpoint`` the other.
+    """
+    theirs = {os.path.basename(file) for file in checkpoint_files or ()}
+    ours = {info.file.name for info in checkpoint.tensors.values()}
+    if theirs != ours:
+        first, second = (", ".join(sorted(names)[:3]) for names in (theirs, ours))
+        got = f"{first}, which transformers reads, and an index that names {second}"
+        expected, advice = "one model in a directory", "remove what does not belong to the checkpoint"
+        raise CheckpointError(refusal(checkpoint.path, expected, got, advice))
 
 
 def _several_devices(got: str) -> ValueError:

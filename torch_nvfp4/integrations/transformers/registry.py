@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, modeling_utils
 from transformers.quantizers import auto
 from transformers.utils import cached_file
 
+from torch_nvfp4.checkpoint.headers import load_json
 from torch_nvfp4.integrations.transformers.config import METHOD, TorchNVFP4Config, is_nvfp4_config
 from torch_nvfp4.integrations.transformers.quantizer import TorchNVFP4Quantizer
 from torch_nvfp4.integrations.transformers.versions import check_installed
@@ -21,6 +22,9 @@ _SHARED_METHODS = ("fp8", "compressed-tensors", "modelopt", "nvfp4")
 """The values of ``quant_method`` under which NVFP4 checkpoints are published."""
 
 _QUANT_FILE = "hf_quant_config.json"
+_HUB_KEYWORDS = (
+    "revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder", "force_download",
+)  # fmt: skip
 
 
 class _Dispatch:
@@ -80,7 +84,10 @@ def unregister() -> None:
     auto.LOADING_ATTRIBUTES_CONFIG_TYPES = tuple(
         kind for kind in auto.LOADING_ATTRIBUTES_CONFIG_TYPES if kind is not TorchNVFP4Config
     )
-    modeling_utils.get_hf_quantizer = modeling_utils.get_hf_quantizer.__wrapped__
+    # Where someone wrapped it after `register`, it stays inside and does nothing.
+    ours = getattr(modeling_utils.get_hf_quantizer, "reads_quant_file", None)
+    if ours is not None and ours is modeling_utils.get_hf_quantizer:
+        modeling_utils.get_hf_quantizer = ours.__wrapped__
     mapping.pop(METHOD, None)
     auto.AUTO_QUANTIZER_MAPPING.pop(METHOD, None)
 
@@ -100,22 +107,12 @@ def from_pretrained(
     """
     check_installed()
     _register_method()
-    config = kwargs.pop("config", None)
-    if config is None:
-        passed = (
-            "revision",
-            "token",
-            "cache_dir",
-            "local_files_only",
-            "trust_remote_code",
-            "subfolder",
-            "force_download",
-        )
-        config = AutoConfig.from_pretrained(path, **{name: kwargs[name] for name in passed if name in kwargs})
+    config, kwargs = _config_of(path, kwargs)
     declared = _declared(config) or _read_quant_file(config)
     if not is_nvfp4_config(declared):
         got = "no quantization_config and no hf_quant_config.json" if declared is None else f"{declared!r:.200}"
-        raise ValueError(f"{path}: expected a config that declares NVFP4 weights, got {got}")
+        advice = "; torch-nvfp4 quantize makes such a checkpoint" if declared is None else ""
+        raise ValueError(f"{path}: expected a config that declares NVFP4 weights, got {got}{advice}")
     for section in (config, config.get_text_config(decoder=True)):
         if getattr(section, "quantization_config", None) is not None:
             del section.quantization_config
@@ -123,8 +120,24 @@ def from_pretrained(
     return auto_class.from_pretrained(path, *args, config=config, quantization_config=quantization, **kwargs)
 
 
+def _config_of(path: str | Path, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """(a config that is the model's own, the keywords that are not about it), as from_pretrained of transformers."""
+    config = kwargs.pop("config", None)
+    if config is not None and not isinstance(config, (str, os.PathLike)):
+        return copy.deepcopy(config), kwargs
+    hub = {name: kwargs[name] for name in _HUB_KEYWORDS if name in kwargs}
+    # Not about the config: "auto" is no dtype, and these are the model's in any case.
+    model = hub | {name: kwargs[name] for name in ("dtype", "torch_dtype") if name in kwargs}
+    others = {name: value for name, value in kwargs.items() if name not in model}
+    config, unused = AutoConfig.from_pretrained(
+        path if config is None else config, return_unused_kwargs=True, **hub, **others
+    )
+    return config, {name: value for name, value in unused.items() if name not in hub} | model
+
+
 def _is_registered() -> bool:
-    return hasattr(modeling_utils.get_hf_quantizer, "reads_quant_file")
+    mapping = auto.AUTO_QUANTIZATION_CONFIG_MAPPING
+    return any(isinstance(mapping.get(method), _Dispatch) for method in _SHARED_METHODS)
 
 
 def _register_method() -> None:
@@ -138,6 +151,13 @@ def _with_quant_file(original: Any) -> Any:
     """``get_hf_quantizer`` that also looks into hf_quant_config.json where config.json says nothing."""
 
     def get_hf_quantizer(config: Any, quantization_config: Any, *args: Any, **kwargs: Any) -> Any:
+        if not _is_registered():
+            return original(config, quantization_config, *args, **kwargs)
+        declared = getattr(config, "quantization_config", None)
+        if isinstance(declared, TorchNVFP4Config):  # the config of a loaded model; transformers wants a dict
+            config.quantization_config = copy.deepcopy(declared.source) or None
+            if quantization_config is None and (declared.backend is not None or not declared.source):
+                quantization_config = TorchNVFP4Config(declared.backend)
         if _declared(config) is None and (
             quantization_config is None
             or (isinstance(quantization_config, TorchNVFP4Config) and not quantization_config.source)
@@ -148,7 +168,7 @@ def _with_quant_file(original: Any) -> Any:
         return original(config, quantization_config, *args, **kwargs)
 
     get_hf_quantizer.__wrapped__ = original  # type: ignore[attr-defined]
-    get_hf_quantizer.reads_quant_file = True  # type: ignore[attr-defined]
+    get_hf_quantizer.reads_quant_file = get_hf_quantizer  # type: ignore[attr-defined]
     return get_hf_quantizer
 
 
@@ -176,7 +196,7 @@ def _read_quant_file(config: Any) -> dict[str, Any] | None:
         )
     if file is None or not os.path.isfile(file):
         return None
-    content = json.loads(Path(file).read_text())
+    content = load_json(Path(file))
     if not is_nvfp4_config(content):
         return None
     section = dict(content.get("quantization", content))

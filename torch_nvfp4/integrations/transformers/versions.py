@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import re
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+
+from torch_nvfp4.integrations.interface import Load, differences
 
 __all__ = ["FIRST", "HOOKS", "check_installed", "unknown_version", "unmet"]
 
@@ -55,26 +55,9 @@ def unknown_version(version: str) -> str | None:
     return f"expected transformers >= {FIRST[0]}.{FIRST[1]}, < {MAJOR + 1}, got {version}"
 
 
-def unmet(load: Callable[[str], Any] = importlib.import_module) -> Iterator[str]:
+def unmet(load: Load = importlib.import_module) -> Iterator[str]:
     """Every difference between ``HOOKS`` and what ``load`` gives for the names of their modules, as a text each."""
-    for (module, path), expected in HOOKS.items():
-        try:
-            found = load(module)
-            for name in path.split("."):
-                found = getattr(found, name)
-        except (ImportError, AttributeError) as error:
-            yield f"{module}.{path}: expected it to be there, got {error}"
-            continue
-        if not expected:
-            continue
-        try:
-            got = tuple(inspect.signature(found).parameters)
-        except (TypeError, ValueError):
-            yield f"{module}.{path}: expected a function, got {type(found).__name__}"
-            continue
-        missing = [name for name in expected if name not in got]
-        if missing:
-            yield f"{module}.{path}: expected the parameters {', '.join(expected)}, got {', '.join(got) or 'none'}"
+    return differences(HOOKS, {}, load, exact=False)
 
 
 def check_installed() -> None:

@@ -23,6 +23,11 @@ def install(mode: Callable[[], str]) -> None:
 
     Raises RuntimeError where this vLLM is not one of the known versions, or a signature differs from what is known.
     """
+    import vllm
+
+    from torch_nvfp4.integrations.vllm.versions import check_installed
+
+    check_installed(vllm.__version__)  # before oracle, which cannot be imported beside every other vLLM
     from torch_nvfp4.integrations.vllm import oracle
 
     oracle.install(mode)

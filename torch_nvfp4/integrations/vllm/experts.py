@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +17,7 @@ from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import (
 from vllm.model_executor.layers.quantization.utils.quant_utils import kNvfp4Dynamic, kNvfp4Static
 
 from torch_nvfp4.gate import Gate
-from torch_nvfp4.integrations.vllm.platform import device, step_limit
+from torch_nvfp4.integrations.vllm.platform import batch_invariant, copies_output, device, step_limit
 from torch_nvfp4.integrations.vllm.support import device_error, layer_gate
 from torch_nvfp4.ops.batch_invariance import invariance_keywords, refuse_batch_invariance
 
@@ -64,15 +67,66 @@ class _Experts(mk.FusedMoEExpertsModular):  # type: ignore[misc]
         return w1.size(0), a1.size(-2), n, a1.size(-1), topk_ids.size(1)
 
 
+class _IntoOutput(TopKWeightAndReduceNoOP):  # type: ignore[misc]
+    """What vLLM calls after the experts to reduce their output: it runs them then, into the tensor that vLLM returns.
+
+    Args:
+        run: runs the layer and writes ``out``, weighted and summed.
+    """
+
+    def __init__(self, run: Callable[..., None]) -> None:
+        self._run = run
+
+    def apply(
+        self, output: Tensor | None, fused_expert_output: Tensor, topk_weights: Tensor, topk_ids: Tensor,
+        apply_router_weight_on_input: bool,
+    ) -> Tensor:  # fmt: skip
+        """``output`` [M, K], or ``fused_expert_output`` [M, K] where there is no ``output``, holding the result."""
+        fits = (
+            output is not None
+            and (output.shape, output.dtype) == (fused_expert_output.shape, fused_expert_output.dtype)
+            and output.is_contiguous()
+        )
+        out = output if fits else fused_expert_output
+        self._run(out=out)
+        result: Tensor = super().apply(output, out, topk_weights, topk_ids, apply_router_weight_on_input)
+        return result  # vLLM's own method copies only where out is not output
+
+
 class NVFP4Experts(_Experts):
-    """hidden_states [M, K] and global ids: ``moe`` writes vLLM's buffer, weighted and summed."""
+    """hidden_states [M, K] and global ids: ``moe`` writes vLLM's buffer, weighted and summed.
+
+    Some versions of vLLM hand ``apply`` a buffer that they copy to the layer's output afterwards. There ``apply`` keeps
+    its arguments, and the op runs in the step that would copy, which vLLM takes next. This is done only where nothing
+    is exchanged between data-parallel ranks: the steps of those read the buffer, and two micro-batches may take turns.
+    """
+
+    def __init__(
+        self,
+        moe_config: Any,
+        quant_config: Any,
+        max_num_tokens: int | None = None,
+        num_dispatchers: int | None = None,
+    ) -> None:
+        super().__init__(moe_config, quant_config, max_num_tokens, num_dispatchers)
+        parallel = moe_config.moe_parallel_config
+        self._late = copies_output() and parallel.dp_size == 1 and not parallel.use_all2all_kernels
+        self._batch_invariant = True if batch_invariant() else None  # None: as set_batch_invariant says
+        # By thread, from apply to finalize_weight_and_reduce_impl, so that no tensor is held after the call.
+        self._kept: dict[int, Callable[..., None]] = {}
 
     @staticmethod
     def activation_format() -> Any:
         return mk.FusedMoEActivationFormat.Standard
 
+    @staticmethod
+    def _supports_batch_invariance() -> bool:
+        return True
+
     def finalize_weight_and_reduce_impl(self) -> Any:
-        return TopKWeightAndReduceNoOP()
+        # Nothing is kept of a call without tokens, which has no apply. Dynamo traces this on CPUs, but not get_ident.
+        run = self._kept.pop(threading.get_ident(), None) if self._late else None
+        return TopKWeightAndReduceNoOP() if run is None else _IntoOutput(run)
 
     def workspace_shapes(
         self, M: int, N: int, K: int, topk: int, global_num_experts: int, local_num_experts: int,
@@ -88,10 +142,21 @@ class NVFP4Experts(_Experts):
     ) -> None:  # fmt: skip
         if apply_router_weight_on_input:  # vLLM's prepare() has multiplied the input
             topk_weights = torch.ones_like(topk_weights)
-        torch.ops.nvfp4.moe.out(
+        arguments = (
             hidden_states, w1, self.g1_alphas, w2, self.g2_alphas, topk_weights.to(torch.float32), topk_ids, expert_map,
-            **self._gate_kwargs, **invariance_keywords(None), out=output,
         )  # fmt: skip
+        keywords = self._gate_kwargs | invariance_keywords(self._batch_invariant)
+        if not self._late:
+            torch.ops.nvfp4.moe.out(*arguments, **keywords, out=output)
+            return
+        run = functools.partial(torch.ops.nvfp4.moe.out, *arguments, **keywords)
+        # What an error between the two calls has left is dropped with the error below.
+        if self._kept.pop(threading.get_ident(), None) is not None:
+            raise RuntimeError(
+                "expected finalize_weight_and_reduce_impl() after apply(), got apply() again: this vLLM does not call "
+                "its experts as its version does. Set TORCH_NVFP4_VLLM=off to serve with vLLM's own kernels."
+            )
+        self._kept[threading.get_ident()] = run
 
 
 class NVFP4BatchedExperts(_Experts):

@@ -19,7 +19,7 @@ from torch_nvfp4._version import __version__
 from torch_nvfp4.integrations.vllm.experts import NVFP4BatchedExperts, NVFP4Experts
 from torch_nvfp4.integrations.vllm.platform import device, step_limit
 from torch_nvfp4.integrations.vllm.support import layer_error, layer_gate
-from torch_nvfp4.integrations.vllm.versions import ORACLE, check_installed, cpu_error
+from torch_nvfp4.integrations.vllm.versions import ORACLE, check_installed, cpu_error, marlin_error
 from torch_nvfp4.integrations.vllm.weights import gate_up_scales, pack_experts
 
 __all__ = ["Backend", "install"]
@@ -93,10 +93,10 @@ def _select(original: Callable[..., Any], mode: Callable[[], str]) -> Callable[.
 def _reason_against(
     experts: Any, quant_method: type | None, config: Any, weight_key: Any, activation_key: Any
 ) -> str | None:
-    where = device()
-    reason = layer_error(config, *where, step_limit=step_limit(), quant_method=quant_method)
+    where, version = device(), sys.modules["vllm"].__version__
+    reason = layer_error(config, *where, step_limit=step_limit(), quant_method=quant_method) or marlin_error(version)
     if reason is None and where[0] == "cpu":
-        reason = cpu_error(sys.modules["vllm"].__version__)
+        reason = cpu_error(version)
     if reason is not None:
         return reason
     # What vLLM asks of every backend: not gated, the quantization scheme, LoRA, batch invariance.

@@ -4,10 +4,25 @@ from __future__ import annotations
 
 import inspect
 
+import vllm
+from vllm import envs
 from vllm.model_executor.layers.activation import swiglustep_and_mul_triton
 from vllm.platforms import current_platform
 
-__all__ = ["device", "step_limit"]
+from torch_nvfp4.integrations.vllm.versions import LAST_WITH_COPY, release
+
+__all__ = ["batch_invariant", "copies_output", "device", "step_limit"]
+
+
+def batch_invariant() -> bool:
+    """Whether a row of the model's output must have the same bits whatever the batch is (VLLM_BATCH_INVARIANT)."""
+    return bool(envs.VLLM_BATCH_INVARIANT)
+
+
+def copies_output() -> bool:
+    """Whether this version hands experts a buffer that is not the layer's output, and copies one to the other."""
+    number = release(vllm.__version__)
+    return number is not None and number <= LAST_WITH_COPY
 
 
 def device() -> tuple[str, tuple[int, int] | None]:

@@ -25,6 +25,13 @@ QUANT_METHODS = ("ModelOptNvFp4FusedMoE", "CompressedTensorsW4A4Nvfp4MoEMethod",
 the layer. Mixed precision and DeepSeek-V4's config use the first. A class derived from one may rely on vLLM's own
 kernels (MuseSpark's does), so it does not count."""
 
+_ALL_TO_ALL = ("allgather_reducescatter", "deepep_high_throughput", "deepep_low_latency", "deepep_v2", "nixl_ep")
+"""Exchanges of tokens between ranks that bring hidden_states in 16 bits, ids of experts and, batched, counts.
+
+Not FlashInfer's, which vLLM's own kernels for 16-bit activations refuse too (two-sided) or take in some versions only
+(one-sided); nor those in which the experts hold replicas (MoonEP) or exchange the tokens themselves (pass-through).
+"""
+
 
 def layer_gate(
     activation: str, limit: float | None, alpha: float | None, beta: float | None, step_limit: float | None
@@ -98,7 +105,11 @@ def layer_error(
         return f"expected a layer of {', '.join(QUANT_METHODS)}, got one of {got}"
     if config.has_bias:
         return "expected experts without biases, got some with"
-    if config.moe_parallel_config.enable_eplb:
+    parallel = config.moe_parallel_config
+    exchange = parallel.all2all_backend
+    if exchange not in _ALL_TO_ALL and (parallel.use_all2all_kernels or exchange == "passthrough"):
+        return f"expected an --all2all-backend of {', '.join(_ALL_TO_ALL)}, got {exchange}"
+    if parallel.enable_eplb:
         return "expected no load balancing of experts (enable_eplb), which moves rows of vLLM's own layouts, got it"
     try:
         gate = layer_gate(

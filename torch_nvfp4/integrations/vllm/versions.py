@@ -7,14 +7,15 @@ stand here) or refused with words. Does not import vLLM.
 from __future__ import annotations
 
 import importlib
+import os
 import re
 from collections.abc import Iterator
 
 from torch_nvfp4.integrations.interface import Load, differences
 
 __all__ = [
-    "FIRST", "FIRST_ON_CPU", "LAST", "ORACLE", "check_installed", "cpu_error", "parameters", "release",
-    "unknown_version", "unmet",
+    "FIRST", "FIRST_ON_CPU", "LAST", "LAST_WITH_COPY", "ORACLE", "check_installed", "cpu_error", "marlin_error",
+    "parameters", "release", "unknown_version", "unmet",
 ]  # fmt: skip
 
 FIRST, LAST = (0, 24), (0, 33)
@@ -22,6 +23,9 @@ FIRST, LAST = (0, 24), (0, 33)
 
 FIRST_ON_CPU = (0, 30)
 """Earlier ones take the buffers of every modular MoE kernel through an interface that needs an accelerator."""
+
+LAST_WITH_COPY = (0, 26)
+"""Later ones hand standard experts the layer's output itself where it is contiguous, on CUDA and on CPUs."""
 
 _MOE = "vllm.model_executor.layers.fused_moe"
 ORACLE = f"{_MOE}.oracle.nvfp4"
@@ -72,6 +76,12 @@ SIGNATURES: dict[tuple[str, str], dict[tuple[int, int], tuple[str, ...]]] = {
     (f"{_MOE}.modular_kernel", "FusedMoEExpertsModular.moe_problem_size"): {
         (0, 24): ("self", "a1", "w1", "w2", "topk_ids"),
     },
+    (f"{_MOE}.modular_kernel", "FusedMoEExpertsModular.finalize_weight_and_reduce_impl"): {(0, 24): ("self",)},
+    (f"{_MOE}.topk_weight_and_reduce", "TopKWeightAndReduceNoOP.apply"): {
+        (0, 24): (
+            "self", "output", "fused_expert_output", "topk_weights", "topk_ids", "apply_router_weight_on_input",
+        ),
+    },
     ("vllm.model_executor.layers.activation", "swiglustep_and_mul_triton"): {(0, 24): ("output", "input", "limit")},
 }  # fmt: skip
 
@@ -81,13 +91,16 @@ ATTRIBUTES: dict[tuple[str, str], tuple[str, ...]] = {
         "activation", "hidden_dim", "intermediate_size_per_partition", "in_dtype", "moe_backend", "has_bias",
         "moe_parallel_config", "swiglu_limit", "swiglu_alpha", "swiglu_beta",
     ),
-    (f"{_MOE}.config", "FusedMoEParallelConfig"): ("use_batched_activation_format", "enable_eplb"),
+    (f"{_MOE}.config", "FusedMoEParallelConfig"): (
+        "all2all_backend", "dp_size", "enable_eplb", "use_all2all_kernels", "use_batched_activation_format",
+    ),
     (f"{_MOE}.config", "FusedMoEQuantConfig"): ("gemm1_clamp_limit", "gemm1_alpha", "gemm1_beta"),
     (f"{_MOE}.modular_kernel", "ExpertTokensMetadata"): ("expert_num_tokens",),
     (f"{_MOE}.modular_kernel", "FusedMoEActivationFormat"): ("Standard", "BatchedExperts"),
     (f"{_MOE}.modular_kernel", "FusedMoEExperts"): (
         "activation_format", "g1_alphas", "g2_alphas", "_supports_current_device",
         "_supports_no_act_and_mul", "_supports_quant_scheme", "_supports_activation", "_supports_parallel_config",
+        "_supports_batch_invariance",
     ),
     (f"{_MOE}.activation", "MoEActivation"): (
         "SILU", "GELU", "GELU_TANH", "RELU2", "SWIGLUOAI_UNINTERLEAVE", "SWIGLUSTEP",
@@ -121,6 +134,15 @@ def cpu_error(version: str) -> str | None:
     if number is not None and number >= FIRST_ON_CPU:
         return None
     return f"expected vllm {FIRST_ON_CPU[0]}.{FIRST_ON_CPU[1]} or later on a CPU, got {version}"
+
+
+def marlin_error(version: str) -> str | None:
+    """Why a known version of vLLM wants its own backend whatever the device, or None."""
+    number = release(version)
+    asked = os.environ.get("VLLM_TEST_FORCE_FP8_MARLIN", "0").strip().lower() in ("1", "true")
+    if asked and number is not None and number < (0, 29):  # later ones do not know it
+        return "expected VLLM_TEST_FORCE_FP8_MARLIN not to be set, got 1"
+    return None
 
 
 def unmet(version: str, load: Load = importlib.import_module) -> Iterator[str]:

@@ -35,7 +35,8 @@ def gate_up_scales(layer: Any, gate_scale: Tensor) -> Tensor:
             f"expected a layer with w13_weight_scale_2 or w13_weight_global_scale {wanted} (gate, up), got {got}"
         )
     both = both.detach().to(torch.float32).contiguous()
-    if not torch.equal(both[:, 0], gate_scale.detach().to(torch.float32)):
+    # NaN equals itself here: it is not a sign of another vLLM, and pack() names it.
+    if not torch.allclose(both[:, 0], gate_scale.detach().to(torch.float32), rtol=0.0, atol=0.0, equal_nan=True):
         raise RuntimeError(
             "expected w13_scale_2 to be the gate's column of the layer's global scales, got other values: this vLLM "
             "has changed what it hands to its backends"
@@ -48,8 +49,16 @@ def pack_experts(
 ) -> tuple[Tensor, Tensor]:
     """[E, 2I, K / 2], [E, 2I, K / 16], [E, 2] and [E, K, I / 2], [E, K, I / 16], [E] -> packed w13 and w2.
 
-    Raises ValueError or TypeError (see ``torch_nvfp4.pack``), for instance for NaN scales.
+    Raises:
+        RuntimeError: w13 is packed already: the conversion frees what was loaded, and cannot be done twice.
+        ValueError, TypeError: see ``torch_nvfp4.pack``; for instance for NaN scales.
     """
+    if w13.dim() != 3:
+        raise RuntimeError(
+            f"expected w13 as the checkpoint has it, [E, 2I, K / 2], got shape {list(w13.shape)}, which is packed: "
+            "process_weights_after_loading came twice for weights that were loaded once. vLLM's reload_weights loads "
+            "and converts them again"
+        )
     return (
         pack(NVFP4Weight(w13.detach(), w13_scale.detach(), w13_global_scale), gated=True),
         pack(NVFP4Weight(w2.detach(), w2_scale.detach(), w2_global_scale)),
