@@ -27,6 +27,10 @@ struct Plan {
   size_t bytes;
 };
 
+bool is_extended(const MoeArgs& args) {
+  return nvfp4::cuda::is_extended(args.w13, &args.gate) || nvfp4::cuda::is_extended(args.w2, nullptr);
+}
+
 Problem problem_of(const MoeArgs& args) {
   return {.op = Op::moe,
           .dtype = args.dtype,
@@ -34,7 +38,7 @@ Problem problem_of(const MoeArgs& args) {
           .top_k = args.routing.top_k,
           .experts = args.routing.experts,
           .gemm = {{args.w13.n, args.w13.k}, {args.w2.n, args.w2.k}},
-          .silu = args.gate.activation == Activation::silu,
+          .silu = args.gate.activation == Activation::silu && !is_extended(args),
           .batch_invariant = args.batch_invariant};
 }
 
@@ -95,10 +99,12 @@ void run_few_slots(const MoeArgs& args, const Plan& plan, void* stream) {
   p.gemm[1] = few_slots_gemm(args.w2, plan.hidden, plan.slots, 1);
   p.routing = args.routing;
   (args.apply_router_weight_on_input ? p.slot_scale : p.topk_weights) = args.topk_weights;
+  p.gated = args.w13.gated;
   p.gate = args.gate;
   p.hidden = plan.hidden;
   p.expert_out = static_cast<float*>(plan.expert_out);
   p.out = args.out;
+  p.extended = is_extended(args);
   few_slots_mlp(plan.choice.isa, args.dtype, plan.choice.few_slots, p, stream);
 }
 

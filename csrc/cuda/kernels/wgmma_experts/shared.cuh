@@ -22,6 +22,7 @@ struct ExpertGemm {
   const uint8_t* weight;  // [experts][panels][k_blocks][kBlockBytes]
   int64_t expert_bytes;
   const float* global_scale;
+  const float* bias;  // [experts, n] or null
   int64_t n;
   bool gated;
   int panels;
@@ -32,7 +33,8 @@ struct ExpertGemm {
 struct Params {
   ExpertGemm gemm[2];
   bool mlp;           // two GEMMs, `hidden` between them
-  bool gate_applies;  // gemm[0] applies the gate
+  bool gate_applies;  // gemm[0] applies the gate, to gate and up rows
+  bool activates;     // gemm[0] applies its activation, to rows without a gate
   Gate gate;
   const uint8_t* x;  // [rows, gemm[0].k_blocks * 64], each block in permute_rows()'s order
   int slots_per_row;
