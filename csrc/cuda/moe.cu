@@ -99,12 +99,14 @@ void run_few_slots(const MoeArgs& args, const Plan& plan, void* stream) {
   p.gemm[1] = few_slots_gemm(args.w2, plan.hidden, plan.slots, 1);
   p.routing = args.routing;
   (args.apply_router_weight_on_input ? p.slot_scale : p.topk_weights) = args.topk_weights;
-  p.gated = args.w13.gated;
   p.gate = args.gate;
   p.hidden = plan.hidden;
   p.expert_out = static_cast<float*>(plan.expert_out);
   p.out = args.out;
   p.extended = is_extended(args);
+  p.gated = args.w13.gated;
+  p.bias[0] = args.w13.bias;
+  p.bias[1] = args.w2.bias;
   few_slots_mlp(plan.choice.isa, args.dtype, plan.choice.few_slots, p, stream);
 }
 

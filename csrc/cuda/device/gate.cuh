@@ -15,6 +15,19 @@ __device__ __forceinline__ float sigmoid(float x, float alpha = 1.0f) {
   return ptx::reciprocal(1.0f + ptx::exp2(x * (-kLog2E * alpha)));
 }
 
+// tanh(x) to 4e-7 relative, without a branch: a series where 1 - exp(-2 |x|) would cancel.
+__device__ __forceinline__ float tanh_of(float x) {
+  constexpr float kTwoLog2E = 2.8853900817779268f;
+  const float square = x * x;
+  float p = 0.02186949f;
+  p = p * square - 0.05396825f;
+  p = p * square + 0.13333333f;
+  p = p * square - 0.33333333f;
+  const float e = ptx::exp2(fabsf(x) * -kTwoLog2E);
+  const float large = copysignf((1.0f - e) * ptx::reciprocal(1.0f + e), x);
+  return fabsf(x) < 0.25f ? x + x * square * p : large;
+}
+
 // kExtended: SiTU too, which only kernels of their own have, so that no other loses registers to it.
 template <bool kExtended = false>
 __device__ __forceinline__ float apply_gate(const Gate& gate, float g, float u) {
@@ -28,8 +41,8 @@ __device__ __forceinline__ float apply_gate(const Gate& gate, float g, float u) 
   }
   if constexpr (kExtended) {
     if (gate.activation == Activation::situ) {
-      if (gate.beta != 0.0f) u = gate.beta * tanhf(u / gate.beta);
-      return gate.alpha * tanhf(g / gate.alpha) * sigmoid(g) * u;
+      if (gate.beta != 0.0f) u = gate.beta * tanh_of(u * ptx::reciprocal(gate.beta));
+      return gate.alpha * tanh_of(g * ptx::reciprocal(gate.alpha)) * sigmoid(g) * u;
     }
   }
   switch (gate.activation) {

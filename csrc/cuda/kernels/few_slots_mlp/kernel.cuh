@@ -372,9 +372,9 @@ class FewSlotsMlp {
 
   // Rows `row` and `row + 1` with what the tile's expert adds to them.
   __device__ __forceinline__ float2 with_bias(float2 v, int gemm_index, const Outcome& o, int row) const {
-    const FewSlotsGemm& gemm = p_.gemm[gemm_index];
-    return make_float2(v.x + bias_of(gemm.bias, o.tile.expert, gemm.n, row),
-                       v.y + bias_of(gemm.bias, o.tile.expert, gemm.n, row + 1));
+    const int n = p_.gemm[gemm_index].n;
+    return make_float2(v.x + bias_of(p_.bias[gemm_index], o.tile.expert, n, row),
+                       v.y + bias_of(p_.bias[gemm_index], o.tile.expert, n, row + 1));
   }
 
   __device__ __forceinline__ void write_expert_out(const float* sums, int ways, const Outcome& o) const {

@@ -13,7 +13,6 @@ struct FewSlotsGemm {
   const uint8_t* packed;
   int64_t expert_bytes;
   const float* global_scale;
-  const float* bias;  // [experts, n] or null
   int k;
   int n;
   int k_blocks;
@@ -31,9 +30,7 @@ struct FewSlotsParams {
   FewSlotsGemm gemm[2];  // w13 and w2
   Routing routing;
   const float* slot_scale;  // of w13's outputs, or null
-  bool gated;               // w13 has gate and up rows
   Gate gate;
-  bool extended;              // is_extended() of either GEMM
   void* hidden;               // [slots, k of w2], what the gate makes of w13's outputs
   float* expert_out;          // [slots, n of w2]
   const float* topk_weights;  // null: all 1
@@ -43,6 +40,10 @@ struct FewSlotsParams {
   int token_bytes;
   Divider by_width;
   Divider by_grid;
+  // Of extended kernels alone, and behind the rest: the others' code does not change with them.
+  bool extended;         // is_extended() of either GEMM
+  bool gated;            // w13 has gate and up rows
+  const float* bias[2];  // of w13 and w2, [experts, n] or null
 };
 
 // What follows from the weight and from x [rows, k], of which slot s reads row s / slots_per_row.
@@ -54,7 +55,6 @@ inline FewSlotsGemm few_slots_gemm(const Weight& weight, const void* x, int64_t 
   gemm.packed = weight.packed;
   gemm.expert_bytes = weight.expert_bytes;
   gemm.global_scale = weight.global_scale;
-  gemm.bias = weight.bias;
   gemm.k = static_cast<int>(weight.k);
   gemm.n = static_cast<int>(weight.n);
   gemm.k_blocks = k_blocks_of(weight.k);

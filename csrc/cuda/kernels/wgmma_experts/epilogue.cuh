@@ -218,16 +218,16 @@ __device__ __forceinline__ void store_plain(const Params& p, const ExpertGemm& g
 
 // The biases of a lane's two rows: in the gated layout a feature's gate and up, else two features.
 template <class S>
-__device__ __forceinline__ Scales with_tile_biases(const ExpertGemm& gemm, const Tile<S>& tile, const Consumer& c,
-                                                   Scales scales, bool gate_applies) {
+__device__ __forceinline__ Scales with_tile_biases(const ExpertGemm& gemm, const float* bias, const Tile<S>& tile,
+                                                   const Consumer& c, Scales scales, bool gate_applies) {
   const WarpRows rows = warp_rows<S>(c.group, c.warp, gate_applies);
   const int64_t panel = tile.row_tile * S::kConsumers + rows.panel;
   const int64_t half = gemm.gated ? gemm.n / 2 : 0;
   const int64_t row = gemm.gated ? panel * 32 + rows.tile * 8 + c.r : panel * 64 + rows.tile * 16 + c.r;
   const int64_t second = gemm.gated ? half + row : row + 8;
-  if (row < (gemm.gated ? half : gemm.n)) scales.gate_bias = bias_of(gemm.bias, tile.expert, gemm.n, row);
+  if (row < (gemm.gated ? half : gemm.n)) scales.gate_bias = bias_of(bias, tile.expert, gemm.n, row);
   if (row < half || (!gemm.gated && second < gemm.n)) {
-    scales.up_bias = bias_of(gemm.bias, tile.expert, gemm.n, second);
+    scales.up_bias = bias_of(bias, tile.expert, gemm.n, second);
   }
   return scales;
 }
@@ -239,7 +239,8 @@ __device__ __forceinline__ void finish_tile(const Params& p, Shared<S>& shared, 
   Scales scales{tile.gate_scale, tile.up_scale};
   const bool activates = S::kExtended && first_gemm && p.activates;
   if constexpr (S::kExtended) {
-    scales = with_tile_biases(p.gemm[tile.gemm_index], tile, c, scales, first_gemm && p.gate_applies);
+    scales = with_tile_biases(p.gemm[tile.gemm_index], p.bias[tile.gemm_index], tile, c, scales,
+                              first_gemm && p.gate_applies);
   }
   if (first_gemm && p.slot_scale != nullptr) scale_slots<S, N>(tile, c, sum);
   if (first_gemm && p.gate_applies) {

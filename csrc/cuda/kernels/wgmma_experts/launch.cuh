@@ -14,7 +14,6 @@ inline ExpertGemm expert_gemm(const Weight& weight) {
   return {.weight = weight.packed,
           .expert_bytes = weight.expert_bytes,
           .global_scale = weight.global_scale,
-          .bias = weight.bias,
           .n = weight.n,
           .gated = weight.gated,
           .panels = panels_of(weight.n),
@@ -61,7 +60,7 @@ void launch_experts(Params params, const WgmmaPlan& plan, void* stream) {
 }
 
 inline bool is_extended(const Params& params) {
-  return params.activates || params.gemm[0].bias != nullptr || params.gemm[1].bias != nullptr ||
+  return params.activates || params.bias[0] != nullptr || params.bias[1] != nullptr ||
          (params.gate_applies && params.gate.activation == Activation::situ);
 }
 

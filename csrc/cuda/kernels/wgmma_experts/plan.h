@@ -58,9 +58,11 @@ struct Tall {
   static NVFP4_SHARED_INLINE constexpr int tile_width(int width) { return width; }
 };
 
-// With biases, activations without a gate and SiTU in the epilogue.
+// With biases, activations without a gate and SiTU in the epilogue: several times the code of the others for each
+// width.
 struct TallExtended : Tall {
   static constexpr bool kExtended = true;
+  static NVFP4_SHARED_INLINE constexpr int tile_width(int width) { return round_up(width, 2 * kTokenAtom); }
 };
 
 // 192 rows, up to 192 tokens: an expert of more tokens than Tall takes has its weights decoded once all the same. ptxas
