@@ -290,20 +290,35 @@ class FewSlotsMlp {
     float weight;  // of slot number `lane`
   };
 
+  __device__ __forceinline__ bool is_plain() const {
+    if constexpr (kExtended) {
+      return !p_.gated;
+    } else {
+      return false;
+    }
+  }
+
+  // Where the first scale of an expert is.
+  __device__ __forceinline__ int scale_at(int gemm_index, int expert) const {
+    if constexpr (kExtended) {
+      return gemm_index == 0 && p_.gated ? 2 * expert : expert;
+    } else {
+      return gemm_index == 0 ? 2 * expert : expert;
+    }
+  }
+
   __device__ __forceinline__ Outcome prepare(int gemm_index, const Share& s, int i) const {
     Outcome o = {};
     if (i >= s.items) return o;
     const FewSlotsGemm& gemm = p_.gemm[gemm_index];
-    bool has_gate = true;
-    if constexpr (kExtended) has_gate = p_.gated;
     o.tile_index = gemm.by_items_per_tile.quotient(s.first_item + i);
     o.tile = tiles_.tile(o.tile_index);
     o.panel = s.first_item + i - o.tile_index * gemm.items_per_tile;
     o.slot = tiles_.slot(o.tile);
-    o.upper = gemm.global_scale[gemm_index == 0 && has_gate ? 2 * o.tile.expert : o.tile.expert];
+    o.upper = gemm.global_scale[scale_at(gemm_index, o.tile.expert)];
     o.scale = o.weight = 1.0f;
     if (gemm_index == 0) {
-      if (has_gate) o.lower = gemm.global_scale[2 * o.tile.expert + 1];
+      o.lower = gemm.global_scale[scale_at(0, o.tile.expert) + (is_plain() ? 0 : 1)];
       if (p_.slot_scale != nullptr) o.scale = p_.slot_scale[o.slot];
     } else if (p_.topk_weights != nullptr && lane_ < p_.gemm[1].rows) {
       o.weight = p_.topk_weights[lane_];
@@ -318,9 +333,7 @@ class FewSlotsMlp {
     const bool has = lane_ < kWarps && begin < (i + 1) * k_blocks && begin + s.run > i * k_blocks;
     const unsigned runs = __ballot_sync(~0u, has);
     const float* sums = partial(__ffs(runs) - 1, i);
-    if constexpr (kExtended) {
-      if (gemm_index == 0 && !p_.gated) return write_plain_hidden(sums, __popc(runs), o);
-    }
+    if (is_plain() && gemm_index == 0) return write_plain_hidden(sums, __popc(runs), o);
     if (gemm_index == 0) {
       write_hidden(sums, __popc(runs), o);
     } else {
