@@ -15,6 +15,8 @@ from helpers.expert_kinds import KINDS, Experts, expected_moe, expert_mlp, hidde
 from helpers.layers import BF16, dtypes_of, seeded, to
 from torch_nvfp4 import reference
 from torch_nvfp4.format import NVFP4Weight
+from torch_nvfp4.gate import parse_activation
+from torch_nvfp4.ops.decomposition import decomposed_batched_moe
 from torch_nvfp4.ops.moe import decomposed_moe
 from torch_nvfp4.testing import TOLERANCE, assert_accurate, random_routing, relative_l2
 
@@ -115,6 +117,9 @@ def test_batched_moe(name: str, target: str, dtype: torch.dtype) -> None:
         flat = [tensor for group in arguments for tensor in group]
         out = torch_nvfp4.batched_moe(*flat, **experts.biases(target), **experts.kind.gate)
         assert_accurate(out.cpu(), expected)
+        gate = {**experts.kind.gate, "activation": parse_activation(experts.kind.gate["activation"]).value}
+        steps = decomposed_batched_moe(*flat, **experts.biases(target), **gate)
+        assert relative_l2(steps.cpu(), expected) <= 3 * TOLERANCE[dtype]
         own = reference.batched_moe(
             x, experts.w13, experts.w2, counts, experts.w13_bias, experts.w2_bias, **experts.kind.gate
         )
@@ -167,7 +172,7 @@ def test_activation_alone(activation: str, target: str, dtype: torch.dtype) -> N
 def test_decomposition(name: str, target: str) -> None:
     experts, x, weights, ids, expected = prepared(name, 30)
     routing = to(target, weights, ids)
-    gate = {**experts.kind.gate, "activation": torch_nvfp4.gate.parse_activation(experts.kind.gate["activation"]).value}
+    gate = {**experts.kind.gate, "activation": parse_activation(experts.kind.gate["activation"]).value}
     for dtype in dtypes_of(target):
         out = decomposed_moe(x.to(target, dtype), *experts.weights(target), *routing, **experts.biases(target), **gate)
         assert_accurate(out.cpu(), expected) if dtype == torch.float32 else None

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch_nvfp4.format import NVFP4Weight, has_gate_rows
 from torch_nvfp4.gate import Gate, gate_keywords
 from torch_nvfp4.ops import pack, unpack
-from torch_nvfp4.ops._library import optional_arguments
 from torch_nvfp4.ops.batch_invariance import invariance_keywords, refuse_batch_invariance
 from torch_nvfp4.ops.batched_moe import call_batched_moe
 from torch_nvfp4.ops.moe import call_moe
+from torch_nvfp4.ops.optional import optional_arguments
 from torch_nvfp4.quant_config import MoEQuantConfig
 
 

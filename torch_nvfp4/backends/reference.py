@@ -15,8 +15,8 @@ from torch_nvfp4 import reference
 from torch_nvfp4.backends.config import MoEBackendConfig, dtype_error, size_error
 from torch_nvfp4.format import NVFP4Weight, has_gate_rows, validate, validate_layout
 from torch_nvfp4.gate import CLAMP_ACTIVATIONS
-from torch_nvfp4.ops._library import optional_arguments
 from torch_nvfp4.ops.batch_invariance import refuse_batch_invariance
+from torch_nvfp4.ops.optional import optional_arguments
 from torch_nvfp4.quant_config import MoEQuantConfig
 
 __all__ = ["CLAMP_ACTIVATIONS", "apply", "apply_batched", "name", "prepare", "restore", "supports"]

@@ -12,8 +12,8 @@ from torch.fx import Graph, Node
 from torch_nvfp4.compiler.expression import CASTS, GEMMS, Reader, gate_form, plain_form
 from torch_nvfp4.compiler.graph import NoMatchError, arguments_of, insert, packet_of, same_shape, value_of
 from torch_nvfp4.gate import Gate
-from torch_nvfp4.ops._library import optional_arguments
 from torch_nvfp4.ops.batch_invariance import invariance_keywords
+from torch_nvfp4.ops.optional import optional_arguments
 
 __all__ = ["fuse_gates"]
 

@@ -98,15 +98,6 @@ def register_no_autograd(op: str, alternative: str) -> None:
     _AUTOGRAD.impl(op, autograd_out if overload_name == "out" else autograd, "Autograd")
 
 
-def optional_arguments(*arguments: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """The last arguments of an op without those at the end that are None, the schema's default: graphs and exported
-    programs then hold what the call has always held."""
-    last = len(arguments)
-    while last and arguments[last - 1] is None:
-        last -= 1
-    return arguments[:last]
-
-
 def below_autograd(op: str) -> Callable[..., Any]:
     """``call(tensors, args, kwargs)``: the op with ``args`` and ``kwargs``, past its autograd kernel where nothing asks
     for a derivative with respect to any of ``tensors`` (None counts as none).

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from torch_nvfp4.gate import gate_keywords, parse_activation
 from torch_nvfp4.ops import _checks
-from torch_nvfp4.ops._library import below_autograd, optional_arguments, register_fake, register_no_autograd
+from torch_nvfp4.ops._library import below_autograd, register_fake, register_no_autograd
 from torch_nvfp4.ops.batch_invariance import invariance_keywords
+from torch_nvfp4.ops.optional import optional_arguments
 
 
 def grouped_gemm(

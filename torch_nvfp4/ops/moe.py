@@ -9,10 +9,12 @@ from torch import Tensor
 
 from torch_nvfp4.gate import activate, gate_keywords, parse_activation
 from torch_nvfp4.ops import _checks
-from torch_nvfp4.ops._library import below_autograd, optional_arguments, register_fake, register_no_autograd
+from torch_nvfp4.ops._library import below_autograd, register_fake, register_no_autograd
 from torch_nvfp4.ops.batch_invariance import invariance_keywords
+from torch_nvfp4.ops.optional import optional_arguments
 
 
+# Over 60 lines: most of them say what the arguments are.
 def moe(
     hidden_states: Tensor,
     w13: Tensor,
