@@ -64,6 +64,16 @@ def test_moe(name: str, m: int, target: str) -> None:
         assert torch.equal(buffer, out)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", TOKENS)
+@kinds
+def test_sm80_kernels(name: str, m: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_NVFP4_ARCH", "80")
+    experts, x, weights, ids, expected = prepared(name, m)
+    for dtype in dtypes_of("cuda"):
+        assert_accurate(call(experts, x, weights, ids, "cuda", dtype).cpu(), expected)
+
+
 @pytest.mark.parametrize("m", TOKENS)
 @pytest.mark.parametrize("name", ["gpt-oss with biases", "relu2 without a gate, with biases", "situ with biases"])
 def test_router_weight_on_input_scales_no_bias(name: str, m: int, target: str) -> None:
