@@ -13,7 +13,7 @@ from torch import Tensor
 import torch_nvfp4
 from helpers.expert_kinds import KINDS, Experts, expected_moe, expert_mlp, hidden_of, make_experts
 from helpers.layers import BF16, dtypes_of, seeded, to
-from torch_nvfp4 import reference
+from torch_nvfp4 import dequantize, reference
 from torch_nvfp4.format import NVFP4Weight
 from torch_nvfp4.gate import parse_activation
 from torch_nvfp4.ops.decomposition import decomposed_batched_moe
@@ -231,22 +231,34 @@ def test_sizes_of_models(model: str, device: str) -> None:
     "name", ["silu-clamped with biases", "relu2 without a gate", "relu2 without a gate, with biases"]
 )
 def test_a_shared_expert_is_one_expert_more_with_weight_one(name: str, target: str, dtype: torch.dtype) -> None:
-    """The recipe of the README: a layer with its shared expert behind the routed ones, in every token's list."""
+    """The recipe of the README: packed behind the routed experts, and in every token's list."""
     experts, x, weights, ids, expected = prepared(name, 30)
     shared = make_experts(KINDS[name], 1, K, I, seed=77)
-    together = Experts(
-        *(append(routed, one) for routed, one in zip(experts[:4], shared[:4], strict=True)), experts.kind
-    )
+    both = zip(experts.weights(target), shared.weights(target), strict=True)
+    one = shared.biases(target)
+    biases = {key: torch.cat((bias, one[key])) for key, bias in experts.biases(target).items()}
     all_ids = torch.cat((ids, torch.full((30, 1), E)), 1)
     all_weights = torch.cat((weights, torch.ones(30, 1)), 1)
-    out = call(together, x, all_weights, all_ids, target, dtype)
+    out = torch_nvfp4.moe(
+        x.to(target, dtype),
+        *(torch.cat(pair) for pair in both),
+        *to(target, all_weights, all_ids),
+        **biases,
+        **experts.kind.gate,
+    )
     assert_accurate(out.cpu(), expected + expert_mlp(shared, 0)(x))
 
 
-def append(routed: Any, one: Any) -> Any:
-    if isinstance(routed, NVFP4Weight):
-        scale = torch.cat((routed.scale.view(torch.uint8), one.scale.view(torch.uint8))).view(routed.scale.dtype)
-        return NVFP4Weight(
-            torch.cat((routed.data, one.data)), scale, torch.cat((routed.global_scale, one.global_scale))
-        )
-    return None if routed is None else torch.cat((routed, one))
+def test_a_wide_shared_expert_is_several_experts() -> None:
+    """Its intermediate features are a sum, which may be cut; its bias of w2 belongs to one part alone."""
+    wide = make_experts(KINDS["gpt-oss with biases"], 1, K, 2 * I, seed=78)
+    x = hidden_of(wide, 5, seed=79)
+    w13, w2 = dequantize(wide.w13, torch.float64)[0], dequantize(wide.w2, torch.float64)[0]
+    assert wide.w13_bias is not None
+    assert wide.w2_bias is not None
+    rows = [torch.cat((torch.arange(p * I, (p + 1) * I), torch.arange((2 + p) * I, (3 + p) * I))) for p in (0, 1)]
+    parts = torch.stack([w13[r] for r in rows]), torch.stack([w2[:, p * I : (p + 1) * I] for p in (0, 1)])
+    biases = torch.stack([wide.w13_bias[0, r] for r in rows]), torch.cat((wide.w2_bias, torch.zeros(1, K)))
+    ids = torch.tensor([[0, 1]] * 5)
+    out = reference.moe(x, *parts, torch.ones(5, 2), ids, None, *biases, **wide.kind.gate)
+    assert relative_l2(out, expert_mlp(wide, 0)(x)) < 1e-12
