@@ -231,7 +231,7 @@ def test_sizes_of_models(model: str, device: str) -> None:
     "name", ["silu-clamped with biases", "relu2 without a gate", "relu2 without a gate, with biases"]
 )
 def test_a_shared_expert_is_one_expert_more_with_weight_one(name: str, target: str, dtype: torch.dtype) -> None:
-    """The recipe of the README: packed behind the routed experts, and in every token's list."""
+    """The recipe of the op's docstring: packed behind the routed experts, and in every token's list."""
     experts, x, weights, ids, expected = prepared(name, 30)
     shared = make_experts(KINDS[name], 1, K, I, seed=77)
     both = zip(experts.weights(target), shared.weights(target), strict=True)

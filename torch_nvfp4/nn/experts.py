@@ -125,7 +125,7 @@ class NVFP4Experts(PackedModule):
                 without a gate [E, I, K], global scale [E]: the sizes say which, and the activation is then that of up.
             w2: [E, K, I], global scale [E].
             w13_bias: [E, 2I], gate rows first, or [E, I], in any floating point dtype; None: no bias.
-            w2_bias: [E, K]; None: no bias.
+            w2_bias: [E, K]; None: no bias. Where I is split over ranks, whose results are added, one rank alone has it.
 
         The other keywords are the constructor's. Raises TypeError or ValueError for weights that are not valid NVFP4 or
         do not fit together or to the gate, and what the constructor raises.

@@ -57,11 +57,12 @@ class PackedModule(nn.Module):
     """
 
     backend: str
+    # Ordinary buffers that keep their dtype, float32. Here, so that a pickle from before there were any has none.
+    _exact_names: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         super().__init__()
         self._packed_names: tuple[str, ...] = ()
-        self._exact_names: tuple[str, ...] = ()  # of ordinary buffers that keep their dtype, float32
 
     def _weight_shapes(self) -> dict[str, WeightShape]:
         """The canonical weights by the prefix that their leaves have in a state dict."""

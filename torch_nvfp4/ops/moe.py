@@ -63,6 +63,10 @@ def moe(
             at a multiple of 16 bytes. It may be hidden_states itself, whose rows are all read before the first is
             written, and must share no memory with any other argument.
 
+    A shared expert of the routed ones' activation, limit and I is expert E: ``torch.cat`` its packed weights, global scales
+    and biases behind theirs, and give every token the id E with weight 1. One that is n times as wide is n experts, of
+    which one has its w2_bias.
+
     Returns [M, K] in hidden_states' dtype, ``out`` if that is given. A token with NaN or infinity comes out as NaN.
     No tensor may change while the op runs: on CUDA, another stream that writes topk_ids or expert_map meanwhile leads
     to no access outside the tensors, but to undefined values or, up to 32 slots, to a call that does not end.
