@@ -63,7 +63,7 @@ def moe(
             at a multiple of 16 bytes. It may be hidden_states itself, whose rows are all read before the first is
             written, and must share no memory with any other argument.
 
-    A shared expert of the routed ones' activation, limit and I is expert E: ``torch.cat`` its packed weights, global scales
+    A shared expert of the routed ones' activation, limit and I is expert E: ``torch.cat`` its packed weights, scales
     and biases behind theirs, and give every token the id E with weight 1. One that is n times as wide is n experts, of
     which one has its w2_bias.
 
