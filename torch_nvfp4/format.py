@@ -120,6 +120,11 @@ def is_gated_pair(weight: NVFP4Weight) -> bool:
     return weight.global_scale.dim() == weight.data.dim() - 1
 
 
+def has_gate_rows(w13: NVFP4Weight, w2: NVFP4Weight) -> bool:
+    """Whether experts' w13 has gate and up rows, [E, 2I, K], and not up rows alone, [E, I, K], beside w2 [E, K, I]."""
+    return bool(w13.data.shape[-2] != 2 * w2.data.shape[-1])
+
+
 def row_global_scale(weight: NVFP4Weight) -> Tensor:
     """Global scale of every row: fp32 [..., N]."""
     batch, n = weight.data.shape[:-2], weight.data.shape[-2]

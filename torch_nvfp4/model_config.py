@@ -44,10 +44,13 @@ _ACTIVATIONS = {
     "gelu_new": Activation.gelu_tanh,
     "relu2": Activation.relu2,
     "relu_squared": Activation.relu2,
+    "situ": Activation.situ,
 }
 # What keys that are not read call them besides, with the multiplication.
 _GATED = {"swiglu": Activation.silu, "silu_and_mul": Activation.silu, "geglu": Activation.gelu}
 _CONSTANTS = ("swiglu_alpha", "swiglu_beta")
+# Kimi-K3's: the limits of gate and of up, which Gate has as alpha and beta.
+_SITU_CONSTANTS = ("activation_situ_beta", "activation_situ_linear_beta")
 
 _PerLayer = int | tuple[int | None, ...] | None
 
@@ -88,6 +91,7 @@ class ModelConfig:
         self._limits, self._limit_after_silu = self._read_limits()
         self._alpha = self._number("swiglu_alpha")
         self._beta = self._number("swiglu_beta")
+        self._situ = tuple(self._number(key) for key in _SITU_CONSTANTS)
         self._weight_on_input = self._read_weight_on_input()
 
     def num_experts(self, layer: int) -> int | None:
@@ -217,6 +221,11 @@ class ModelConfig:
                 raise self._refusal(key.label, expected, f"{shown(key.value)} under a key that is not read", advice)
 
     def _constants(self, gpt_oss: bool, hidden_act: str, activation: Activation) -> tuple[float, float]:
+        if activation is Activation.situ:
+            return self._situ_constants()
+        for key, value in zip(_SITU_CONSTANTS, self._situ, strict=True):
+            if value is not None:
+                raise self._refusal("", f"hidden_act 'situ' beside {key} {value:g}", repr(hidden_act))
         alpha = self._alpha if self._alpha is not None else (1.702 if gpt_oss else 1.0)
         beta = self._beta if self._beta is not None else (1.0 if gpt_oss else 0.0)
         if alpha != 1.0 and self._beta is None and not gpt_oss:
@@ -226,6 +235,19 @@ class ModelConfig:
                 "", f"hidden_act 'silu' beside swiglu_alpha {alpha} and swiglu_beta {beta}", repr(hidden_act)
             )
         return alpha, beta
+
+    def _situ_constants(self) -> tuple[float, float]:
+        """alpha, and beta with 0 for an up that has no limit."""
+        alpha, beta = self._situ
+        if alpha is None or alpha <= 0:
+            got = "no such key" if alpha is None else f"{alpha:g}"
+            raise self._refusal(_SITU_CONSTANTS[0], "a positive number beside hidden_act 'situ'", got)
+        if beta is not None and beta < 0:
+            raise self._refusal(_SITU_CONSTANTS[1], "a positive number, or null or 0 for no limit", f"{beta:g}")
+        for key, value in zip(_CONSTANTS, (self._alpha, self._beta), strict=True):
+            if value is not None:
+                raise self._refusal("", f"no {key} beside hidden_act 'situ'", f"{value:g}")
+        return alpha, beta or 0.0
 
     def _refusal(self, key: str, expected: str, got: str, advice: str = "") -> CheckpointError:
         return CheckpointError(refusal(f"{self.file}: {key}" if key else self.file, expected, got, advice))
@@ -314,7 +336,7 @@ class ModelConfig:
         """The limit or the limits, and whether they act after the silu. Refuses keys that read like another limit."""
         for found in keys_of(self._sections):
             if found.about != "limit":
-                read = (*_HIDDEN_ACT_KEYS, *_CONSTANTS) if found.is_text else ()
+                read = (*_HIDDEN_ACT_KEYS, *_CONSTANTS, *_SITU_CONSTANTS) if found.is_text else ()
                 self._unread += [found] if found.about is not None and found.name not in read else []
             elif not (found.is_text and found.name in _LIMIT_KEYS) and _says_something(found.value):
                 raise self._refusal(

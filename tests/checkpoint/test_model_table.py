@@ -17,15 +17,14 @@ from torch_nvfp4.cli.verify import verify_layer
 class Model(NamedTuple):
     """A family: the layout that it is published in, what its config has, and what follows from it.
 
-    `config` replaces the written one where its keys are; None removes a key. `gate` None: the activation is not known.
+    `config` replaces the written one where its keys are; None removes a key.
     """
 
     layout: Any
     config: dict[str, Any]
-    gate: str | None
+    gate: str
     top_k: int = 2
     sizes: tuple[int, int] = (64, 32)  # K, I
-    runs: bool = True
 
 
 CPU = torch.device("cpu")
@@ -51,15 +50,15 @@ MODELS = {
         },
         "gelu_tanh, no clamp", sizes=(64, 176),
     ),
-    "Nemotron-3-Nano-30B": Model("nemotron", {}, "relu2, no clamp", sizes=(96, 464), runs=False),
+    "Nemotron-3-Nano-30B": Model("nemotron", {}, "relu2 without a gate", sizes=(96, 464)),
     "Nemotron-3-Super": Model(
-        "nemotron", {"hidden_size": 256, "moe_latent_size": 64}, "relu2, no clamp", runs=False
+        "nemotron", {"hidden_size": 256, "moe_latent_size": 64}, "relu2 without a gate"
     ),
     "Step-3.7-Flash": Model("modelopt-stack", {}, "swiglustep, clamp_limit 2", sizes=(64, 160)),
-    "Kimi-K3": Model("compressed-tensors-mxfp4", {}, None, sizes=(64, 96), runs=False),
+    "Kimi-K3": Model("compressed-tensors-mxfp4", {}, "situ (alpha 4, beta 25), no clamp", sizes=(64, 96)),
     "gpt-oss-120b": Model(
         "gpt-oss", {"swiglu_limit": 7.0, "hidden_act": "silu"}, "silu (alpha 1.702, beta 1), clamp_limit 7",
-        sizes=(96, 96), runs=False,
+        sizes=(96, 96),
     ),
 }  # fmt: skip
 
@@ -95,13 +94,8 @@ def test_model(name: str, tmp_path: Path) -> None:
     assert weights.w2.data.shape == (4, k, i // 2)
     facts = collect_checkpoint(checkpoint, CPU)
     json.dumps({key: value for key, value in facts.items() if key != "categories"})
-    if model.gate is None:
-        assert facts["gates"] == []
-    else:
-        assert facts["gates"] == [{"gate": model.gate, "layers": [0, 1]}]
-    assert [entry["tensor"] for entry in facts["refused"]] == ([] if model.runs else ["layer 0", "layer 1"])
-    if not model.runs:
-        return
+    assert facts["gates"] == [{"gate": model.gate, "layers": [0, 1]}]
+    assert facts["refused"] == []
     assert facts["backend"] is not None
     check = verify_layer(checkpoint, 1, dtype=torch.float32, device=CPU)
     assert check.passed, check.problem

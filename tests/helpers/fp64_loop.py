@@ -141,7 +141,16 @@ def experts_of(
     return [expert(e) for e in range(num)]
 
 
-def activation(gate: Tensor, up: Tensor, kind: str, limit: float | None) -> Tensor:
+def activation(gate: Tensor | None, up: Tensor, kind: str, limit: float | None) -> Tensor:
+    if gate is None:
+        assert kind == "relu2"
+        return up.clamp(min=0) ** 2
+    if kind == "situ":  # Kimi-K3's constants
+        return 4.0 * torch.tanh(gate / 4.0) * torch.sigmoid(gate) * 25.0 * torch.tanh(up / 25.0)
+    if kind == "gpt-oss":
+        assert limit is not None
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        return gate * torch.sigmoid(1.702 * gate) * (up + 1)
     if kind == "gelu_tanh":
         return torch.nn.functional.gelu(gate, approximate="tanh") * up
     if kind == "swiglustep":
@@ -167,8 +176,12 @@ def moe(
         for j, e in enumerate(topk_ids[m].tolist()):
             weight = float(topk_weights[m, j])
             v = token * weight if on_input else token
-            gate = experts[e].gate
-            assert gate is not None
-            h = activation(gate @ v, experts[e].up @ v, kind, limit)
-            y[m] += (1.0 if on_input else weight) * (experts[e].down @ h)
+            expert = experts[e]
+            gate = None if expert.gate is None else expert.gate @ v
+            up, zero = expert.up @ v, torch.zeros(())
+            if gate is not None:
+                gate = gate + (zero if expert.gate_bias is None else expert.gate_bias)
+            h = activation(gate, up + (zero if expert.up_bias is None else expert.up_bias), kind, limit)
+            out = expert.down @ h + (zero if expert.down_bias is None else expert.down_bias)
+            y[m] += (1.0 if on_input else weight) * out
     return y

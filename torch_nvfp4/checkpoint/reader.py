@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,9 @@ class Checkpoint:
             CheckpointError: an activation that is not known, or a clamp on an activation that has none: a clamp is
                 never dropped.
         """
-        return self._model.gate(layer)
+        gate = self._model.gate(layer)
+        content = self._contents.layers.get(layer)
+        return gate if content is None or content.gated else replace(gate, gated=False)
 
     def activation(self, layer: int) -> Gate:
         """The former name of `gate`."""

@@ -15,7 +15,6 @@ from torch_nvfp4.cli.output import json_writer
 from torch_nvfp4.cli.process import failed
 from torch_nvfp4.cli.terminal import Terminal
 from torch_nvfp4.cli.wording import count, size, spans
-from torch_nvfp4.nn.experts import layer_refusal
 
 _MOST_REFUSED = 20  # lines; the JSON has all
 
@@ -60,9 +59,6 @@ def collect_checkpoint(checkpoint: Checkpoint, device: torch.device, backend: st
         if f"layer {layer}" in refused:
             continue
         gates.setdefault(str(checkpoint.gate(layer)), []).append(layer)
-        reason = layer_refusal(checkpoint.layer_config(layer))
-        if reason is not None:
-            summary["refused"].append({"tensor": f"layer {layer}", "reason": reason})
     summary["gates"] = [{"gate": gate, "layers": layers} for gate, layers in gates.items()]
     summary["device"] = str(device)
     summary["backend"], summary["passed_over"] = None, {}
@@ -84,6 +80,7 @@ def _backend_config(checkpoint: Checkpoint, layer: int, device: torch.device) ->
     return MoEBackendConfig.for_device(
         device, facts.hidden_size, facts.intermediate_size, gate=facts.gate,
         apply_router_weight_on_input=facts.apply_router_weight_on_input,
+        biases=facts.has_w13_bias or facts.has_w2_bias,
     )  # fmt: skip
 
 
