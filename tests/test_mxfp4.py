@@ -224,6 +224,55 @@ def test_nan_scales() -> None:
         to_nvfp4(weight)
 
 
+MAGNITUDES = np.array(sorted({abs(e2m1(code)) for code in range(16)}))
+
+
+@given(st.lists(st.floats(-1e4, 1e4, width=32), min_size=64, max_size=64), st.integers(-140, 110))
+def test_quantize_is_the_specification(values: list[float], shift: int) -> None:
+    """Each group's scale and each value by the formula, in fp64: nearest, the even one of two, saturating."""
+    with np.errstate(over="ignore", under="ignore"):
+        dense = np.ldexp(np.array(values, dtype=np.float32), shift).astype(np.float32)
+    dense[~np.isfinite(dense)] = 1.0
+    data, scale = mxfp4.quantize(torch.from_numpy(dense).reshape(1, -1))
+    assert (data.dtype, scale.dtype) == (torch.uint8, torch.float8_e8m0fnu)
+    decoded_values = decoded(data, scale.view(torch.uint8))[0]
+    for group in range(2):
+        part = dense[32 * group : 32 * group + 32].astype(np.float64)
+        amax = np.abs(part).max()
+        exponent = max(-127, math.frexp(amax)[1] - 3) if amax else 0
+        assert int(scale.view(torch.uint8)[0, group]) == exponent + 127
+        for value, got in zip(part, decoded_values[32 * group : 32 * group + 32], strict=True):
+            distance = np.abs(MAGNITUDES - abs(math.ldexp(value, -exponent)))
+            nearest = np.flatnonzero(distance == distance.min())
+            wanted = MAGNITUDES[next(i for i in nearest if i % 2 == 0 or len(nearest) == 1)]
+            assert abs(got) == math.ldexp(float(wanted), exponent)
+            assert got == 0 or (got < 0) == (value < 0)
+
+
+def test_quantize_gives_back_what_it_can_hold() -> None:
+    weight = matrix(list(range(LOWEST, HIGHEST - 1)))  # fp32 holds 6 * 2^125
+    again = mxfp4.quantize(dequantize(weight))
+    assert torch.equal(again.scale.view(torch.uint8), weight.scale)
+    values = dequantize(again, torch.float64)
+    assert torch.equal(values, dequantize(weight, torch.float64))
+    assert torch.equal(mxfp4.quantize(torch.zeros(1, 32)).scale.view(torch.uint8), torch.tensor([[127]]).byte())
+
+
+@pytest.mark.parametrize(
+    ("dense", "error", "words"),
+    [
+        (torch.zeros(2, 32, dtype=torch.int32), TypeError, "dense: expected dtype bfloat16, float16, float32 or"),
+        (torch.zeros(2, 48), ValueError, "a positive multiple of 32, got [2, 48]"),
+        (torch.zeros(32), ValueError, "dense: expected shape [..., N, K]"),
+        (torch.full((2, 32), math.inf), ValueError, "dense: expected finite values, got NaN or infinity"),
+        (torch.full((2, 32), math.nan), ValueError, "dense: expected finite values, got NaN or infinity"),
+    ],
+)
+def test_bad_input_of_quantize(dense: Tensor, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=re.escape(words)):
+        mxfp4.quantize(dense)
+
+
 BYTES = torch.zeros(2, 16, dtype=torch.uint8)
 
 

@@ -141,6 +141,14 @@ def test_exponents_that_nvfp4_does_not_have(tmp_path: Path) -> None:
         convert(tmp_path / "source", tmp_path / "other")
 
 
+def test_a_bias_that_is_not_finite(tmp_path: Path) -> None:
+    tensors = raw_tensors(make(tmp_path / "source", "gpt-oss"))
+    tensors["model.layers.1.mlp.experts.down_proj_bias"][2, 7] = math.inf
+    rewrite(tmp_path / "source", tensors)
+    with raises("layers.1.mlp.experts.down_proj_bias'", "expected finite biases, got NaN or infinity", "of expert 2"):
+        convert(tmp_path / "source", tmp_path / "result")
+
+
 def test_a_changed_bit_is_found(tmp_path: Path) -> None:
     make(tmp_path / "source", "quark-mxfp4")
     conversion = open_conversion(tmp_path / "source", tmp_path / "result")

@@ -76,7 +76,11 @@ def mxfp4_matrix(source: Source, part: Part) -> MXFP4Weight:
 def _bias(source: Source, work: Bias) -> Tensor:
     part, info = work.part, work.info
     values = source.files.rows(info, part.expert or 0, 1)[0]
-    return values[part.first_row :: 2 if part.interleaved else 1][: part.rows].contiguous()
+    values = values[part.first_row :: 2 if part.interleaved else 1][: part.rows].contiguous()
+    if not bool(torch.isfinite(values).all()):
+        got = "NaN or infinity" + ("" if part.expert is None else f" in that of expert {part.expert}")
+        raise tensor_error(info.file, info.name, "finite biases", got)
+    return values
 
 
 def _converted(source: Source, group: Group, spelling: Spelling) -> Iterator[Piece]:
