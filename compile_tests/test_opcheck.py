@@ -117,6 +117,36 @@ class Samples:
             yield (self.x(*shape),), gate
         yield (self.x(3, 5),), RELU2 | {"gated": False}
 
+    def moe_backward(self) -> Iterator[Sample]:
+        wants = ({"needs_topk_weights": False}, {"needs_hidden_states": False}, {})
+        for i, (args, kwargs) in enumerate(self.moe()):
+            yield (torch.randn_like(args[0]), *args), kwargs | wants[i % 3]
+
+    def _grouped_gemm_backward(self, samples: Iterator[Sample], with_gate: bool) -> Iterator[Sample]:
+        for i, (args, kwargs) in enumerate(samples):
+            x, weight, scale, order, offsets, topk_weights, *bias = args
+            columns = 48 if with_gate and scale.dim() == 2 else 96
+            kwargs = kwargs | {"needs_topk_weights": topk_weights is not None and i % 2 == 0, "needs_x": i != 2}
+            grad = self.x(order.shape[0], columns, dtype=x.dtype)
+            yield (grad, x, weight, scale, order, offsets, topk_weights, *(bias if with_gate else ())), kwargs
+
+    def grouped_gemm_backward(self) -> Iterator[Sample]:
+        yield from self._grouped_gemm_backward(self.grouped_gemm(), with_gate=False)
+
+    def grouped_gemm_swiglu_backward(self) -> Iterator[Sample]:
+        yield from self._grouped_gemm_backward(self.grouped_gemm_swiglu(), with_gate=True)
+
+    def linear_backward(self) -> Iterator[Sample]:
+        for shape, dtype in zip(((48,), (3, 48), (2, 3, 48)), (*self.dtypes, torch.bfloat16), strict=False):
+            yield (self.x(*shape, dtype=dtype), *self.packed(48, 80), 80), {}
+        yield (self.x(3, 64), *self.packed(64, 80, gated=True), 80), {}
+
+    def swiglu_backward(self) -> Iterator[Sample]:
+        for args, kwargs in self.swiglu():
+            halves = 2 if kwargs.get("gated", True) else 1
+            *lead, last = args[0].shape
+            yield (self.x(*lead, last // halves), *args), kwargs
+
     def pack(self) -> Iterator[Sample]:
         for shape, gated in (((48, 80), False), ((64, 80), True), ((3, 48, 16), False), ((2, 32, 144), True)):
             weight = random_weight(shape, all_scales=True, generator=self.generator, device=self.device)
@@ -128,7 +158,7 @@ class Samples:
             yield (self.packed(*shape, gated=gated)[0], shape[-1], gated), {}
 
 
-OPS = [name for name in vars(Samples) if name in torch_nvfp4.__all__]
+OPS = [name for name in vars(Samples) if name.removesuffix("_backward") in torch_nvfp4.__all__]
 OUTS = ["moe", "batched_moe"]  # ops with an out overload; their result is as their first argument
 
 
@@ -138,7 +168,7 @@ def test_every_op_is_checked() -> None:
         for schema in torch._C._jit_get_all_schemas()
         if schema.name.startswith("nvfp4::")
     }
-    assert registered == {(op, "") for op in OPS} | {(op, "out") for op in OUTS}
+    assert registered == {(op, "") for op in OPS} | {(op, "out") for op in OUTS} | {("no_gradient", "")}
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -160,9 +190,9 @@ def test_opcheck_of_out(op: str, device: str) -> None:
     "op", ["moe", "batched_moe", "grouped_gemm", "grouped_gemm_swiglu", "combine", "linear", "swiglu"]
 )
 def test_opcheck_with_activations_that_require_grad(op: str, device: str) -> None:
-    """The autograd registration is sound; AOT dispatch would run backward, which these ops refuse."""
-    (x, *rest), kwargs = next(getattr(Samples(device), op)())
-    args = (x.requires_grad_(), *rest)
-    utils = [name for name in UTILS if name != "test_aot_dispatch_dynamic"]
-    result = torch.library.opcheck(getattr(torch.ops.nvfp4, op).default, args, kwargs, test_utils=utils)
-    assert result == dict.fromkeys(utils, "SUCCESS")
+    """AOT dispatch runs backward too, which batched_moe refuses."""
+    utils = [name for name in UTILS if op != "batched_moe" or name != "test_aot_dispatch_dynamic"]
+    for (x, *rest), kwargs in getattr(Samples(device), op)():
+        args = (x.requires_grad_(), *rest)
+        result = torch.library.opcheck(getattr(torch.ops.nvfp4, op).default, args, kwargs, test_utils=utils)
+        assert result == dict.fromkeys(utils, "SUCCESS")

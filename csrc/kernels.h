@@ -166,6 +166,38 @@ struct SwigluArgs {
   void* out;  // [rows, intermediate]
 };
 
+// ---- derivatives with respect to activations and router weights; weights and biases have none
+
+// From the gradient of grouped_gemm's result to those of x and of the slots' scales.
+struct GroupedGemmBackwardArgs {
+  GroupedGemmArgs forward;  // without out
+  const void* grad_out;     // as the result of the forward op
+  void* grad_x;             // [rows, k], or null
+  float* grad_slot_scale;   // [slots], or null; zeros for skipped slots
+};
+
+struct MoeBackwardArgs {
+  MoeArgs forward;           // without out
+  const void* grad_out;      // [tokens, w13.k]
+  void* grad_hidden_states;  // [tokens, w13.k], or null
+  float* grad_topk_weights;  // [tokens, top_k], or null; zeros for skipped slots
+};
+
+// grad_x = grad_out W
+struct LinearBackwardArgs {
+  DType dtype;
+  const void* grad_out;  // [rows, n]
+  int64_t rows;
+  Weight weight;  // experts == 1
+  void* grad_x;   // [rows, k]
+};
+
+struct SwigluBackwardArgs {
+  SwigluArgs forward;    // without out
+  const void* grad_out;  // [rows, intermediate]
+  void* grad_gate_up;    // as gate_up
+};
+
 // How one call runs. Nothing is kept between calls. What the environment and the calling thread's settings say is read
 // once, when the call begins: it may change while the call runs, and the size and layout of the workspace follow from
 // it.
@@ -180,21 +212,28 @@ struct Context {
 // the instructions (Isa). TORCH_NVFP4_CPU_LEVEL and TORCH_NVFP4_ARCH lower it. It calls getenv, which, as everywhere,
 // must not run beside a setenv of another thread where the C library does not lock the two (glibc before 2.41): a
 // process of several threads should set these variables before it starts them.
-#define NVFP4_BACKEND_FUNCTIONS                                               \
-  void pack(const PackArgs& args, const Context& context);                    \
-  void unpack(const UnpackArgs& args, const Context& context);                \
-  void route(const RouteArgs& args, const Context& context);                  \
-  void grouped_gemm(const GroupedGemmArgs& args, const Context&);             \
-  void combine(const CombineArgs& args, const Context& context);              \
-  void moe(const MoeArgs& args, const Context& context);                      \
-  void batched_moe(const BatchedMoeArgs& args, const Context& context);       \
-  void linear(const LinearArgs& args, const Context& context);                \
-  void swiglu(const SwigluArgs& args, const Context& context);                \
-  size_t route_workspace(const RouteArgs& args, const Context&);              \
-  size_t grouped_gemm_workspace(const GroupedGemmArgs& args, const Context&); \
-  size_t moe_workspace(const MoeArgs& args, const Context&);                  \
-  size_t batched_moe_workspace(const BatchedMoeArgs& args, const Context&);   \
-  size_t linear_workspace(const LinearArgs& args, const Context&);            \
+#define NVFP4_BACKEND_FUNCTIONS                                                                \
+  void pack(const PackArgs& args, const Context& context);                                     \
+  void unpack(const UnpackArgs& args, const Context& context);                                 \
+  void route(const RouteArgs& args, const Context& context);                                   \
+  void grouped_gemm(const GroupedGemmArgs& args, const Context&);                              \
+  void combine(const CombineArgs& args, const Context& context);                               \
+  void moe(const MoeArgs& args, const Context& context);                                       \
+  void batched_moe(const BatchedMoeArgs& args, const Context& context);                        \
+  void linear(const LinearArgs& args, const Context& context);                                 \
+  void swiglu(const SwigluArgs& args, const Context& context);                                 \
+  void moe_backward(const MoeBackwardArgs& args, const Context&);                              \
+  void grouped_gemm_backward(const GroupedGemmBackwardArgs& args, const Context&);             \
+  void linear_backward(const LinearBackwardArgs& args, const Context&);                        \
+  void swiglu_backward(const SwigluBackwardArgs& args, const Context&);                        \
+  size_t route_workspace(const RouteArgs& args, const Context&);                               \
+  size_t grouped_gemm_workspace(const GroupedGemmArgs& args, const Context&);                  \
+  size_t moe_workspace(const MoeArgs& args, const Context&);                                   \
+  size_t batched_moe_workspace(const BatchedMoeArgs& args, const Context&);                    \
+  size_t linear_workspace(const LinearArgs& args, const Context&);                             \
+  size_t moe_backward_workspace(const MoeBackwardArgs& args, const Context&);                  \
+  size_t grouped_gemm_backward_workspace(const GroupedGemmBackwardArgs& args, const Context&); \
+  size_t linear_backward_workspace(const LinearBackwardArgs& args, const Context&);            \
   int active_level();
 
 namespace cpu {

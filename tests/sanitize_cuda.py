@@ -7,7 +7,7 @@ import os
 import torch
 
 import torch_nvfp4
-from torch_nvfp4 import reference
+from torch_nvfp4 import NVFP4Weight, reference
 from torch_nvfp4.testing import assert_accurate, random_routing, random_weight
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -108,6 +108,42 @@ def check_batched_moe(e: int, k: int, i: int, t: int, counts: list[int], dtype: 
             assert_accurate(rows[:count], wanted[:count])
 
 
+# E, K, I, top_k, M: tiles of 32 tokens, with and without one that is full, and of 64.
+GRADIENTS = [(8, 192, 96, 2, 3), (4, 144, 48, 2, 70), (2, 256, 160, 2, 150)]
+
+
+def check_gradients(e: int, k: int, i: int, top_k: int, m: int, dtype: torch.dtype, device: str) -> None:
+    generator = torch.Generator().manual_seed(m)
+    flow = torch.randn(m, k, generator=generator).to(device, dtype)
+    topk_weights, topk_ids = random_routing(m, e, top_k, generator=generator, device=device)
+    topk_ids[m // 2] = -1
+    w2 = random_weight((e, k, i), generator=generator, device=device)
+    for gated, gate in ((True, {"clamp_limit": LIMIT}), (False, {"activation": "relu2"})):
+        rows = 2 * i if gated else i
+        w13 = random_weight((e, rows, k), gated=gated, generator=generator, device=device)
+        biases = [torch.randn(e, n, generator=generator).to(device) for n in (rows, k)]
+        weights = torch_nvfp4.pack(w13, gated=gated), w13.global_scale, torch_nvfp4.pack(w2), w2.global_scale
+        values = torch.randn(m, k, generator=generator).to(device, dtype)
+        for on_input in (False, True):
+            leaves = values.clone().requires_grad_(), topk_weights.clone().requires_grad_()
+            exact = values.double().requires_grad_(), topk_weights.double().requires_grad_()
+            options = {**gate, "apply_router_weight_on_input": on_input}
+            torch_nvfp4.moe(leaves[0], *weights, leaves[1], topk_ids, None, *biases, **options).backward(flow)
+            reference.moe(exact[0], w13, w2, exact[1], topk_ids, None, *biases, **options).backward(flow.double())
+            for leaf, wanted in zip(leaves, exact, strict=True):
+                assert_accurate(leaf.grad, wanted.grad, dtype=dtype)
+        order, offsets = torch_nvfp4.route(topk_ids, None, e)
+        x, scales = values.clone().requires_grad_(), topk_weights.clone().requires_grad_()
+        torch_nvfp4.grouped_gemm(x, *weights[:2], order, offsets, scales).sum().backward()
+        torch_nvfp4.grouped_gemm_swiglu(x, *weights[:2], order, offsets, scales, **gate).sum().backward()
+        torch_nvfp4.linear(x, torch_nvfp4.pack(first_of(w13), gated=gated), w13.global_scale[0]).sum().backward()
+
+
+def first_of(weight: NVFP4Weight) -> NVFP4Weight:
+    scale = weight.scale.view(torch.uint8)[0].view(weight.scale.dtype)
+    return NVFP4Weight(weight.data[0], scale, weight.global_scale[0])
+
+
 def check_the_rest(device: str) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = random_weight((96, 192), generator=generator, device=device)
@@ -134,6 +170,9 @@ def main(device: str = "cuda") -> None:
             for dtype in (BF16, FP16):
                 check_batched_moe(*case, dtype, device)
         check_the_rest(device)
+    for case in GRADIENTS:
+        for dtype in (BF16, FP16):
+            check_gradients(*case, dtype, device)
     print("all values are right")
 
 

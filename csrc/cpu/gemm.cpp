@@ -2,148 +2,11 @@
 #include <algorithm>
 #include <numeric>
 
-#include "../common.h"
-#include "layout.h"
-#include "level_kernels.h"
+#include "product.h"
 #include "routing.h"
-#include "schedule.h"
 
 namespace nvfp4::cpu {
 namespace {
-
-constexpr int64_t kTasksPerThread = 24;  // so that the last one to end is not long waited for
-
-// Whether activations of a dtype are multiplied in fp32.
-bool multiplies_exactly(const Context& context, DType dtype) {
-  return dtype == DType::fp32 || kernels_of(context).always_exact;
-}
-
-int64_t bytes_of(DType dtype) { return dtype == DType::fp32 ? 4 : 2; }
-
-char* at(void* base, DType dtype, int64_t index) { return static_cast<char*>(base) + index * bytes_of(dtype); }
-
-// Some tokens of one expert: the slots order[begin .. begin + count).
-struct ExpertTile {
-  int64_t expert;
-  int64_t begin;
-  int64_t count;
-};
-
-// What a thread writes while it multiplies.
-struct Scratch {
-  TokenTile tile;
-  const ExpertTile* gathered;  // the expert tile whose tokens are in the tile
-  int32_t* rows;               // [kMaxTileTokens]
-  float* sums;                 // [kMaxTileTokens, 2, kPanelRows]
-};
-
-// A matrix product of gathered rows with one expert each: the common part of all ops of this file.
-struct Product {
-  DType dtype;  // of x and of the output
-  const void* x;
-  int64_t slots_per_row;
-  Weight weight;
-  const int32_t* order;
-  const ExpertTile* expert_tiles;
-  int64_t expert_tile_count;
-  Scratch* scratch;  // of each thread
-  int64_t threads;
-
-  int64_t panels() const { return weight.n / kPanelRows; }
-  int64_t pairs() const { return ceil_div<int64_t>(panels(), 2); }
-};
-
-int64_t most_expert_tiles(int64_t slots, int64_t experts) { return std::min(slots, experts) + slots / kMaxTileTokens; }
-
-// Splits each expert's slots into expert tiles of equal size. Returns their number.
-int64_t cut_expert_tiles(const int32_t* offsets, int64_t experts, ExpertTile* expert_tiles) {
-  int64_t made = 0;
-  for (int64_t expert = 0; expert < experts; ++expert) {
-    const int64_t begin = offsets[expert];
-    const int64_t count = offsets[expert + 1] - begin;
-    const int64_t parts = ceil_div<int64_t>(count, kMaxTileTokens);
-    for (int64_t part = 0; part < parts; ++part) {
-      const int64_t first = begin + count * part / parts;
-      expert_tiles[made++] = {expert, first, begin + count * (part + 1) / parts - first};
-    }
-  }
-  return made;
-}
-
-// A tile of up to k columns and `tokens` tokens.
-TokenTile take_tile(Workspace& space, int64_t k, int64_t tokens, bool exact, bool batch_invariant) {
-  const int64_t rows = blocks_of(k) * tokens;
-  if (exact) return {0, 0, true, batch_invariant, space.take<float>(rows * kBlockColumns), nullptr, nullptr};
-  void* values = space.take<int16_t>(rows * kBlockColumns);
-  auto* scale = space.take<float>(rows);
-  return {0, 0, false, batch_invariant, values, scale, space.take<int32_t>(rows)};
-}
-
-// A Scratch for each thread, for expert tiles of up to `slots` slots.
-Scratch* take_scratch(Workspace& space, const Context& context, int64_t k, int64_t slots, bool exact,
-                      bool batch_invariant) {
-  const int64_t tokens = std::min<int64_t>(slots, kMaxTileTokens);
-  auto* scratch = space.take<Scratch>(context.threads);
-  for (int thread = 0; thread < context.threads; ++thread) {
-    const TokenTile tile = take_tile(space, k, tokens, exact, batch_invariant);
-    auto* rows = space.take<int32_t>(tokens);
-    auto* sums = space.take<float>(tokens * 2 * kPanelRows);
-    if (scratch != nullptr) scratch[thread] = {tile, nullptr, rows, sums};
-  }
-  return scratch;
-}
-
-void gather_tile(const LevelKernels& kernels, const Product& product, const ExpertTile& expert_tile, Scratch& scratch) {
-  if (scratch.gathered == &expert_tile) return;
-  for (int64_t i = 0; i < expert_tile.count; ++i) {
-    scratch.rows[i] = static_cast<int32_t>(product.order[expert_tile.begin + i] / product.slots_per_row);
-  }
-  scratch.tile.count = expert_tile.count;
-  scratch.tile.blocks = blocks_of(product.weight.k);
-  kernels.gather({product.dtype, product.x, product.weight.k, scratch.rows}, &scratch.tile);
-  scratch.gathered = &expert_tile;
-}
-
-// Multiplies panels 2 * pair and 2 * pair + 1 (if there is one) with a tile. Returns how many panels that are.
-int64_t multiply_pair(const LevelKernels& kernels, const Weight& weight, int64_t expert, int64_t pair,
-                      const TokenTile& tile, float* sums) {
-  const int64_t count = std::min<int64_t>(2, weight.n / kPanelRows - 2 * pair);
-  kernels.multiply(weight.packed + expert * weight.expert_bytes + 2 * pair * panel_bytes(weight.k), count, tile, sums);
-  return count;
-}
-
-// The global scale of a panel: up panels of a gated weight are the odd ones.
-float panel_scale(const Weight& weight, int64_t expert, int64_t panel) {
-  return weight.gated ? weight.global_scale[2 * expert + panel % 2] : weight.global_scale[expert];
-}
-
-// Calls body(thread, expert_tile, first, last) until every expert_tile has met all of its panels, counted in `units` of
-// equal size, in tasks of similar cost.
-template <class Body>
-void for_each_tile_and_units(const Product& product, int64_t units, const Body& body) {
-  // Reading the weights costs about as much as multiplying them with four tokens.
-  auto cost = [&](const ExpertTile& expert_tile) { return std::max<int64_t>(expert_tile.count, 4) * units; };
-  int64_t total = 0;
-  for (int64_t c = 0; c < product.expert_tile_count; ++c) total += cost(product.expert_tiles[c]);
-  const int64_t wanted = std::max<int64_t>(total / (product.threads * kTasksPerThread), 1);
-  auto tasks_of = [&](const ExpertTile& expert_tile) { return std::min(units, ceil_div(cost(expert_tile), wanted)); };
-  int64_t tasks = 0;
-  for (int64_t c = 0; c < product.expert_tile_count; ++c) tasks += tasks_of(product.expert_tiles[c]);
-  for_each_task(product.threads, tasks, [&](int64_t thread, int64_t task) {
-    const ExpertTile* expert_tile = product.expert_tiles;
-    for (; task >= tasks_of(*expert_tile); ++expert_tile) task -= tasks_of(*expert_tile);
-    const int64_t parts = tasks_of(*expert_tile);
-    body(thread, *expert_tile, units * task / parts, units * (task + 1) / parts);
-  });
-}
-
-// Where the bias of an expert's row is, or null.
-const float* bias_at(const Weight& weight, int64_t expert, int64_t row) {
-  return weight.bias == nullptr ? nullptr : weight.bias + expert * weight.n + row;
-}
-
-// What the activation makes of a panel pair: a gate and an up panel, or two panels of a weight without a gate.
-int64_t columns_of_pair(const Weight& weight) { return weight.gated ? kPanelRows : 2 * kPanelRows; }
 
 // Activates token i's sums of a panel pair; 16 results from `column` of the pair's columns on go to
 // row_of(i) + column.
@@ -387,16 +250,6 @@ struct MoeWorkspace {
   float** block_values;  // of each thread: [kMaxTileTokens, kBlockColumns]
   float** task_sums;     // of each thread: [combined_pairs, tokens, 2 * kPanelRows]
 };
-
-// An array of `count` floats for each thread.
-float** take_per_thread(Workspace& space, const Context& context, int64_t count) {
-  auto** arrays = space.take<float*>(context.threads);
-  for (int thread = 0; thread < context.threads; ++thread) {
-    auto* array = space.take<float>(count);
-    if (arrays != nullptr) arrays[thread] = array;
-  }
-  return arrays;
-}
 
 MoeWorkspace lay_out(Workspace& space, const MoeArgs& args, const Context& context) {
   const int64_t tokens = args.routing.tokens;

@@ -41,6 +41,13 @@ struct PanelTerms {
   const float* up_bias;    // [kPanelRows]
 };
 
+// What flows back through an activation of 16 columns.
+struct PanelBackward {
+  float value[16];  // of the activation
+  float gate[16];   // into the gate's pre-activations, or those of a weight without a gate
+  float up[16];
+};
+
 struct LevelKernels {
   bool always_exact;  // tiles are fp32 for all dtypes
 
@@ -62,6 +69,17 @@ struct LevelKernels {
 
   // out[i] = gate(gate_row[i], up_row[i]), or gate(gate_row[i]) where up_row is null.
   void (*swiglu)(const Gate& gate, const void* gate_row, const void* up_row, int64_t n, DType dtype, void* out);
+
+  // Derivatives. `flow` [16] or `flow_row` [n] flows back into the activation's value.
+  void (*differentiate_panel)(const Gate& gate, const PanelTerms& terms, const float* sums, const float* flow,
+                              PanelBackward* out);
+  void (*swiglu_backward)(const Gate& gate, const void* flow_row, const void* gate_row, const void* up_row, int64_t n,
+                          DType dtype, void* to_gate, void* to_up);
+  // sums[t, c] += sum over the weight's rows of rows[t, row] * weight[row, c], without the global scale, for the 64
+  // columns of one block of every panel: `block` is the first panel's, the others are panel_stride bytes apart; rows
+  // is [panels, count, 16], sums [count, 64].
+  void (*multiply_transposed)(const uint8_t* block, int64_t panel_stride, int64_t panels, const float* rows,
+                              int64_t count, float* sums);
 };
 
 extern const LevelKernels kPortableKernels;

@@ -1,4 +1,4 @@
-// swiglu and combine: one row of the output a step, rows shared out over the threads.
+// swiglu, its derivative and combine: one row of the output a step, rows shared out over the threads.
 #include <algorithm>
 
 #include "../common.h"
@@ -13,6 +13,10 @@ constexpr int64_t kSegment = 1024;  // values of a combined row that are summed 
 
 const char* at(const void* base, DType dtype, int64_t index) {
   return static_cast<const char*>(base) + index * (dtype == DType::fp32 ? 4 : 2);
+}
+
+char* at(void* base, DType dtype, int64_t index) {
+  return static_cast<char*>(base) + index * (dtype == DType::fp32 ? 4 : 2);
 }
 
 // Calls body(row) for every row, in tasks of about 32 thousand values.
@@ -34,7 +38,23 @@ void swiglu(const SwigluArgs& args, const Context& context) {
   for_each_row(context.threads, args.rows, columns, [&](int64_t row) {
     kernels.swiglu(args.gate, at(args.gate_up, args.dtype, row * columns),
                    args.gated ? at(args.gate_up, args.dtype, row * columns + n) : nullptr, n, args.dtype,
-                   const_cast<char*>(at(args.out, args.dtype, row * n)));
+                   at(args.out, args.dtype, row * n));
+  });
+}
+
+void swiglu_backward(const SwigluBackwardArgs& args, const Context& context) {
+  const LevelKernels& kernels = kernels_of(context);
+  const SwigluArgs& forward = args.forward;
+  const DType dtype = forward.dtype;
+  const int64_t n = forward.intermediate;
+  const int64_t columns = forward.gated ? 2 * n : n;
+  for_each_row(context.threads, forward.rows, columns, [&](int64_t row) {
+    const int64_t first = row * columns;
+    const bool gated = forward.gated;
+    kernels.swiglu_backward(forward.gate, at(args.grad_out, dtype, row * n), at(forward.gate_up, dtype, first),
+                            gated ? at(forward.gate_up, dtype, first + n) : nullptr, n, dtype,
+                            at(args.grad_gate_up, dtype, first),
+                            gated ? at(args.grad_gate_up, dtype, first + n) : nullptr);
   });
 }
 
@@ -50,8 +70,7 @@ void combine(const CombineArgs& args, const Context& context) {
         const float weight = args.topk_weights == nullptr ? 1.0f : args.topk_weights[slot];
         kernels.accumulate(args.dtype, at(args.x, args.dtype, slot * args.n + first), n, weight, sums);
       }
-      kernels.store(sums, n, 1.0f, nullptr, args.dtype,
-                    const_cast<char*>(at(args.out, args.dtype, token * args.n + first)));
+      kernels.store(sums, n, 1.0f, nullptr, args.dtype, at(args.out, args.dtype, token * args.n + first));
     }
   });
 }

@@ -46,6 +46,12 @@ Tensor empty(const char* op, const char* what, const Tensor& like, const std::ve
        " ", list(shape), " on ", device_name(like), ", got none; use a smaller batch or free memory");
 }
 
+Tensor grad_tensor(const char* op, const char* what, const Tensor& of, bool wanted) {
+  const auto sizes = of.sizes();
+  const std::vector<int64_t> shape(sizes.begin(), sizes.end());
+  return empty(op, what, of, wanted ? shape : std::vector<int64_t>{0}, of.scalar_type());
+}
+
 #ifdef USE_CUDA
 Launch::Launch(const char* op, const Tensor& like) : guard_(like.get_device_index()), op_(op), like_(like) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &context_.stream));

@@ -17,6 +17,9 @@ namespace nvfp4 {
 // bytes were wanted, and for `what`.
 Tensor empty(const char* op, const char* what, const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype);
 
+// Where the gradient of `of` goes: a tensor like it, or an empty one where it is not wanted.
+Tensor grad_tensor(const char* op, const char* what, const Tensor& of, bool wanted);
+
 // Selects the device and current stream of `like` for one call of an op, reads the settings that hold for all of the
 // call, and owns its scratch memory.
 class Launch {

@@ -97,11 +97,41 @@ void moe_out(const Tensor& hidden_states, const Tensor& w13, const Tensor& w13_g
   run(op, hidden_states, args);
 }
 
+// The gradients of hidden_states and topk_weights; one that is not wanted is empty.
+std::tuple<Tensor, Tensor> moe_backward(const Tensor& grad_output,  // [M, K]
+                                        const Tensor& hidden_states, const Tensor& w13, const Tensor& w13_global_scale,
+                                        const Tensor& w2, const Tensor& w2_global_scale, const Tensor& topk_weights,
+                                        const Tensor& topk_ids, const std::optional<Tensor>& expert_map,
+                                        const std::optional<Tensor>& w13_bias, const std::optional<Tensor>& w2_bias,
+                                        int64_t activation, std::optional<double> clamp_limit, double alpha,
+                                        double beta, bool apply_router_weight_on_input, bool batch_invariant,
+                                        bool needs_hidden_states, bool needs_topk_weights) {
+  const char* op = "moe_backward";
+  MoeBackwardArgs args{};
+  args.forward =
+      check_moe(op, hidden_states, w13, w13_global_scale, w2, w2_global_scale, topk_weights, topk_ids, expert_map,
+                w13_bias, w2_bias, activation, clamp_limit, alpha, beta, apply_router_weight_on_input, batch_invariant);
+  const int64_t tokens = hidden_states.size(0);
+  check_tensor(op, "grad_output", grad_output, kLike, hidden_states, {hidden_states.scalar_type()},
+               {tokens, hidden_states.size(1)});
+  Tensor grad_x = grad_tensor(op, "the gradient of hidden_states", hidden_states, needs_hidden_states);
+  Tensor grad_weights = grad_tensor(op, "the gradient of topk_weights", topk_weights, needs_topk_weights);
+  if (grad_x.numel() == 0 && grad_weights.numel() == 0) return {grad_x, grad_weights};
+  args.grad_out = grad_output.data_ptr();
+  args.grad_hidden_states = grad_x.numel() == 0 ? nullptr : grad_x.data_ptr();
+  args.grad_topk_weights = grad_weights.numel() == 0 ? nullptr : static_cast<float*>(grad_weights.data_ptr());
+  Launch launch(op, hidden_states);
+  launch.reserve(backend::moe_backward_workspace(args, launch.context()));
+  backend::moe_backward(args, launch.context());
+  return {grad_x, grad_weights};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(nvfp4, NVFP4_DISPATCH_KEY, m) {
   m.impl("moe", TORCH_BOX(&moe));
   m.impl("moe.out", TORCH_BOX(&moe_out));
+  m.impl("moe_backward", TORCH_BOX(&moe_backward));
 }
 
 }  // namespace nvfp4

@@ -492,6 +492,31 @@ def out_rows(sizes: tuple[int, ...]) -> list[Row]:
     ]
 
 
+def grad_rows(like: str, sizes: tuple[int, ...]) -> list[Row]:
+    """The rows of a backward op, whose forward op's result has these sizes."""
+    more = [*sizes[:-1], sizes[-1] + 16]
+    return [
+        bad("grad_output must be bfloat16, got float16", grad_output=dtype(torch.float16)),
+        bad(f"grad_output must be on {{device}} like {like}, got {{elsewhere}}", grad_output=elsewhere),
+        bad(f"grad_output must be contiguous, got a tensor of shape {list(sizes)} {STRIDED}", grad_output=strided),
+        bad(f"grad_output must have shape {list(sizes)}, got {more}", grad_output=shape(*more)),
+        bad(f"grad_output must have shape {list(sizes)}, got {list(sizes[1:])}", grad_output=shape(*sizes[1:])),
+    ]
+
+
+NO_WEIGHTS = bad("expected topk_weights where needs_topk_weights is True, got None", topk_weights=None)
+
+LINEAR_BACKWARD = [
+    bad("grad_output must be {activations}, got float64", grad_output=dtype(torch.float64)),
+    bad(f"grad_output must be contiguous, got a tensor of shape [5, 48] {STRIDED}", grad_output=strided),
+    bad("grad_output must have shape [N], got []", grad_output=shape()),
+    bad(f"{IN_FEATURES}, got 72", in_features=72),
+    bad("grad_output's last dimension must be a positive multiple of 16, got 40", grad_output=shape(5, 40)),
+    bad("weight must be on {device} like grad_output, got {elsewhere}", weight=elsewhere),
+    cpu(f"weight must have shape [64, 2, 36]{PLAIN_80}, got [48, 2, 36]", grad_output=shape(5, 64)),
+    bad("global_scale must be float32, got float64", global_scale=dtype(torch.float64)),
+]
+
 ROWS: dict[str, list[Row]] = {
     "moe": [*MOE, *GATE],
     "moe.out": [*MOE, *GATE, *out_rows((5, 80))],
@@ -505,7 +530,14 @@ ROWS: dict[str, list[Row]] = {
     "swiglu": [*SWIGLU, *GATE],
     "pack": PACK,
     "unpack": UNPACK,
+    "moe_backward": [*MOE, *GATE, *grad_rows("hidden_states", (5, 80))],
+    "grouped_gemm_backward": [*(row for row in GROUPED_GEMM if "bias" not in row.changes), *grad_rows("x", (10, 48))],
+    "grouped_gemm_swiglu_backward": [*GROUPED_GEMM_SWIGLU, *GATE, *grad_rows("x", (10, 32))],
+    "linear_backward": LINEAR_BACKWARD,
+    "swiglu_backward": [*SWIGLU, *GATE, *grad_rows("gate_up", (5, 40))],
 }
+for _op in ("grouped_gemm_backward", "grouped_gemm_swiglu_backward"):
+    ROWS[_op].append(NO_WEIGHTS)
 
 ROWS_WITHOUT_GATE: dict[str, list[Row]] = {
     "moe": PLAIN_MOE,

@@ -1,5 +1,6 @@
 """The ops of ``torch.ops.nvfp4``: one file per op with its typed wrapper, docstring, fake and autograd."""
 
+from torch_nvfp4.ops import gradients  # noqa: F401 (registers them)
 from torch_nvfp4.ops._library import library_paths
 from torch_nvfp4.ops.batch_invariance import is_batch_invariant, set_batch_invariant
 from torch_nvfp4.ops.batched_moe import batched_moe

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
 
-_AUTOGRAD = torch.library.Library("nvfp4", "FRAGMENT")
 _OPS = (
     "moe", "batched_moe", "route", "grouped_gemm", "grouped_gemm_swiglu", "combine", "linear", "swiglu", "pack",
-    "unpack",
+    "unpack", "moe_backward", "grouped_gemm_backward", "grouped_gemm_swiglu_backward", "linear_backward",
+    "swiglu_backward", "no_gradient",
 )  # fmt: skip
 _PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -40,62 +40,6 @@ def _load() -> None:
                 f"torch_nvfp4: expected the op nvfp4::{op} in {library_paths()[0]}, which does not define it: another "
                 "library, or an older build. Build it again with `pip install .` in the source folder."
             )
-
-
-def register_no_autograd(op: str, alternative: str) -> None:
-    """Makes derivatives of ``nvfp4::<op>`` raise with the alternative, where torch would silently give none.
-
-    Registered at import: autograd that is registered after an op was first traced gives wrong gradients under AOT. Not
-    ``torch.library.register_autograd``: under torch.func its errors do not name the op, and forward mode gives zeros.
-
-    ``op`` may be an out overload, such as "moe.out". It raises at once, since no result of its own could raise in
-    backward, and marks ``out`` as changed for whoever saved it for a backward of theirs.
-    """
-    name, _, overload_name = op.partition(".")
-    overload = getattr(getattr(torch.ops.nvfp4, name), overload_name or "default")
-
-    def fail(*_: Any) -> NoReturn:
-        raise NotImplementedError(
-            f"nvfp4::{op} has no gradient: its weights are quantized for inference. Call it under torch.no_grad(), or "
-            f"use {alternative} (plain torch, differentiable in its activations)."
-        )
-
-    def below(*args: Any, **kwargs: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return overload(*args, **kwargs)
-
-    class NoGradient(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, kwargs: dict[str, Any], *args: Any) -> Any:
-            return below(*args, **kwargs)
-
-        @staticmethod
-        def backward(ctx: Any, *grads: Any) -> None:
-            fail()
-
-    def autograd(*args: Any, **kwargs: Any) -> Any:
-        tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
-        in_forward_mode = forward_ad._current_level >= 0
-        if in_forward_mode and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
-            fail()
-        if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in tensors):
-            return below(*args, **kwargs)
-        if torch._C._are_functorch_transforms_active():
-            fail()
-        return NoGradient.apply(kwargs, *args)
-
-    def autograd_out(*args: Any, out: torch.Tensor, **kwargs: Any) -> None:
-        tensors = [arg for arg in (*args, out) if isinstance(arg, torch.Tensor)]
-        in_forward_mode = forward_ad._current_level >= 0
-        if in_forward_mode and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
-            fail()
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            fail()
-        below(*args, out=out, **kwargs)
-        if not out.is_inference():
-            torch.autograd.graph.increment_version(out)
-
-    _AUTOGRAD.impl(op, autograd_out if overload_name == "out" else autograd, "Autograd")
 
 
 def below_autograd(op: str) -> Callable[..., Any]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torch_nvfp4.gate import gate_keywords, parse_activation
 from torch_nvfp4.ops import _checks
-from torch_nvfp4.ops._library import below_autograd, register_fake, register_no_autograd
+from torch_nvfp4.ops._library import below_autograd, register_fake
 from torch_nvfp4.ops.batch_invariance import refuse_batch_invariance
 from torch_nvfp4.ops.optional import optional_arguments
 
@@ -148,7 +148,3 @@ def _(
         activation, clamp_limit, alpha, beta,
     )  # fmt: skip
     _checks.check_out(op, out, "hidden_states", hidden_states)
-
-
-register_no_autograd("batched_moe", "torch_nvfp4.reference.batched_moe")
-register_no_autograd("batched_moe.out", "torch_nvfp4.reference.batched_moe")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from torch_nvfp4.ops import _checks
-from torch_nvfp4.ops._library import below_autograd, register_fake, register_no_autograd
+from torch_nvfp4.ops._library import below_autograd, register_fake
 
 
 def combine(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, expert_map: Tensor | None, num_experts: int) -> Tensor:
@@ -38,6 +38,3 @@ def _(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, expert_map: Tensor | No
         lambda: f"nvfp4::{op}: x must have M * top_k = {tokens * top_k} rows, got {x.shape[0]}",
     )
     return _checks.new_empty(op, "out", x, (tokens, x.shape[1]))
-
-
-register_no_autograd("combine", "torch_nvfp4.reference.combine")

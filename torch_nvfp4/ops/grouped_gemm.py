@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torch_nvfp4.gate import gate_keywords, parse_activation
 from torch_nvfp4.ops import _checks
-from torch_nvfp4.ops._library import below_autograd, register_fake, register_no_autograd
+from torch_nvfp4.ops._library import below_autograd, register_fake
 from torch_nvfp4.ops.batch_invariance import invariance_keywords
 from torch_nvfp4.ops.optional import optional_arguments
 
@@ -105,6 +105,21 @@ def _check_x(op: str, x: Tensor) -> None:
     _checks.check_k(op, "x", x)
 
 
+def check_grouped_gemm(
+    op: str, x: Tensor, weight: Tensor, global_scale: Tensor, order: Tensor, offsets: Tensor,
+    topk_weights: Tensor | None, bias: Tensor | None, gate: tuple[int, float | None, float, float] | None = None,
+) -> tuple[int, int]:  # fmt: skip
+    """Slots and columns of the result; ``gate`` (activation, clamp_limit, alpha, beta) stands behind the GEMM."""
+    _check_x(op, x)
+    if gate is None:
+        gated = _checks.is_gated(op, global_scale, batched=True)
+    else:
+        gated = _checks.has_gate(weight, global_scale, x)
+        _checks.check_gate(op, *gate, gated)
+    n = _check(op, x, weight, global_scale, order, offsets, topk_weights, bias, gated)
+    return order.shape[0], n // 2 if gated and gate is not None else n
+
+
 @register_fake("grouped_gemm")
 def _(
     x: Tensor,
@@ -118,10 +133,8 @@ def _(
     batch_invariant: bool = False,
 ) -> Tensor:
     op = "grouped_gemm"
-    _check_x(op, x)
-    gated = _checks.is_gated(op, global_scale, batched=True)
-    n = _check(op, x, weight, global_scale, order, offsets, topk_weights, bias, gated)
-    return _checks.new_empty(op, "out", x, (order.shape[0], n))
+    shape = check_grouped_gemm(op, x, weight, global_scale, order, offsets, topk_weights, bias)
+    return _checks.new_empty(op, "out", x, shape)
 
 
 @register_fake("grouped_gemm_swiglu")
@@ -141,12 +154,6 @@ def _(
     batch_invariant: bool = False,
 ) -> Tensor:
     op = "grouped_gemm_swiglu"
-    _check_x(op, x)
-    gated = _checks.has_gate(weight, global_scale, x)
-    _checks.check_gate(op, activation, clamp_limit, alpha, beta, gated)
-    n = _check(op, x, weight, global_scale, order, offsets, topk_weights, bias, gated)
-    return _checks.new_empty(op, "out", x, (order.shape[0], n // 2 if gated else n))
-
-
-register_no_autograd("grouped_gemm", "torch_nvfp4.reference.grouped_gemm")
-register_no_autograd("grouped_gemm_swiglu", "torch_nvfp4.reference.grouped_gemm_swiglu")
+    gate = (activation, clamp_limit, alpha, beta)
+    shape = check_grouped_gemm(op, x, weight, global_scale, order, offsets, topk_weights, bias, gate)
+    return _checks.new_empty(op, "out", x, shape)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from torch_nvfp4.ops import _checks
-from torch_nvfp4.ops._library import below_autograd, register_fake, register_no_autograd
+from torch_nvfp4.ops._library import below_autograd, register_fake
 from torch_nvfp4.ops.batch_invariance import invariance_keywords
 
 
@@ -52,6 +52,3 @@ def _(
     if bias is not None:
         _checks.check_tensor(op, "bias", bias, "x", x, (x.dtype,), [n])
     return _checks.new_empty(op, "out", x, (*x.shape[:-1], n))
-
-
-register_no_autograd("linear", "torch_nvfp4.reference.linear")

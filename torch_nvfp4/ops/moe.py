@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torch_nvfp4.gate import activate, gate_keywords, parse_activation
 from torch_nvfp4.ops import _checks
-from torch_nvfp4.ops._library import below_autograd, register_fake, register_no_autograd
+from torch_nvfp4.ops._library import below_autograd, register_fake
 from torch_nvfp4.ops.batch_invariance import invariance_keywords
 from torch_nvfp4.ops.optional import optional_arguments
 
@@ -72,7 +72,8 @@ def moe(
     to no access outside the tensors, but to undefined values or, up to 32 slots, to a call that does not end.
 
     Raises RuntimeError (expected and got) for a wrong dtype, device, shape, layout or gate parameter, ValueError for an
-    unknown activation name. NotImplementedError where a gradient is wanted.
+    unknown activation name. hidden_states and topk_weights have gradients (reverse mode, once); another that is asked
+    for raises NotImplementedError in backward.
     """
     keywords: dict[str, Any] = gate_keywords(parse_activation(activation).value, clamp_limit, alpha, beta)
     keywords.update(invariance_keywords(batch_invariant))
@@ -91,7 +92,7 @@ call_moe = below_autograd("moe")
 """The op past the autograd kernel where there is nothing to differentiate."""
 
 
-def _check(
+def check_moe(
     op: str,
     hidden_states: Tensor,
     w13: Tensor,
@@ -145,7 +146,7 @@ def _(
     apply_router_weight_on_input: bool = False,
     batch_invariant: bool = False,
 ) -> Tensor:
-    _check(
+    check_moe(
         "moe", hidden_states, w13, w13_global_scale, w2, w2_global_scale, topk_weights, topk_ids, expert_map,
         w13_bias, w2_bias, activation, clamp_limit, alpha, beta,
     )  # fmt: skip
@@ -174,7 +175,7 @@ def _(
     out: Tensor,
 ) -> None:
     op = "moe.out"
-    _check(
+    check_moe(
         op, hidden_states, w13, w13_global_scale, w2, w2_global_scale, topk_weights, topk_ids, expert_map,
         w13_bias, w2_bias, activation, clamp_limit, alpha, beta,
     )  # fmt: skip
@@ -218,7 +219,3 @@ def decomposed_moe(
     expert_out = nvfp4.grouped_gemm(intermediate, w2, w2_global_scale, order, offsets, *second, **how)
     on_output = torch.ones_like(topk_weights) if apply_router_weight_on_input else topk_weights
     return nvfp4.combine(expert_out, on_output, topk_ids, expert_map, experts)
-
-
-register_no_autograd("moe", "torch_nvfp4.reference.moe")
-register_no_autograd("moe.out", "torch_nvfp4.reference.moe")

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from torch_nvfp4.gate import gate_keywords, parse_activation
 from torch_nvfp4.ops import _checks
-from torch_nvfp4.ops._library import below_autograd, register_fake, register_no_autograd
+from torch_nvfp4.ops._library import below_autograd, register_fake
 
 
 def swiglu(
@@ -52,6 +52,3 @@ def _(
     _checks.check_last_dim(op, "gate_up", gate_up, halves)
     _checks.check_gate(op, activation, clamp_limit, alpha, beta, gated)
     return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // halves))
-
-
-register_no_autograd("swiglu", "torch_nvfp4.reference.swiglu")

@@ -242,9 +242,50 @@ void fill_block(const float* values, int64_t block, TokenTile* tile) {
   fill_tokens(values, block, tile, [](int64_t) {});
 }
 
-}  // namespace
+// ---- derivatives
 
-const LevelKernels kAvx2Kernels = {false,          gather,         fill_block, multiply,  gate_panel,
-                                   activate_panel, accumulate_row, store_row,  swiglu_row};
+using Floats = __m256;
+constexpr int kBackwardTokens = 3;
+
+void decode_rows(const uint8_t* block, float (*rows)[kBlockColumns]) {
+  const __m256 magnitudes = _mm256_setr_ps(0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f);
+  const __m256i sign_bit = _mm256_set1_epi32(INT32_MIN);
+  const __m256i shifts = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
+  for (int run = 0; run < 8; ++run) {
+    alignas(32) float scales[kPanelRows];
+    for (int half = 0; half < 2; ++half) {
+      const uint8_t* bytes = block + kBlockCodeBytes + run / 2 * kPanelRows + half * kHalfRows;
+      _mm256_store_ps(scales + half * kHalfRows, _mm256_mul_ps(decode_scales(bytes), _mm256_set1_ps(256.0f)));
+    }
+    for (int row = 0; row < kPanelRows; ++row) {
+      int32_t eight;
+      std::memcpy(&eight, block + run * 64 + row * 4, sizeof(eight));
+      const __m256i codes = _mm256_srlv_epi32(_mm256_set1_epi32(eight), shifts);
+      const __m256i sign = _mm256_and_si256(_mm256_slli_epi32(codes, 28), sign_bit);
+      const __m256 value = _mm256_or_ps(_mm256_permutevar8x32_ps(magnitudes, codes), _mm256_castsi256_ps(sign));
+      _mm256_store_ps(rows[row] + run * 8, _mm256_mul_ps(value, _mm256_set1_ps(scales[row])));
+    }
+  }
+}
+
+}  // namespace
+}  // namespace nvfp4::cpu
+
+#include "backward.inl"
+
+namespace nvfp4::cpu {
+
+const LevelKernels kAvx2Kernels = {false,
+                                   gather,
+                                   fill_block,
+                                   multiply,
+                                   gate_panel,
+                                   activate_panel,
+                                   accumulate_row,
+                                   store_row,
+                                   swiglu_row,
+                                   differentiate_panel,
+                                   swiglu_backward_row,
+                                   multiply_transposed};
 
 }  // namespace nvfp4::cpu

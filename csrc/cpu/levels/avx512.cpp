@@ -450,9 +450,47 @@ void fill_block(const float* values, int64_t block, TokenTile* tile) {
   fill_tokens(values, block, tile, [&](int64_t index) { correct_pairs(tile, index); });
 }
 
-}  // namespace
+// ---- derivatives
 
-const LevelKernels kAvx512Kernels = {false,          gather,         fill_block, multiply,  gate_panel,
-                                     activate_panel, accumulate_row, store_row,  swiglu_row};
+using Floats = __m512;
+constexpr int kBackwardTokens = 6;
+
+NVFP4_INLINE void decode_rows(const uint8_t* block, float (*rows)[kBlockColumns]) {
+  const __m512 table = _mm512_setr_ps(0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f, -0.0f, -0.5f, -1.0f, -1.5f, -2.0f,
+                                      -3.0f, -4.0f, -6.0f);
+  const __m512i shifts = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+  for (int group = 0; group < kBlockGroups; ++group) {
+    alignas(64) float scales[kPanelRows];
+    _mm512_store_ps(scales,
+                    _mm512_mul_ps(decode_scales(block + kBlockCodeBytes + group * kPanelRows), _mm512_set1_ps(256.0f)));
+    alignas(64) int32_t codes[2][kPanelRows];
+    std::memcpy(codes, block + group * sizeof(codes), sizeof(codes));
+    NVFP4_UNROLL for (int row = 0; row < kPanelRows; ++row) {
+      const __m512i both = _mm512_mask_set1_epi32(_mm512_set1_epi32(codes[0][row]), 0xff00, codes[1][row]);
+      const __m512 values = _mm512_permutexvar_ps(_mm512_srlv_epi32(both, shifts), table);
+      _mm512_store_ps(rows[row] + group * 16, _mm512_mul_ps(values, _mm512_set1_ps(scales[row])));
+    }
+  }
+}
+
+}  // namespace
+}  // namespace nvfp4::cpu
+
+#include "backward.inl"
+
+namespace nvfp4::cpu {
+
+const LevelKernels kAvx512Kernels = {false,
+                                     gather,
+                                     fill_block,
+                                     multiply,
+                                     gate_panel,
+                                     activate_panel,
+                                     accumulate_row,
+                                     store_row,
+                                     swiglu_row,
+                                     differentiate_panel,
+                                     swiglu_backward_row,
+                                     multiply_transposed};
 
 }  // namespace nvfp4::cpu

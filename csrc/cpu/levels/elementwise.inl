@@ -202,10 +202,8 @@ static void gate_panel(const Gate& gate, const float* sums, float gate_scale, fl
   });
 }
 
-// Without a gate up is 1, which multiplies exactly.
-static void activate_panel(const Gate& gate, const PanelTerms& terms, const float* sums, DType dtype, void* out) {
-  float g[kPanelRows];
-  float u[kPanelRows];
+// What enters the activation. Without a gate up is 1, which multiplies exactly.
+NVFP4_INLINE void preactivations(const PanelTerms& terms, const float* sums, float* g, float* u) {
   for (int i = 0; i < kPanelRows; ++i) {
     g[i] = terms.gate_scale * sums[i] + (terms.gate_bias == nullptr ? 0.0f : terms.gate_bias[i]);
     u[i] = 1.0f;
@@ -213,6 +211,12 @@ static void activate_panel(const Gate& gate, const PanelTerms& terms, const floa
   for (int i = 0; terms.gated && i < kPanelRows; ++i) {
     u[i] = terms.up_scale * sums[kPanelRows + i] + (terms.up_bias == nullptr ? 0.0f : terms.up_bias[i]);
   }
+}
+
+static void activate_panel(const Gate& gate, const PanelTerms& terms, const float* sums, DType dtype, void* out) {
+  float g[kPanelRows];
+  float u[kPanelRows];
+  preactivations(terms, sums, g, u);
   with_activation(gate, [&](auto activation) {
     float values[kPanelRows];
     for (int i = 0; i < kPanelRows; ++i) values[i] = activation.apply(gate, g[i], u[i]);

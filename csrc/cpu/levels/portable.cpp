@@ -96,9 +96,40 @@ void fill_block(const float* values, int64_t block, TokenTile* tile) {
   fill_tokens(values, block, tile, [](int64_t) {});
 }
 
-}  // namespace
+// ---- derivatives
 
-const LevelKernels kPortableKernels = {true,           gather,         fill_block, multiply,  gate_panel,
-                                       activate_panel, accumulate_row, store_row,  swiglu_row};
+using Floats = Float4;
+constexpr int kBackwardTokens = 3;
+
+void decode_rows(const uint8_t* block, float (*rows)[kBlockColumns]) {
+  for (int row = 0; row < kPanelRows; ++row) {
+    for (int column = 0; column < kBlockColumns; column += 2) {
+      const float scale = kScales.values[block[kBlockCodeBytes + column / 16 * kPanelRows + row]];
+      const uint8_t codes = block[column / 8 * 64 + row * 4 + column % 8 / 2];
+      rows[row][column] = kCodes[codes & 15] * scale;
+      rows[row][column + 1] = kCodes[codes >> 4] * scale;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace nvfp4::cpu
+
+#include "backward.inl"
+
+namespace nvfp4::cpu {
+
+const LevelKernels kPortableKernels = {true,
+                                       gather,
+                                       fill_block,
+                                       multiply,
+                                       gate_panel,
+                                       activate_panel,
+                                       accumulate_row,
+                                       store_row,
+                                       swiglu_row,
+                                       differentiate_panel,
+                                       swiglu_backward_row,
+                                       multiply_transposed};
 
 }  // namespace nvfp4::cpu

@@ -27,6 +27,10 @@ __device__ __forceinline__ void cp_async_16_or_zero(void* shared, const void* gl
       : "memory");
 }
 
+__device__ __forceinline__ void cp_async_16_or_zero(uint32_t to, const void* from, bool wanted) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(wanted ? 16 : 0) : "memory");
+}
+
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 template <int kPending>

@@ -1,0 +1,362 @@
+// Derivatives with respect to activations and router weights: what a call launches, and where its intermediates lie.
+//
+// The flow into the first products (kernels/backward/params.h), rounded to 16 bits, is multiplied with the first weight
+// into a row per slot, and these are summed per token. No weight is written in another form: its blocks are decoded
+// into shared memory.
+#include <algorithm>
+
+#include "aligned_rows.h"
+#include "kernels/backward/params.h"
+#include "kernels/combine.h"
+#include "kernels/route.h"
+
+namespace nvfp4::cuda {
+namespace {
+
+PackedWeight packed_weight(const Weight& w) {
+  return {.packed = w.packed,
+          .expert_bytes = w.expert_bytes,
+          .global_scale = w.global_scale,
+          .bias = w.bias,
+          .gated = w.gated,
+          .n = static_cast<int>(w.n),
+          .k = static_cast<int>(w.k),
+          .panels = panels_of(w.n),
+          .k_blocks = k_blocks_of(w.k)};
+}
+
+// A wide tile decodes a weight for twice as many tokens.
+BackwardTile tile_for(int64_t slots, int64_t experts) {
+  return slots > experts * static_cast<int>(BackwardTile::narrow) ? BackwardTile::wide : BackwardTile::narrow;
+}
+
+// At most so many tiles, whatever the routing.
+int most_tiles(int64_t slots, int64_t experts, BackwardTile tile) {
+  return static_cast<int>(std::min(slots, experts) + slots / static_cast<int>(tile));
+}
+
+void clear(void* out, int64_t bytes, void* stream) {
+  check(cudaMemsetAsync(out, 0, bytes, static_cast<cudaStream_t>(stream)), "clearing a gradient");
+}
+
+// ---- moe
+
+struct MoePlan {
+  BackwardTile tile;
+  int64_t slots;
+  void* aligned_x;
+  void* aligned_grad;
+  int32_t* order;
+  int32_t* offsets;
+  void* sort;
+  int4* tile_table;
+  void* flow;       // [slots, n of w13]
+  void* slot_rows;  // [slots, k of w13], if the gradient of hidden_states is wanted
+  float* partial;   // if that of topk_weights is
+  size_t bytes;
+};
+
+ActivationBackwardParams activation_params(const MoeBackwardArgs& args, const MoePlan& plan) {
+  const MoeArgs& f = args.forward;
+  return {
+      .rows = {.tile_table = plan.tile_table,
+               .order = plan.order,
+               .rows = 0,
+               .max_tiles = most_tiles(plan.slots, f.w13.experts, plan.tile)},
+      .slots_per_row = static_cast<int>(f.routing.top_k),
+      .x = f.hidden_states,
+      .grad_out = args.grad_out,
+      .w13 = packed_weight(f.w13),
+      .w2 = packed_weight(f.w2),
+      .gate = f.gate,
+      .slot_scale = f.apply_router_weight_on_input ? f.topk_weights : nullptr,
+      .out_scale = f.apply_router_weight_on_input ? nullptr : f.topk_weights,
+      .flow = plan.flow,
+      .partial = plan.partial,
+  };
+}
+
+MoePlan plan_of(const MoeBackwardArgs& args, const Context& context) {
+  const MoeArgs& f = args.forward;
+  MoePlan plan{};
+  Workspace workspace(context.workspace);
+  plan.slots = f.routing.tokens * f.routing.top_k;
+  plan.tile = tile_for(plan.slots, f.w13.experts);
+  plan.aligned_x = take_copy(workspace, f.hidden_states, f.routing.tokens * f.w13.k);
+  plan.aligned_grad = take_copy(workspace, args.grad_out, f.routing.tokens * f.w13.k);
+  plan.order = workspace.take<int32_t>(plan.slots);
+  plan.offsets = workspace.take<int32_t>(f.routing.experts + 1);
+  plan.sort = workspace.take<void>(static_cast<int64_t>(sort_workspace(f.routing)));
+  plan.tile_table = static_cast<int4*>(workspace.take<void>(
+      static_cast<int64_t>(tile_table_bytes(plan.slots, f.routing.experts, static_cast<int>(plan.tile)))));
+  plan.flow = workspace.take<uint16_t>(plan.slots * f.w13.n);
+  if (args.grad_hidden_states != nullptr) plan.slot_rows = workspace.take<uint16_t>(plan.slots * f.w13.k);
+  if (args.grad_topk_weights != nullptr) {
+    plan.partial = workspace.take<float>(plan.slots * scale_parts(activation_params(args, plan), plan.tile));
+  }
+  plan.bytes = workspace.bytes();
+  return plan;
+}
+
+void moe_scale_grad(const MoeBackwardArgs& args, const MoePlan& plan, const ActivationBackwardParams& activation,
+                    void* stream) {
+  const MoeArgs& f = args.forward;
+  scale_grad(f.dtype,
+             {
+                 .order = plan.order,
+                 .offsets = plan.offsets,
+                 .checked = false,
+                 .experts = static_cast<int>(f.w13.experts),
+                 .slots = static_cast<int>(plan.slots),
+                 .partial = plan.partial,
+                 .parts = scale_parts(activation, plan.tile),
+                 .a = activation.grad_out,
+                 .b = nullptr,
+                 // The bias is scaled with the output, and not with the input.
+                 .bias = f.apply_router_weight_on_input ? nullptr : f.w2.bias,
+                 .routing = f.routing,
+                 .slots_per_row = static_cast<int>(f.routing.top_k),
+                 .columns = static_cast<int>(f.w2.n),
+                 .grad = args.grad_topk_weights,
+             },
+             stream);
+}
+
+// ---- grouped_gemm
+
+struct GroupedPlan {
+  BackwardTile tile;
+  CheckedRouting routing;
+  void* aligned_x;
+  void* aligned_grad;
+  int4* tile_table;
+  void* flow;       // [slots, n], unless the gradient itself is multiplied
+  void* slot_rows;  // [slots, k], if several slots share a row of x
+  float* partial;   // with a gate, if the gradient of the scales is wanted
+  void* products;   // [slots, n], without a gate, if the gradient of the scales is wanted
+  void* inner;      // the workspace of grouped_gemm for them
+  size_t bytes;
+};
+
+bool multiplies_gradient_itself(const GroupedGemmArgs& f) { return f.gate == nullptr && !f.weight.gated; }
+
+BackwardRows rows_of(const GroupedGemmArgs& f, const GroupedPlan& plan) {
+  return {.tile_table = plan.tile_table,
+          .order = plan.routing.order,
+          .rows = 0,
+          .max_tiles = most_tiles(f.slots, f.weight.experts, plan.tile)};
+}
+
+ActivationBackwardParams activation_params(const GroupedGemmBackwardArgs& args, const GroupedPlan& plan) {
+  const GroupedGemmArgs& f = args.forward;
+  return {
+      .rows = rows_of(f, plan),
+      .slots_per_row = static_cast<int>(f.slots / f.rows),
+      .x = f.x,
+      .grad_out = args.grad_out,
+      .w13 = packed_weight(f.weight),
+      .w2 = {},
+      .gate = *f.gate,
+      .slot_scale = f.slot_scale,
+      .out_scale = nullptr,
+      .flow = plan.flow,
+      .partial = plan.partial,
+  };
+}
+
+// The products that the scales multiply.
+GroupedGemmArgs unscaled(const GroupedGemmArgs& f, void* products) {
+  GroupedGemmArgs args = f;
+  args.slot_scale = nullptr;
+  args.weight.bias = nullptr;
+  args.out = products;
+  return args;
+}
+
+GroupedPlan plan_of(const GroupedGemmBackwardArgs& args, const Context& context) {
+  const GroupedGemmArgs& f = args.forward;
+  GroupedPlan plan{};
+  Workspace workspace(context.workspace);
+  plan.tile = tile_for(f.slots, f.weight.experts);
+  plan.routing = {workspace.take<int32_t>(f.slots), workspace.take<int32_t>(f.weight.experts + 2)};
+  plan.aligned_x = take_copy(workspace, f.x, f.rows * f.weight.k);
+  const int64_t grad_columns = f.gate == nullptr ? f.weight.n : f.weight.features();
+  plan.aligned_grad = take_copy(workspace, args.grad_out, f.slots * grad_columns);
+  plan.tile_table = static_cast<int4*>(workspace.take<void>(
+      static_cast<int64_t>(tile_table_bytes(f.slots, f.weight.experts, static_cast<int>(plan.tile)))));
+  if (!multiplies_gradient_itself(f)) plan.flow = workspace.take<uint16_t>(f.slots * f.weight.n);
+  plan.slot_rows =
+      args.grad_x != nullptr && f.slots == f.rows ? args.grad_x : workspace.take<uint16_t>(f.slots * f.weight.k);
+  if (args.grad_slot_scale != nullptr && f.gate != nullptr) {
+    plan.partial = workspace.take<float>(f.slots * scale_parts(activation_params(args, plan), plan.tile));
+  } else if (args.grad_slot_scale != nullptr) {
+    plan.products = workspace.take<uint16_t>(f.slots * f.weight.n);
+    plan.inner =
+        workspace.take<void>(static_cast<int64_t>(grouped_gemm_workspace(unscaled(f, plan.products), context)));
+  }
+  plan.bytes = workspace.bytes();
+  return plan;
+}
+
+void grouped_scale_grad(const GroupedGemmBackwardArgs& args, const GroupedPlan& plan, const Context& context) {
+  const GroupedGemmArgs& f = args.forward;
+  if (f.gate == nullptr) {
+    Context inner = context;
+    inner.workspace = plan.inner;
+    grouped_gemm(unscaled(f, plan.products), inner);
+  }
+  scale_grad(f.dtype,
+             {
+                 .order = plan.routing.order,
+                 .offsets = plan.routing.offsets,
+                 .checked = true,
+                 .experts = static_cast<int>(f.weight.experts),
+                 .slots = static_cast<int>(f.slots),
+                 .partial = plan.partial,
+                 .parts = f.gate == nullptr ? 0 : scale_parts(activation_params(args, plan), plan.tile),
+                 .a = args.grad_out,
+                 .b = plan.products,
+                 .bias = nullptr,
+                 .routing = {},
+                 .slots_per_row = 1,
+                 .columns = static_cast<int>(f.weight.n),
+                 .grad = args.grad_slot_scale,
+             },
+             context.stream);
+}
+
+// The gradient of x from the flow, or from the gradient itself.
+void grouped_grad_x(const GroupedGemmBackwardArgs& args, const GroupedPlan& plan, void* stream) {
+  const GroupedGemmArgs& f = args.forward;
+  const bool itself = multiplies_gradient_itself(f);
+  if (!itself && f.gate == nullptr) {
+    gated_flow(
+        f.dtype, plan.tile,
+        {.rows = rows_of(f, plan), .grad_out = args.grad_out, .weight = packed_weight(f.weight), .flow = plan.flow},
+        stream);
+  }
+  transposed_gemm(f.dtype, plan.tile,
+                  {.rows = rows_of(f, plan),
+                   .y = itself ? args.grad_out : plan.flow,
+                   .y_by_slot = itself,
+                   .weight = packed_weight(f.weight),
+                   // With a gate the flow has it already.
+                   .slot_scale = f.gate == nullptr ? f.slot_scale : nullptr,
+                   .out = plan.slot_rows},
+                  stream);
+  if (plan.slot_rows != args.grad_x) {
+    sum_rows(f.dtype, plan.slot_rows, f.rows, f.slots / f.rows, f.weight.k, args.grad_x, stream);
+  }
+}
+
+// ---- linear
+
+struct LinearPlan {
+  BackwardTile tile;
+  void* aligned_grad;
+  void* flow;  // [rows, n] of a gated weight
+  size_t bytes;
+};
+
+LinearPlan plan_of(const LinearBackwardArgs& args, const Context& context) {
+  LinearPlan plan{};
+  Workspace workspace(context.workspace);
+  plan.tile = tile_for(args.rows, 1);
+  plan.aligned_grad = take_copy(workspace, args.grad_out, args.rows * args.weight.n);
+  if (args.weight.gated) plan.flow = workspace.take<uint16_t>(args.rows * args.weight.n);
+  plan.bytes = workspace.bytes();
+  return plan;
+}
+
+}  // namespace
+
+size_t moe_backward_workspace(const MoeBackwardArgs& args, const Context& context) {
+  return plan_of(args, context).bytes;
+}
+
+void moe_backward(const MoeBackwardArgs& original, const Context& context) {
+  const MoePlan plan = plan_of(original, context);
+  MoeBackwardArgs args = original;
+  MoeArgs& f = args.forward;
+  const int64_t values = f.routing.tokens * f.w13.k;
+  if (plan.slots == 0) return clear(args.grad_hidden_states, values * kElementBytes, context.stream);
+  f.hidden_states = aligned_rows(f.hidden_states, plan.aligned_x, values, context.stream);
+  args.grad_out = aligned_rows(args.grad_out, plan.aligned_grad, values, context.stream);
+  sort_slots(f.routing, plan.order, plan.offsets, plan.tile_table, static_cast<int>(plan.tile), plan.sort,
+             context.stream);
+  const ActivationBackwardParams activation = activation_params(args, plan);
+  activation_backward(f.dtype, plan.tile, activation, context.stream);
+  if (args.grad_topk_weights != nullptr) moe_scale_grad(args, plan, activation, context.stream);
+  if (args.grad_hidden_states == nullptr) return;
+  transposed_gemm(f.dtype, plan.tile,
+                  {.rows = activation.rows,
+                   .y = plan.flow,
+                   .y_by_slot = false,
+                   .weight = activation.w13,
+                   .slot_scale = nullptr,
+                   .out = plan.slot_rows},
+                  context.stream);
+  const CombineArgs combined{
+      .dtype = f.dtype,
+      .x = plan.slot_rows,
+      .topk_weights = nullptr,
+      .routing = f.routing,
+      .n = f.w13.k,
+      .out = args.grad_hidden_states,
+  };
+  combine(combined, /*routing_is_older=*/true, context);
+}
+
+size_t grouped_gemm_backward_workspace(const GroupedGemmBackwardArgs& args, const Context& context) {
+  return args.forward.slots == 0 ? 0 : plan_of(args, context).bytes;
+}
+
+void grouped_gemm_backward(const GroupedGemmBackwardArgs& original, const Context& context) {
+  GroupedGemmBackwardArgs args = original;
+  GroupedGemmArgs& f = args.forward;
+  if (f.slots == 0) {
+    if (args.grad_x != nullptr) clear(args.grad_x, f.rows * f.weight.k * kElementBytes, context.stream);
+    return;
+  }
+  const GroupedPlan plan = plan_of(original, context);
+  const int64_t grad_columns = f.gate == nullptr ? f.weight.n : f.weight.features();
+  f.x = aligned_rows(f.x, plan.aligned_x, f.rows * f.weight.k, context.stream);
+  args.grad_out = aligned_rows(args.grad_out, plan.aligned_grad, f.slots * grad_columns, context.stream);
+  check_routing(f.order, f.offsets, f.slots, f.weight.experts, plan.routing, context.stream);
+  f.order = plan.routing.order;
+  f.offsets = plan.routing.offsets;
+  // Rows of slots without an expert are zero, or NaN where order and offsets are no routing.
+  cut_tiles(f.order, f.offsets, f.slots, f.weight.experts, plan.tile_table, static_cast<int>(plan.tile), plan.slot_rows,
+            f.weight.k * kElementBytes, context.stream);
+  if (f.gate != nullptr) activation_backward(f.dtype, plan.tile, activation_params(args, plan), context.stream);
+  if (args.grad_slot_scale != nullptr) grouped_scale_grad(args, plan, context);
+  if (args.grad_x != nullptr) grouped_grad_x(args, plan, context.stream);
+}
+
+size_t linear_backward_workspace(const LinearBackwardArgs& args, const Context& context) {
+  return plan_of(args, context).bytes;
+}
+
+void linear_backward(const LinearBackwardArgs& args, const Context& context) {
+  const LinearPlan plan = plan_of(args, context);
+  const void* grad = aligned_rows(args.grad_out, plan.aligned_grad, args.rows * args.weight.n, context.stream);
+  const BackwardRows rows{.tile_table = nullptr,
+                          .order = nullptr,
+                          .rows = static_cast<int>(args.rows),
+                          .max_tiles = static_cast<int>(ceil_div<int64_t>(args.rows, static_cast<int>(plan.tile)))};
+  const PackedWeight weight = packed_weight(args.weight);
+  if (weight.gated) {
+    gated_flow(args.dtype, plan.tile, {.rows = rows, .grad_out = grad, .weight = weight, .flow = plan.flow},
+               context.stream);
+  }
+  transposed_gemm(args.dtype, plan.tile,
+                  {.rows = rows,
+                   .y = weight.gated ? plan.flow : grad,
+                   .y_by_slot = false,
+                   .weight = weight,
+                   .slot_scale = nullptr,
+                   .out = args.grad_x},
+                  context.stream);
+}
+
+}  // namespace nvfp4::cuda
