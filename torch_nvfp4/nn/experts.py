@@ -27,7 +27,7 @@ class NVFP4Experts(PackedModule):
 
     Made by ``from_float``, ``from_weights`` or ``from_checkpoint``; the constructor itself makes zero weights (on the
     meta device: none) for ``load_state_dict``. Traceable by torch.compile(fullgraph=True, dynamic=True) and
-    torch.export. No gradient.
+    torch.export. hidden_states and topk_weights have gradients; weights and biases are frozen.
 
     Args:
         num_experts, hidden_size, intermediate_size: E, K, I, of this rank.

@@ -19,7 +19,8 @@ class NVFP4Linear(PackedModule):
     """``x @ W^T + bias`` with an NVFP4 weight and 16-bit activations, as ``torch_nvfp4.linear``.
 
     Made by ``from_float``, ``from_weight`` or ``from_checkpoint``; the constructor itself makes zero weights (on the
-    meta device: none) for ``load_state_dict``. The bias is a parameter that ``.to(dtype)`` converts. No gradient.
+    meta device: none) for ``load_state_dict``. The bias is a parameter that ``.to(dtype)`` converts. Input and
+    bias have gradients, the weight is frozen.
 
     Args:
         in_features, out_features: K and N, K a multiple of 16.
