@@ -326,6 +326,30 @@ def out_of(make: Callable[[Random], Case]) -> Callable[[Random], Case]:
     return make_out
 
 
+def backward_of(make: Callable[[Random], Case]) -> Callable[[Random], Case]:
+    """The op's derivative: that kernel and fake agree, and that nothing outside the tensors is touched."""
+
+    def make_backward(r: Random) -> Case:
+        case = make(r)
+        arguments = dict(case.arguments)
+        on_meta = {name: a.to("meta") if isinstance(a, Tensor) else a for name, a in arguments.items()}
+        shape = getattr(torch.ops.nvfp4, case.op)(**on_meta).shape
+        x = next(iter(arguments.values()))
+        grad = make_x(r, math.prod(shape[:-1]), shape[-1], x.dtype)[0].view(shape)
+        if case.op == "linear":
+            kept = {name: arguments[name] for name in ("weight", "global_scale")}
+            arguments = {"grad_output": grad, **kept, "in_features": x.shape[-1]}
+        elif case.op == "swiglu":
+            arguments = {"grad_output": grad, **arguments}
+        else:
+            first, weights = ("hidden_states" if case.op == "moe" else "x"), arguments.get("topk_weights")
+            wants = {f"needs_{first}": r.chance(0.8), "needs_topk_weights": weights is not None and r.chance(0.6)}
+            arguments = {"grad_output": grad, **arguments, **wants}
+        return Case(f"{case.op}_backward", arguments, None, case.value_error)
+
+    return make_backward
+
+
 def route(r: Random) -> Case:
     e, tokens, top_k = r.choice((1, 2, 5, 60)), r.choice((0, 1, 3, 17, 300)), r.choice((0, 1, 2, 5))
     routing = make_routing(r, tokens, top_k, e)
@@ -478,5 +502,6 @@ def unpack(r: Random) -> Case:
 
 MAKERS = (
     moe, moe, moe, out_of(moe), batched_moe, batched_moe, out_of(batched_moe), route, grouped_gemm, grouped_gemm,
-    grouped_gemm, combine, linear, swiglu, pack, unpack,
+    grouped_gemm, combine, linear, swiglu, pack, unpack, backward_of(moe), backward_of(moe), backward_of(grouped_gemm),
+    backward_of(linear), backward_of(swiglu),
 )  # fmt: skip

@@ -351,7 +351,8 @@ void grouped_gemm_backward(const GroupedGemmBackwardArgs& args, const Context& c
   const LevelKernels& kernels = kernels_of(context);
   Workspace workspace(context.workspace);
   const BackwardWorkspace space = lay_out(workspace, args, context);
-  copy_routing(forward, space.seen, space.order, space.offsets);
+  copy_routing(forward.gate == nullptr ? "grouped_gemm_backward" : "grouped_gemm_swiglu_backward", forward, space.seen,
+               space.order, space.offsets);
   if (forward.slots == 0) {
     if (args.grad_x != nullptr)
       std::fill_n(static_cast<char*>(args.grad_x), forward.rows * forward.weight.k * bytes_of(forward.dtype), char{0});

@@ -308,7 +308,8 @@ void grouped_gemm(const GroupedGemmArgs& args, const Context& context) {
   const LevelKernels& kernels = kernels_of(context);
   Workspace workspace(context.workspace);
   const GroupedGemmWorkspace space = lay_out(workspace, args, context);
-  copy_routing(args, space.seen, space.order, space.offsets);
+  copy_routing(args.gate == nullptr ? "grouped_gemm" : "grouped_gemm_swiglu", args, space.seen, space.order,
+               space.offsets);
   if (args.slots == 0) return;
   const int64_t expert_tiles = cut_expert_tiles(space.offsets, args.weight.experts, space.expert_tiles);
   const Product product{args.dtype,         args.x,       args.slots / args.rows, args.weight,    space.order,

@@ -10,9 +10,9 @@ namespace nvfp4::cpu {
 namespace {
 
 template <class... Parts>
-[[noreturn]] void fail(const GroupedGemmArgs& args, const Parts&... parts) {
+[[noreturn]] void fail(const char* op, const Parts&... parts) {
   std::ostringstream message;
-  message << "nvfp4::" << (args.gate == nullptr ? "grouped_gemm" : "grouped_gemm_swiglu") << ": ";
+  message << "nvfp4::" << op << ": ";
   (message << ... << parts);
   throw std::runtime_error(message.str());
 }
@@ -40,12 +40,12 @@ void sort_slots(const Routing& routing, int32_t* expert_of, int32_t* order, int3
   offsets[0] = 0;
 }
 
-void copy_routing(const GroupedGemmArgs& args, uint8_t* seen, int32_t* order, int32_t* offsets) {
+void copy_routing(const char* op, const GroupedGemmArgs& args, uint8_t* seen, int32_t* order, int32_t* offsets) {
   int32_t before = 0;
   for (int64_t expert = 0; expert <= args.weight.experts; ++expert) {
     const int32_t offset = read_once(args.offsets + expert);
     if (offset < before || offset > args.slots || (expert == 0 && offset != 0)) {
-      fail(args, "offsets must begin with 0, not decrease and not exceed the ", args.slots, " slots, got ", offset,
+      fail(op, "offsets must begin with 0, not decrease and not exceed the ", args.slots, " slots, got ", offset,
            " at index ", expert);
     }
     offsets[expert] = before = offset;
@@ -54,10 +54,10 @@ void copy_routing(const GroupedGemmArgs& args, uint8_t* seen, int32_t* order, in
   for (int64_t i = 0; i < args.slots; ++i) {
     const int32_t slot = read_once(args.order + i);
     if (slot < 0 || slot >= args.slots) {
-      fail(args, "order must hold every slot from 0 to ", args.slots - 1, " once, got ", slot, " at index ", i);
+      fail(op, "order must hold every slot from 0 to ", args.slots - 1, " once, got ", slot, " at index ", i);
     }
     if (seen[slot] != 0) {
-      fail(args, "order must hold every slot from 0 to ", args.slots - 1, " once, got ", slot, " again at index ", i);
+      fail(op, "order must hold every slot from 0 to ", args.slots - 1, " once, got ", slot, " again at index ", i);
     }
     seen[slot] = 1;
     order[i] = slot;

@@ -30,6 +30,6 @@ void sort_slots(const Routing& routing, int32_t* expert_of, int32_t* order, int3
 
 // Copies order and offsets, which anybody may have made, and throws std::runtime_error unless the copies are what route
 // makes: every slot once; 0, ascending, at most the slots. seen [slots] is scratch memory.
-void copy_routing(const GroupedGemmArgs& args, uint8_t* seen, int32_t* order, int32_t* offsets);
+void copy_routing(const char* op, const GroupedGemmArgs& args, uint8_t* seen, int32_t* order, int32_t* offsets);
 
 }  // namespace nvfp4::cpu
