@@ -34,7 +34,7 @@ class LayerCheck:
     """One layer's kernel against the fp64 reference.
 
     Attributes:
-        layer, backend, gate: what ran.
+        layer, backend, gate: what ran; the gate in words, which also say whether there are biases.
         tokens: M, the rows of the input.
         num_experts: of the layer.
         experts_unchecked: those that no token was routed to, so that nothing is known about them.
@@ -114,18 +114,18 @@ def verify_layer(
         del experts  # the reference needs the memory
         say(f"layer {layer} in fp64")
         expected = _reference(checkpoint, layer, x, topk_weights, topk_ids)
-    gate = checkpoint.gate(layer)
+    kind, limit = checkpoint.layer_config(layer).kind, checkpoint.gate(layer).clamp_limit
     local = reference.local_experts(topk_ids, None, num_experts)
     hit = set(local[local < num_experts].tolist())
     error, tolerance = relative_error(output, expected.output), TOLERANCE[dtype]
     return LayerCheck(
         layer=layer,
         backend=ran_on,
-        gate=str(gate),
+        gate=kind,
         tokens=tokens,
         num_experts=num_experts,
         experts_unchecked=tuple(expert for expert in range(num_experts) if expert not in hit),
-        clamped_share=None if gate.clamp_limit is None else expected.clamped_share,
+        clamped_share=None if limit is None else expected.clamped_share,
         relative_l2=error,
         tolerance=tolerance,
         problem=_problem(expected.output, len(hit), error, tolerance),

@@ -64,6 +64,12 @@ class LayerConfig(NamedTuple):
     has_w13_bias: bool = False
     has_w2_bias: bool = False
 
+    @property
+    def kind(self) -> str:
+        """What the experts compute, in words: the gate, and which biases there are."""
+        biases = [name for name, has in (("w13_bias", self.has_w13_bias), ("w2_bias", self.has_w2_bias)) if has]
+        return f"{self.gate}{', biases' if len(biases) == 2 else ''.join(f', {name} alone' for name in biases)}"
+
 
 class Refusal(NamedTuple):
     """Something that loading would refuse, and the words in which it would."""
