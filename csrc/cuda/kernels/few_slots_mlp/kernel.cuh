@@ -290,23 +290,6 @@ class FewSlotsMlp {
     float weight;  // of slot number `lane`
   };
 
-  __device__ __forceinline__ bool is_plain() const {
-    if constexpr (kExtended) {
-      return !p_.gated;
-    } else {
-      return false;
-    }
-  }
-
-  // Where the first scale of an expert is.
-  __device__ __forceinline__ int scale_at(int gemm_index, int expert) const {
-    if constexpr (kExtended) {
-      return gemm_index == 0 && p_.gated ? 2 * expert : expert;
-    } else {
-      return gemm_index == 0 ? 2 * expert : expert;
-    }
-  }
-
   __device__ __forceinline__ Outcome prepare(int gemm_index, const Share& s, int i) const {
     Outcome o = {};
     if (i >= s.items) return o;
@@ -315,10 +298,16 @@ class FewSlotsMlp {
     o.tile = tiles_.tile(o.tile_index);
     o.panel = s.first_item + i - o.tile_index * gemm.items_per_tile;
     o.slot = tiles_.slot(o.tile);
-    o.upper = gemm.global_scale[scale_at(gemm_index, o.tile.expert)];
+    bool is_plain = false;  // of one scale
+    if constexpr (kExtended) is_plain = gemm_index == 0 && !p_.gated;
+    if (is_plain) {
+      o.upper = gemm.global_scale[o.tile.expert];
+    } else {
+      o.upper = gemm.global_scale[gemm_index == 0 ? 2 * o.tile.expert : o.tile.expert];
+    }
     o.scale = o.weight = 1.0f;
     if (gemm_index == 0) {
-      o.lower = gemm.global_scale[scale_at(0, o.tile.expert) + (is_plain() ? 0 : 1)];
+      if (!is_plain) o.lower = gemm.global_scale[2 * o.tile.expert + 1];
       if (p_.slot_scale != nullptr) o.scale = p_.slot_scale[o.slot];
     } else if (p_.topk_weights != nullptr && lane_ < p_.gemm[1].rows) {
       o.weight = p_.topk_weights[lane_];
@@ -333,7 +322,9 @@ class FewSlotsMlp {
     const bool has = lane_ < kWarps && begin < (i + 1) * k_blocks && begin + s.run > i * k_blocks;
     const unsigned runs = __ballot_sync(~0u, has);
     const float* sums = partial(__ffs(runs) - 1, i);
-    if (is_plain() && gemm_index == 0) return write_plain_hidden(sums, __popc(runs), o);
+    if constexpr (kExtended) {
+      if (gemm_index == 0 && !p_.gated) return write_plain_hidden(sums, __popc(runs), o);
+    }
     if (gemm_index == 0) {
       write_hidden(sums, __popc(runs), o);
     } else {
@@ -386,7 +377,6 @@ class FewSlotsMlp {
 
   // Rows `row` and `row + 1` with what the tile's expert adds to them.
   __device__ __forceinline__ float2 with_bias(float2 v, int gemm_index, const Outcome& o, int row) const {
-    if constexpr (!kExtended) return v;
     const int n = p_.gemm[gemm_index].n;
     return make_float2(v.x + bias_of(p_.bias[gemm_index], o.tile.expert, n, row),
                        v.y + bias_of(p_.bias[gemm_index], o.tile.expert, n, row + 1));
@@ -402,7 +392,8 @@ class FewSlotsMlp {
       const int token = base + lane_ / kLanes;
       const int64_t to = __shfl_sync(~0u, o.slot, token % kWarp);
       if (token >= o.tile.count || column >= n) continue;
-      const float2 v = with_bias(scaled(reduce(sums, stride, ways, token, row), o.upper * kDecodeFactor), 1, o, column);
+      float2 v = scaled(reduce(sums, stride, ways, token, row), o.upper * kDecodeFactor);
+      if constexpr (kExtended) v = with_bias(v, 1, o, column);
       ptx::store_relaxed_64(p_.expert_out + to * n + column, make_uint2(__float_as_uint(v.x), __float_as_uint(v.y)));
     }
   }
