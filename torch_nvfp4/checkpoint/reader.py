@@ -249,6 +249,7 @@ class Checkpoint:
         tp_size: int = 1,
         ep_rank: int = 0,
         ep_size: int = 1,
+        experts: range | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> ExpertWeights:
         """Reads the experts of one layer, or one rank's part; no byte of another layer is read.
@@ -257,6 +258,7 @@ class Checkpoint:
             layer: one of `layers`.
             tp_rank, tp_size: slice I: rows of gate and up, columns of down. I / tp_size must be a multiple of 16.
             ep_rank, ep_size: slice the experts. ep_size must divide their number.
+            experts: the consecutive experts to read, at least one, instead of ep_rank and ep_size.
             progress: called with (experts read, experts to read) after each expert. Without it as many threads read
                 as torch has, up to 8.
 
@@ -272,13 +274,16 @@ class Checkpoint:
         content = self._layer(layer)
         i, k = content.intermediate_size, content.hidden_size
         rows = self._rank_part("tp", tp_rank, tp_size, "intermediate size", i, GROUP_SIZE)
-        experts = content.experts[self._rank_part("ep", ep_rank, ep_size, "number of experts", len(content.experts))]
-        num, i, every_k = len(experts), rows.stop - rows.start, slice(0, k)
+        part = self._rank_part("ep", ep_rank, ep_size, "number of experts", len(content.experts))
+        if experts is not None:
+            part = self._expert_part(experts, len(content.experts), ep_size)
+        chosen = content.experts[part]
+        num, i, every_k = len(chosen), rows.stop - rows.start, slice(0, k)
         w13 = NVFP4Weight(empty_bytes(num, 2, i, k // 2), empty_bytes(num, 2, i, k // GROUP_SIZE), empty_scales(num, 2))
         w2 = NVFP4Weight(empty_bytes(num, k, i // 2), empty_bytes(num, k, i // GROUP_SIZE), empty_scales(num))
 
         def read(shards: Shards, index: int) -> None:
-            expert = experts[index]
+            expert = chosen[index]
             copy_matrix(shards, expert.gate, rows, every_k, *(part[index, 0] for part in w13))
             copy_matrix(shards, expert.up, rows, every_k, *(part[index, 1] for part in w13))
             copy_matrix(shards, expert.down, every_k, rows, *(part[index] for part in w2))
@@ -286,7 +291,7 @@ class Checkpoint:
                 progress(index + 1, num)
 
         with Shards() as shards:
-            self._check_leaves(shards, content, experts)
+            self._check_leaves(shards, content, chosen)
             read_each(shards, read, num, threads=1 if progress is not None else torch.get_num_threads())
         return ExpertWeights(
             NVFP4Weight(w13.data.flatten(1, 2), w13.scale.flatten(1, 2).view(torch.float8_e4m3fn), w13.global_scale),
@@ -410,6 +415,12 @@ class Checkpoint:
         for expert in content.kinds(experts):
             for others in dict.fromkeys(matrix.stored.others for matrix in expert):
                 check_other_leaves(shards, others)
+
+    def _expert_part(self, experts: range, total: int, ep_size: int) -> slice:
+        if ep_size != 1 or experts.step != 1 or not 0 <= experts.start < experts.stop <= total:
+            expected = f"experts as a range of consecutive ones below {total}, without an ep_size"
+            raise CheckpointError(refusal(self.path, expected, f"{experts}, ep_size {ep_size}"))
+        return slice(experts.start, experts.stop)
 
     def _rank_part(self, kind: str, rank: int, size: int, what: str, total: int, multiple: int = 1) -> slice:
         if size < 1 or not 0 <= rank < size:
