@@ -18,7 +18,7 @@ from torch_nvfp4.testing import TOLERANCE, random_routing, random_weight, relati
 
 DEVICE = os.environ["RANKS_DEVICE"]
 DTYPE = torch.float32 if DEVICE == "cpu" else torch.float16
-E, K, I, TOP_K = 7, 64, 128, 3
+E, K, INNER, TOP_K = 7, 64, 128, 3
 WORLD = int(os.environ["WORLD_SIZE"])
 R, S0 = Replicate(), Shard(0)
 WEIGHTS = ("w13", "w13_global_scale", "w2", "w2_global_scale")
@@ -32,8 +32,8 @@ def one_dimension() -> DeviceMesh:
 def layer(experts: int = E) -> dict[str, Tensor]:
     """The weight arguments of ``moe``, the same on every rank."""
     generator = torch.Generator().manual_seed(0)
-    w13 = random_weight((experts, 2 * I, K), gated=True, generator=generator, device=DEVICE)
-    w2 = random_weight((experts, K, I), generator=generator, device=DEVICE)
+    w13 = random_weight((experts, 2 * INNER, K), gated=True, generator=generator, device=DEVICE)
+    w2 = random_weight((experts, K, INNER), generator=generator, device=DEVICE)
     packed = (torch_nvfp4.pack(w13, gated=True), w13.global_scale, torch_nvfp4.pack(w2), w2.global_scale)
     return dict(zip(WEIGHTS, packed, strict=True))
 
@@ -52,7 +52,8 @@ def placed(tensor: Tensor, mesh: DeviceMesh, *placements: Placement) -> DTensor:
 
 def check(result: Any, expected: Tensor, *placements: Placement, exact: bool = False) -> None:
     """The placements, and the values: of sums over ranks within the op's tolerance, else exactly."""
-    assert isinstance(result, DTensor) and result.placements == placements, (result.placements, placements)
+    assert isinstance(result, DTensor)
+    assert result.placements == placements
     whole = result.full_tensor()
     if exact:
         assert torch.equal(whole, expected)
@@ -157,7 +158,7 @@ def case_words_of_refusals() -> None:
 
 
 def case_moe_maps_words() -> None:
-    with pytest.raises(ValueError, match="expected at least one expert per rank, got .*2, 2, 1, 0.* for 5 experts"):
+    with pytest.raises(ValueError, match=r"expected at least one expert per rank, got .*2, 2, 1, 0.* for 5 experts"):
         expert_maps(5, 4)
     assert expert_maps(3, 2).tolist() == [0, 1, -1, -1, -1, 0]
     assert expert_maps(4, 2, 2).view(4, 4).tolist() == [
@@ -198,7 +199,7 @@ def case_linear_and_swiglu() -> None:
 
 
 def case_steps() -> None:
-    mesh, w, (x, weights, ids) = one_dimension(), layer(), tokens(8)
+    mesh, w, (x, _, ids) = one_dimension(), layer(), tokens(8)
     order, offsets = torch_nvfp4.route(ids, None, E)
     for given in (R, S0):
         dtensors = torch_nvfp4.route(placed(ids, mesh, given), None, E)
@@ -219,7 +220,7 @@ def case_steps() -> None:
 def case_combine() -> None:
     mesh = one_dimension()
     for count, by_token in ((8, S0), (5, S0 if WORLD == 1 else R)):  # 5 tokens of 3 slots split elsewhere than 15 slots
-        x, weights, ids = tokens(count)
+        _, weights, ids = tokens(count)
         slots = torch.randn(count * TOP_K, K, generator=torch.Generator().manual_seed(3)).to(DEVICE, DTYPE)
         expected = torch_nvfp4.combine(slots, weights, ids, None, E)
         for given, result in ((S0, by_token), (Shard(1), Shard(1)), (R, R)):
@@ -247,5 +248,6 @@ def case_every_op_has_a_rule_or_a_refusal() -> None:
     names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("nvfp4::")]
     ops = [getattr(getattr(torch.ops.nvfp4, name[7:].partition(".")[0]), name.partition(".")[2] or "default")
            for name in names]  # fmt: skip
-    assert len(ops) >= 12 and all(op in funcs for op in ops), [op for op in ops if op not in funcs]
+    assert len(ops) >= 12
+    assert all(op in funcs for op in ops), [op for op in ops if op not in funcs]
     distributed.barrier()

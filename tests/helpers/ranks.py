@@ -56,7 +56,8 @@ def run_ranks(modules: Sequence[Path], ranks: int, device: str, folder: Path) ->
 def _cases(paths: Sequence[str], ranks: int) -> Iterator[tuple[str, Callable[[], None]]]:
     for path in paths:
         spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         for name, case in list(vars(module).items()):  # a case may import
