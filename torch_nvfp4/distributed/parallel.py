@@ -195,10 +195,11 @@ class ParallelExperts(nn.Module):
         if needs_grad:
             hidden_states = gradients_added(hidden_states, groups)
             topk_weights = gradients_added(topk_weights, groups)
-        output = self._local(hidden_states, topk_weights, topk_ids)
+        output = self.local(hidden_states, topk_weights, topk_ids)
         return summed(output, groups, self.plan.reduce_dtype)
 
-    def _local(self, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+    def local(self, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+        """What this rank's experts add to the result, [M, K]; nothing is exchanged."""
         if self.experts is None:
             return torch.zeros_like(hidden_states)
         result: Tensor = self.experts(hidden_states, topk_weights, topk_ids)
@@ -212,7 +213,7 @@ class ParallelExperts(nn.Module):
             )
         matrices = [tensor.reshape(-1, tensor.shape[-1]) for tensor in (hidden_states, topk_weights, topk_ids)]
         (group,) = self._groups("ep")
-        output = sent_to_experts(self._local, *matrices, self._owner, group)
+        output = sent_to_experts(self.local, *matrices, self._owner, group)
         return summed(output, self._groups("tp"), self.plan.reduce_dtype).view(hidden_states.shape)
 
     def _groups(self, *names: str) -> list[Any]:
