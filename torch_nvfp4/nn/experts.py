@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torch_nvfp4.backends import MoEBackendConfig, moe_backend, select_moe_backend
 from torch_nvfp4.checkpoint import Checkpoint
-from torch_nvfp4.format import NVFP4Weight, is_gated_pair, quantize, validate_layout
+from torch_nvfp4.format import NVFP4Weight, has_values, is_gated_pair, quantize, validate_layout
 from torch_nvfp4.gate import Gate, parse_activation
 from torch_nvfp4.nn.packed_module import PackedModule, WeightShape
 from torch_nvfp4.quant_config import MoEQuantConfig
@@ -273,7 +273,7 @@ class NVFP4Experts(PackedModule):
                 gate=self.quant_config.gate,
                 expert_map=self.expert_map is not None,
                 apply_router_weight_on_input=self.apply_router_weight_on_input,
-                equal_gate_up_scales=bool((scale[:, 0] == scale[:, 1]).all()),
+                equal_gate_up_scales=has_values(scale) and bool((scale[:, 0] == scale[:, 1]).all()),
             )
             chosen = select_moe_backend(config, self.requested_backend)
         return chosen.name, chosen.prepare(w13, w2)
