@@ -24,7 +24,7 @@ PACKAGE = "torch_nvfp4"
 LAYERS = [
     {"_version", "_start", "errors"},
     {"format"},
-    {"gate", "activation", "config_sections"},
+    {"gate", "activation", "config_sections", "mxfp4"},
     {"reference", "model_config", "testing"},
     {"ops", "checkpoint", "quant_config"},
     {"backends"},
@@ -37,8 +37,9 @@ RANK = {unit: rank for rank, layer in enumerate(LAYERS) for unit in layer}
 ONLY = {
     "config_sections": {"errors"},
     "model_config": {"config_sections", "errors", "gate"},
-    "checkpoint": {"errors", "format", "gate", "model_config"},
-    "convert": {"_version", "errors", "format", "model_config", "checkpoint"},
+    "mxfp4": {"format"},
+    "checkpoint": {"errors", "format", "gate", "model_config", "mxfp4"},
+    "convert": {"_version", "errors", "format", "model_config", "mxfp4", "checkpoint"},
     "quant_config": {"config_sections", "errors", "gate", "model_config"},
 }
 FORMER = {"activation": "gate", "fusion": "compiler", "tensorrt": "compiler.tensorrt", "demo": "checkpoint"}

@@ -73,7 +73,7 @@ def test_graphs(make_model: Any, tokens: Any, recorder: Any) -> None:
 %6: float32[M, 2] = getitem(%5, 0)
 %7: int64[M, 2] = getitem(%5, 1)
 %12: bfloat16[M, 64] = nvfp4.moe.default(%0, %8: uint8[8, 2, 32, 1, 36], %9: float32[8, 2], %10: uint8[8, 64,
-    1, 36], %11: float32[8], %6, %7, None, clamp_limit=7.0)
+    1, 36], %11: float32[8], %6, %7, clamp_limit=7.0)
 %13: bfloat16[M, 64] = mul(0.125, %12)
 %14: bfloat16[M, 64] = add(%0, %13)
 return [%14]""",

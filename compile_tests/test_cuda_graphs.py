@@ -17,6 +17,9 @@ from torch._dynamo.decorators import mark_unbacked
 from torch._dynamo.utils import counters
 
 import torch_nvfp4
+from helpers.expert_kinds import KINDS
+from helpers.expert_kinds import make_experts as make_experts_of_kind
+from torch_nvfp4 import NVFP4Weight
 from torch_nvfp4.nn import NVFP4Experts, NVFP4Linear
 from torch_nvfp4.testing import assert_accurate, random_routing, random_weight
 
@@ -132,6 +135,30 @@ def test_replay_on_new_values_and_new_routing(tokens: int, dtype: torch.dtype) -
         graph.replay()
         assert torch.equal(output, experts(*values))
         assert_accurate(output, torch_nvfp4.reference.moe(values[0], *weights, *values[1:], clamp_limit=LIMIT))
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("name", ["gpt-oss with biases", "relu2 without a gate", "situ with biases"])
+def test_replay_of_other_experts(name: str, tokens: int) -> None:
+    """Kernels of their own: biases, no gate, SiTU. A new bias in the old buffer is read too."""
+    layer = make_experts_of_kind(KINDS[name], EXPERTS, HIDDEN, INTERMEDIATE, seed=1)
+    w13, w2 = (NVFP4Weight(*(part.to("cuda") for part in weight)) for weight in layer[:2])
+    experts = NVFP4Experts.from_weights(w13, w2, **layer.biases("cuda"), **layer.kind.gate)
+    buffers = make_inputs(tokens, 0)
+    warm_up(lambda: experts(*buffers))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = experts(*buffers)
+    for seed in range(1, 4):
+        refill(buffers, make_inputs(tokens, seed))
+        if experts.w2_bias is not None:
+            experts.w2_bias.mul_(-0.5)
+        graph.replay()
+        assert torch.equal(output, experts(*buffers))
+        x, *routing = buffers
+        biases = (experts.w13_bias, experts.w2_bias)
+        expected = torch_nvfp4.reference.moe(x, w13, w2, *routing, None, *biases, **layer.kind.gate)
+        assert_accurate(output, expected)
 
 
 @pytest.mark.parametrize("tokens", TOKENS)

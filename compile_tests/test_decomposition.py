@@ -87,6 +87,34 @@ def ops(graph: fx.Graph) -> list[str]:
 STEPS = ["route", "grouped_gemm", "grouped_gemm", "combine"]
 
 
+class OtherExperts(nn.Module):
+    """Experts with biases, and with a gate or without."""
+
+    def __init__(
+        self, *, gated: bool, hidden: int = 64, intermediate: int = 32, device: str = "cpu", **gate: Any
+    ) -> None:
+        super().__init__()
+        generator, rows = torch.Generator().manual_seed(0), 2 * intermediate if gated else intermediate
+        w13 = random_weight((EXPERTS, rows, hidden), gated=gated, generator=generator, device=device)
+        w2 = random_weight((EXPERTS, hidden, intermediate), generator=generator, device=device)
+        self.register_buffer("w13", torch_nvfp4.pack(w13, gated=gated))
+        self.register_buffer("w13_global_scale", w13.global_scale)
+        self.register_buffer("w2", torch_nvfp4.pack(w2))
+        self.register_buffer("w2_global_scale", w2.global_scale)
+        self.register_buffer("w13_bias", torch.randn(EXPERTS, rows, generator=generator).to(device))
+        self.register_buffer("w2_bias", torch.randn(EXPERTS, hidden, generator=generator).to(device))
+        self.dense, self.gate = (w13, w2), gate
+
+    def forward(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+        weights = (self.w13, self.w13_global_scale, self.w2, self.w2_global_scale)
+        biases = {"w13_bias": self.w13_bias, "w2_bias": self.w2_bias}
+        return torch_nvfp4.moe(x, *weights, topk_weights, topk_ids, **biases, **self.gate)
+
+    def reference(self, *args: Tensor) -> Tensor:
+        x, *routing = args
+        return torch_nvfp4.reference.moe(x, *self.dense, *routing, None, self.w13_bias, self.w2_bias, **self.gate)
+
+
 def test_table_has_the_fused_layers_alone() -> None:
     assert list(decompositions()) == [torch.ops.nvfp4.moe.default, torch.ops.nvfp4.batched_moe.default]
 
@@ -418,3 +446,73 @@ def test_pass_takes_batched_calls_too() -> None:
         out = compile_with(model, options)(*args)
     assert (options["joint_custom_pre_pass"].decomposed, options["joint_custom_pre_pass"].fused) == (1, 1)
     assert error_up_to_the_counts(out, model.reference(*args)) <= TOLERANCE[torch.bfloat16]
+
+
+def test_graph_of_biases(render: Render) -> None:
+    model = OtherExperts(gated=True, clamp_limit=7.0, alpha=1.702, beta=1.0)
+    assert_expected_inline(
+        render(decomposed(model, inputs()).graph),
+        """\
+%1: (int32[20], int32[5]) = nvfp4.route.default(%0: int64[10, 2], None, 4)
+%2: int32[20] = getitem(%1, 0)
+%3: int32[5] = getitem(%1, 1)
+%8: bfloat16[20, 64] = nvfp4.grouped_gemm.default(%4: bfloat16[10, 64], %5: uint8[4, 2, 32, 1, 36], %6:
+    float32[4, 2], %2, %3, None, %7: float32[4, 64])
+%9: float32[20, 64] = aten._to_copy.default(%8, dtype=torch.float32)
+%10: (float32[20, 32], float32[20, 32]) = aten.split.Tensor(%9, 32, -1)
+%11: float32[20, 32] = getitem(%10, 0)
+%12: float32[20, 32] = getitem(%10, 1)
+%13: float32[20, 32] = aten.clamp.default(%12, -7.0, 7.0)
+%14: float32[20, 32] = aten.clamp.default(%11, None, 7.0)
+%15: float32[20, 32] = aten.mul.Tensor(%14, 1.702)
+%16: float32[20, 32] = aten.sigmoid.default(%15)
+%17: float32[20, 32] = aten.mul.Tensor(%14, %16)
+%18: float32[20, 32] = aten.add.Tensor(%13, 1.0)
+%19: float32[20, 32] = aten.mul.Tensor(%17, %18)
+%20: bfloat16[20, 32] = aten._to_copy.default(%19, dtype=torch.bfloat16)
+%24: bfloat16[20, 64] = nvfp4.grouped_gemm.default(%20, %21: uint8[4, 64, 1, 36], %22: float32[4], %2, %3,
+    None, %23: float32[4, 64])
+%26: bfloat16[10, 64] = nvfp4.combine.default(%24, %25: float32[10, 2], %0, None, 4)
+return [%26]""",
+    )
+
+
+def test_graph_without_a_gate(render: Render) -> None:
+    model = OtherExperts(gated=False, activation="relu2")
+    assert_expected_inline(
+        render(decomposed(model, inputs()).graph),
+        """\
+%1: (int32[20], int32[5]) = nvfp4.route.default(%0: int64[10, 2], None, 4)
+%2: int32[20] = getitem(%1, 0)
+%3: int32[5] = getitem(%1, 1)
+%8: bfloat16[20, 32] = nvfp4.grouped_gemm.default(%4: bfloat16[10, 64], %5: uint8[4, 32, 1, 36], %6:
+    float32[4], %2, %3, None, %7: float32[4, 32])
+%9: float32[20, 32] = aten._to_copy.default(%8, dtype=torch.float32)
+%10: float32[20, 32] = aten.relu.default(%9)
+%11: float32[20, 32] = aten.pow.Tensor_Scalar(%10, 2)
+%12: bfloat16[20, 32] = aten._to_copy.default(%11, dtype=torch.bfloat16)
+%16: bfloat16[20, 64] = nvfp4.grouped_gemm.default(%12, %13: uint8[4, 64, 1, 36], %14: float32[4], %2, %3,
+    None, %15: float32[4, 64])
+%18: bfloat16[10, 64] = nvfp4.combine.default(%16, %17: float32[10, 2], %0, None, 4)
+return [%18]""",
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("gated", "gate"),
+    [(True, {"clamp_limit": 7.0, "alpha": 1.702, "beta": 1.0}), (False, {"activation": "relu2"}), (False, {})],
+)
+def test_other_experts_compiled(gated: bool, gate: dict[str, Any], dtype: torch.dtype, device: str) -> None:
+    """As steps the activation is found again, with biases and without a gate, and nothing but the one op is left."""
+    model = OtherExperts(gated=gated, device=device, **gate)
+    x, *routing = inputs(dtype, device=device)
+    args = (x / 5, *routing)
+    options = inductor_options(decompose_moe=True)
+    with fresh_cache(), torch.no_grad():
+        torch._dynamo.reset()
+        out = torch.compile(model, fullgraph=True, options=options)(*args)
+    counts = options["joint_custom_pre_pass"]
+    assert (counts.decomposed, counts.fused) == (1, 1)
+    assert relative_l2(out, model.reference(*args)) <= 3 * TOLERANCE[dtype]
+    assert_accurate(model(*args), model.reference(*args))

@@ -423,7 +423,7 @@ def test_product_with_something_else_fuses_the_gate_in_it() -> None:
 
 
 def test_rejected_weights() -> None:
-    """A weight that was not packed as gated has no halves, and the fused op has no bias."""
+    """A weight that was not packed as gated has no halves."""
     plain = random_weight((E, 2 * I, K))
     layer = grouped_layer()
     layer = layer._replace(args=(layer.args[0], torch_nvfp4.pack(plain), plain.global_scale, *layer.args[3:]))
@@ -433,8 +433,96 @@ def test_rejected_weights() -> None:
     assert (
         fuse(trace(layer._replace(args=(layer.args[0], torch_nvfp4.pack(dense), dense.global_scale)), deepseek_v4)) == 0
     )
-    with_bias = layer._replace(args=(*layer.args, torch.zeros(2 * I, dtype=torch.bfloat16)))
-    assert fuse(trace(with_bias, deepseek_v4)) == 0
+
+
+@pytest.mark.parametrize("router_weights", [False, True])
+def test_biases_of_experts(router_weights: bool, device: str) -> None:
+    """gpt-oss: the gate's halves hold the biases that the GEMM added; the router's weights stand before them."""
+    layer = grouped_layer(device=device, router_weights=router_weights)
+    bias = torch.randn(E, 2 * I, generator=torch.Generator().manual_seed(2)).to(device) * 20
+    args = (*layer.args, bias) if router_weights else (*layer.args, None, bias)
+    gm = trace(layer._replace(args=args), gpt_oss)
+    assert fuse(gm) == 1
+    assert gemms(gm) == ["grouped_gemm_swiglu"]
+    out = gm(*args)
+    torch.testing.assert_close(out, torch_nvfp4.grouped_gemm_swiglu(*args, **MODELS[gpt_oss]), rtol=0, atol=0)
+    x, _, _, *routing = args
+    expected = torch_nvfp4.reference.grouped_gemm_swiglu(x, layer.weight, *routing, **MODELS[gpt_oss])
+    assert_accurate(out, expected)
+
+
+def test_bias_of_a_dense_layer(device: str) -> None:
+    layer = linear_layer(device=device)
+    bias = torch.randn(2 * I, generator=torch.Generator().manual_seed(2)).to(device, torch.bfloat16) * 20
+    args = (*layer.args, bias)
+    gm = trace(layer._replace(args=args), deepseek_v4)
+    assert fuse(gm) == 1
+    assert gemms(gm) == ["grouped_gemm_swiglu"]
+    dense = torch_nvfp4.reference.linear(args[0], layer.weight, bias)
+    assert_accurate(gm(*args), torch_nvfp4.reference.swiglu(dense, **MODELS[deepseek_v4]))
+
+
+def plain_layer(device: str, bias: bool = False) -> Layer:
+    """Experts without a gate, whose pre-activations have a deviation of about 2."""
+    layer = grouped_layer(device=device, scale=1.0)
+    weight = random_weight((E, I, K), generator=torch.Generator().manual_seed(3), device=device)
+    args = (layer.args[0], torch_nvfp4.pack(weight), weight.global_scale, *layer.args[3:])
+    return Layer(layer.op, (*args, None, torch.randn(E, I, device=device)) if bias else args, weight)
+
+
+def nemotron_3(x: Tensor) -> Tensor:
+    return torch.relu(x).square()
+
+
+PLAIN = {
+    "relu2": nemotron_3,
+    "relu2 in fp32": lambda x: (torch.relu(x.float()) ** 2).to(x.dtype),
+    "relu2 as a product": lambda x: F.relu(x) * F.relu(x),
+    "silu": F.silu,
+}
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("name", PLAIN)
+def test_activations_without_a_gate(name: str, bias: bool, table: str, device: str) -> None:
+    layer = plain_layer(device, bias)
+    gm = trace(layer, PLAIN[name], table)
+    if name == "silu" and table == "aten":
+        assert fuse(gm) == 0  # aten.silu is no product; Inductor makes one of it
+        return
+    assert fuse(gm) == 1
+    assert gemms(gm) == ["grouped_gemm_swiglu"]
+    activation = name.split()[0]
+    out = gm(*layer.args)
+    expected = torch_nvfp4.grouped_gemm_swiglu(*layer.args, activation=activation)
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
+    x, _, _, *routing = layer.args
+    reference = torch_nvfp4.reference.grouped_gemm_swiglu(x, layer.weight, *routing, activation=activation, gated=False)
+    assert_accurate(out, reference)
+
+
+# A factor or a clamp of the result is applied to the fused op's.
+OTHERS: list[tuple[Gate, int]] = [
+    (lambda x: torch.relu(x) ** 3, 0),
+    (lambda x: torch.relu(x), 0),
+    (lambda x: x**2, 0),
+    (lambda x: x.clamp(min=0.5) ** 2, 0),
+    (lambda x: torch.relu(x).square() + x, 0),
+    (lambda x: F.silu(2 * x), 0),
+    (lambda x: 2 * torch.relu(x) ** 2, 1),
+    (lambda x: F.silu(x).clamp(max=7.0), 1),
+]
+
+
+@pytest.mark.parametrize(("gate", "fused"), OTHERS)
+def test_other_activations_without_a_gate(gate: Gate, fused: int) -> None:
+    layer = plain_layer("cpu")
+    gm = trace(layer, gate)
+    expected = gm(*layer.args)
+    assert fuse(gm) == fused
+    assert gemms(gm) == (["grouped_gemm_swiglu"] if fused else ["grouped_gemm"])
+    torch.testing.assert_close(gm(*layer.args), expected, rtol=0.05 if fused else 0, atol=0.5 if fused else 0)
 
 
 def test_halves_of_two_gemms() -> None:

@@ -23,6 +23,8 @@ GATES: list[dict[str, Any]] = [
     {"activation": Activation.swiglustep.value, "clamp_limit": 10.0},
     {"activation": Activation.gelu_tanh.value},
 ]
+SITU = {"activation": Activation.situ.value, "alpha": 4.0, "beta": 25.0}
+RELU2 = {"activation": Activation.relu2.value}
 
 
 class Samples:
@@ -40,6 +42,9 @@ class Samples:
         weight = random_weight(shape, gated=gated, generator=self.generator, device=self.device)
         return torch_nvfp4.pack(weight, gated=gated), weight.global_scale
 
+    def bias(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator).to(self.device)
+
     def routing(self, m: int, e: int, top_k: int, ids_dtype: torch.dtype = torch.int64) -> tuple[Tensor, Tensor]:
         return random_routing(m, e, top_k, ids_dtype=ids_dtype, generator=self.generator, device=self.device)
 
@@ -54,6 +59,11 @@ class Samples:
         routing = self.routing(3, 8, 4, torch.int32)
         on_input = {"apply_router_weight_on_input": True}
         yield (self.x(3, 80), *weights, *routing, self.expert_map(8, 4)), on_input
+        yield (self.x(3, 80), *weights, *routing, None, self.bias(4, 64), self.bias(4, 80)), SITU
+        yield (self.x(3, 80), *weights, *routing, self.expert_map(8, 4), None, self.bias(4, 80)), GATES[1]
+        weights = (*self.packed(4, 32, 80), *self.packed(4, 80, 32))
+        yield (self.x(3, 80), *weights, *routing), RELU2
+        yield (self.x(3, 80), *weights, *routing, None, self.bias(4, 32)), RELU2 | on_input
 
     def batched_moe(self) -> Iterator[Sample]:
         weights = (*self.packed(3, 64, 80, gated=True), *self.packed(3, 80, 32))
@@ -61,6 +71,9 @@ class Samples:
         for t, gate, dtype in zip((2, 5, 3), GATES, (*self.dtypes, torch.bfloat16), strict=False):
             yield (self.x(3, t, 80, dtype=dtype), *weights, counts), gate
         yield (self.x(3, 0, 80), *weights, torch.zeros_like(counts)), GATES[-1]
+        yield (self.x(3, 2, 80), *weights, counts, self.bias(3, 64), self.bias(3, 80)), GATES[1]
+        weights = (*self.packed(3, 32, 80), *self.packed(3, 80, 32))
+        yield (self.x(3, 2, 80), *weights, counts, None, self.bias(3, 80)), RELU2
 
     def route(self) -> Iterator[Sample]:
         for m in (0, 1, 6):
@@ -79,11 +92,15 @@ class Samples:
         yield self._routed(5, gated=True), {}
         yield self._routed(2, gated=False, rows_per_token=3), {}
         yield self._routed(0, gated=False), {}
+        yield (*self._routed(5, gated=True), self.bias(4, 96)), {}
 
     def grouped_gemm_swiglu(self) -> Iterator[Sample]:
         for m, gate in zip((4, 1, 3, 0), GATES, strict=True):
             yield self._routed(m, gated=True), gate
         yield self._routed(2, gated=True, rows_per_token=3), {}
+        yield (*self._routed(4, gated=True), self.bias(4, 96)), SITU
+        yield self._routed(4, gated=False), RELU2
+        yield (*self._routed(4, gated=False, rows_per_token=3), self.bias(4, 96)), {}
 
     def combine(self) -> Iterator[Sample]:
         for dtype in self.dtypes:
@@ -98,6 +115,7 @@ class Samples:
     def swiglu(self) -> Iterator[Sample]:
         for shape, gate in zip(((6,), (3, 20), (2, 3, 8), (0, 4)), GATES, strict=True):
             yield (self.x(*shape),), gate
+        yield (self.x(3, 5),), RELU2 | {"gated": False}
 
     def pack(self) -> Iterator[Sample]:
         for shape, gated in (((48, 80), False), ((64, 80), True), ((3, 48, 16), False), ((2, 32, 144), True)):

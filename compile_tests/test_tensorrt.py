@@ -133,8 +133,16 @@ def test_a_broken_installation_is_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_
 
 def test_bind_arguments() -> None:
     names = [argument.name for argument in MOE._schema.arguments]
-    positional, keyword_only = names[:8], names[8:]
-    defaults = {"expert_map": None, "activation": 0, "clamp_limit": None, "alpha": 1.0, "beta": 0.0}
+    positional, keyword_only = names[:10], names[10:]
+    defaults = {
+        "expert_map": None,
+        "w13_bias": None,
+        "w2_bias": None,
+        "activation": 0,
+        "clamp_limit": None,
+        "alpha": 1.0,
+        "beta": 0.0,
+    }
     defaults |= {"apply_router_weight_on_input": False, "batch_invariant": False}
     bind = tensorrt_moe.bind_arguments
     assert bind(positional[:7], {}) == {**dict(zip(positional[:7], positional[:7], strict=True)), **defaults}
@@ -304,6 +312,8 @@ def test_batch_invariant_calls_stay_in_pytorch(lowered: Callable[[Model], GraphM
     node = moe_node(graph)
     node.update_kwarg("batch_invariant", True)
     assert tensorrt_moe.unsupported_reason(node).startswith("expected a call without batch_invariant, got one with it")
+    node.kwargs = {"w2_bias": node.args[0]}
+    assert tensorrt_moe.unsupported_reason(node).startswith("expected a call without w2_bias, got one with it")
 
 
 class RecordingNetwork:

@@ -27,14 +27,15 @@ constexpr int64_t kGroupSize = 16;  // values along the input dimension that sha
 enum class DType : int8_t { bf16, fp16, fp32 };
 
 // The numbers are part of the op schemas; torch_nvfp4/gate.py holds the same table.
-enum class Activation : int64_t { silu = 0, swiglustep = 1, gelu = 2, gelu_tanh = 3, relu2 = 4 };
+enum class Activation : int64_t { silu = 0, swiglustep = 1, gelu = 2, gelu_tanh = 3, relu2 = 4, situ = 5 };
 
+// Applied to gate and up, or, where the weight before it has no gate rows, to its outputs alone.
 struct Gate {
   Activation activation = Activation::silu;
   bool clamped = false;
   float limit = 0.0f;  // read only when clamped
   float alpha = 1.0f;  // silu: g * sigmoid(alpha * g) * (u + beta)
-  float beta = 0.0f;
+  float beta = 0.0f;   // situ: alpha * tanh(g / alpha) * sigmoid(g) * beta * tanh(u / beta), or * u where beta is 0
 };
 
 // Packed weights of one or more experts. `n` counts output rows: 2I when gated (gate rows 0..I-1, up rows I..2I-1).
@@ -46,6 +47,10 @@ struct Weight {
   int64_t n;
   int64_t k;
   bool gated;
+  const float* bias = nullptr;  // [experts, n], added to scaled products in fp32; null: none
+
+  // Columns of what a gate makes of the outputs.
+  int64_t features() const { return gated ? n / 2 : n; }
 };
 
 // Which slots go to which expert. Slot s = token * top_k + j.
@@ -87,7 +92,7 @@ struct RouteArgs {
   int32_t* offsets;  // [experts + 1] expert e owns order[offsets[e] .. offsets[e + 1])
 };
 
-// out[s] = x[s / (slots / rows)] @ W[expert of s]^T, times slot_scale[s], then the gate if there is one.
+// out[s] = x[s / (slots / rows)] @ W[expert of s]^T, times slot_scale[s], plus bias, then the gate if there is one.
 // Skipped slots (order[offsets[experts]] and after) give rows of zeros. Order and offsets may come from anywhere:
 // unless they are a routing as RouteArgs has it, the CPU throws and CUDA fills all of out with NaN.
 struct GroupedGemmArgs {
@@ -99,8 +104,8 @@ struct GroupedGemmArgs {
   const int32_t* order;     // [slots]
   const int32_t* offsets;   // [experts + 1]
   const float* slot_scale;  // [slots] or null
-  const Gate* gate;      // null: out is [slots, n], gate rows first; else the weight is gated and out is [slots, n / 2]
-  bool batch_invariant;  // a row's bits depend on nothing but the row
+  const Gate* gate;         // null: out is [slots, n], gate rows first; else out is [slots, features()]
+  bool batch_invariant;     // a row's bits depend on nothing but the row
   void* out;
 };
 
@@ -117,8 +122,8 @@ struct CombineArgs {
 struct MoeArgs {
   DType dtype;
   const void* hidden_states;  // [tokens, w13.k]
-  Weight w13;                 // gated
-  Weight w2;                  // n == w13.k, k == w13.n / 2
+  Weight w13;
+  Weight w2;                  // n == w13.k, k == w13.features()
   const float* topk_weights;  // [tokens, top_k]
   Routing routing;
   Gate gate;
@@ -133,8 +138,8 @@ struct BatchedMoeArgs {
   DType dtype;
   const void* hidden_states;  // [experts, rows_per_expert, w13.k]
   int64_t rows_per_expert;
-  Weight w13;                        // gated
-  Weight w2;                         // n == w13.k, k == w13.n / 2
+  Weight w13;
+  Weight w2;                         // n == w13.k, k == w13.features()
   const int32_t* expert_num_tokens;  // [experts]; on CUDA any numbers, which it takes into [0, rows_per_expert]
   Gate gate;
   bool clears_rest;  // zeros in the rows behind an expert's tokens
@@ -153,9 +158,10 @@ struct LinearArgs {
 
 struct SwigluArgs {
   DType dtype;
-  const void* gate_up;  // [rows, 2 * intermediate], gate columns first
+  const void* gate_up;  // [rows, 2 * intermediate], gate columns first; [rows, intermediate] if not gated
   int64_t rows;
   int64_t intermediate;
+  bool gated;
   Gate gate;
   void* out;  // [rows, intermediate]
 };

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Callable
@@ -157,12 +158,15 @@ def spoil_weights(r: Random, weights: Tensor) -> Tensor:
 
 def make_gate(r: Random) -> tuple[Arguments, bool]:
     """Parameters of a gate, and whether results stay moderate."""
-    activation = r.randrange(5)
+    activation = r.randrange(6)
     gate: Arguments = {"activation": activation, "clamp_limit": None, "alpha": 1.0, "beta": 0.0}
     if activation < 2 and r.chance(0.6):
         gate["clamp_limit"] = r.choice((0.01, 0.5, 7.0, 10.0, 1e-46, 1e-45, 1e-30, 3e38, 3.4028234663852886e38))
     if activation == 0 and r.chance(0.4):
         gate["alpha"], gate["beta"] = r.choice(((1.702, 1.0), (0.0, 0.0), (-1.0, -2.0), (3e38, 1.0), (1.0, 3e38)))
+    if activation == 5:
+        gate["alpha"], gate["beta"] = r.choice(((4.0, 25.0), (0.5, 0.0), (1e-40, 1e-40), (3e38, 3e38)))
+        return gate, 0.1 < gate["alpha"] < 100
     return gate, max(gate["alpha"], gate["beta"]) < 10 and (gate["clamp_limit"] or 1.0) > 1e-20
 
 
@@ -193,15 +197,14 @@ def input_error(x: Tensor, dtype: torch.dtype) -> Tensor:
     return INPUT[dtype] * x.abs().amax(-1, keepdim=True).expand_as(x)
 
 
-def gated_error(pre: Tensor, error: Tensor, gate: Arguments) -> Tensor:
-    """How far a gate goes from its value where its inputs are off by ``error``."""
-    half = pre.shape[-1] // 2
-    middle = reference.swiglu(pre, **gate)
+def gated_error(pre: Tensor, error: Tensor, gate: Arguments, gated: bool = True) -> Tensor:
+    """How far a gate, or an activation without one, goes from its value where its inputs are off by ``error``."""
+    halves = 2 if gated else 1
+    middle = reference.swiglu(pre, gated=gated, **gate)
     furthest = torch.zeros_like(middle)
-    for gate_sign in (-1, 1):
-        for up_sign in (-1, 1):
-            signs = torch.tensor((gate_sign, up_sign), dtype=pre.dtype).repeat_interleave(half)
-            furthest = torch.maximum(furthest, (reference.swiglu(pre + signs * error, **gate) - middle).abs())
+    for signs in itertools.product((-1, 1), repeat=halves):
+        off = torch.tensor(signs, dtype=pre.dtype).repeat_interleave(pre.shape[-1] // halves) * error
+        furthest = torch.maximum(furthest, (reference.swiglu(pre + off, gated=gated, **gate) - middle).abs())
     return furthest
 
 
@@ -216,18 +219,32 @@ class Terms(NamedTuple):
 
 def mlp_terms(
     x: Tensor, dtype: torch.dtype, w13: Weight, w2: Weight, order: Tensor, offsets: Tensor, on_input: Tensor | None,
-    gate: Arguments,
+    gate: Arguments, biases: Arguments,
 ) -> Terms:  # fmt: skip
     clean = finite(x)
-    pre = reference.grouped_gemm(clean, w13.dense, order, offsets, on_input)
+    gated = w13.global_scale.dim() == 2
+    pre = reference.grouped_gemm(clean, w13.dense, order, offsets, on_input, biases["w13_bias"])
     pre_error = reference.grouped_gemm(input_error(clean, dtype), w13.dense.abs(), order, offsets, on_input).abs()
-    hidden = reference.swiglu(pre, **gate)
-    hidden_error = gated_error(pre, pre_error, gate) + ROUNDING[dtype] * hidden.abs() + input_error(hidden, dtype)
+    hidden = reference.swiglu(pre, gated=gated, **gate)
+    hidden_error = (
+        gated_error(pre, pre_error, gate, gated) + ROUNDING[dtype] * hidden.abs() + input_error(hidden, dtype)
+    )
     return Terms(
-        reference.grouped_gemm(hidden, w2.dense, order, offsets),
+        reference.grouped_gemm(hidden, w2.dense, order, offsets, None, biases["w2_bias"]),
         reference.grouped_gemm(hidden_error, w2.dense.abs(), order, offsets),
         torch.maximum(pre.abs().amax(-1), hidden.abs().amax(-1)) > LARGEST[dtype],
     )
+
+
+def make_experts(r: Random, e: int, k: int, i: int) -> tuple[Weight, Weight, Arguments, Arguments, bool]:
+    """w13, w2, the biases, the gate, and whether the gate is moderate; of experts with a gate or without."""
+    gated = r.chance(0.7)
+    rows = 2 * i if gated else i
+    w13, w2 = make_weight(r, e, rows, k, gated), make_weight(r, e, k, i, False)
+    gate, moderate = make_gate(r) if gated else ({"activation": r.choice((0, 2, 3, 4))}, True)
+    biases = {"w13_bias": (e, rows), "w2_bias": (e, k)}
+    values = {name: torch.randn(n, generator=r.generator()) if r.chance(0.3) else None for name, n in biases.items()}
+    return w13, w2, values, gate, moderate
 
 
 # ---- one case of every op
@@ -237,15 +254,14 @@ def moe(r: Random) -> Case:
     e, k, i = r.randint(1, 5), r.size(16, 10), r.size(16, 6)
     tokens, top_k = r.choice((0, 1, 1, 2, 3, 5, 9, 17, 40, 300)), r.choice((0, 1, 1, 2, 3, 4))
     dtype = r.choice((BF16, FP16, FP32))
-    w13, w2 = make_weight(r, e, 2 * i, k, True), make_weight(r, e, k, i, False)
+    w13, w2, biases, gate, moderate = make_experts(r, e, k, i)
     x, bad, extreme = make_x(r, tokens, k, dtype)
     routing = make_routing(r, tokens, top_k, e)
-    gate, moderate = make_gate(r)
     weigh_input = r.chance(0.3)
     skip = extreme | spoil_weights(r, routing["topk_weights"])
     arguments = {
         "hidden_states": x, "w13": w13.packed, "w13_global_scale": w13.global_scale, "w2": w2.packed,
-        "w2_global_scale": w2.global_scale, **routing, **gate, "apply_router_weight_on_input": weigh_input,
+        "w2_global_scale": w2.global_scale, **routing, **biases, **gate, "apply_router_weight_on_input": weigh_input,
     }  # fmt: skip
 
     def check(out: Tensor) -> None:
@@ -253,7 +269,7 @@ def moe(r: Random) -> Case:
         order, offsets = reference.route(ids, expert_map, e)
         plain = finite(weights)
         on_input, on_output = (plain, torch.ones_like(plain)) if weigh_input else (None, plain)
-        terms = mlp_terms(x, dtype, w13, w2, order, offsets, on_input, gate)
+        terms = mlp_terms(x, dtype, w13, w2, order, offsets, on_input, gate, biases)
         expected = reference.combine(terms.rows, on_output, ids, expert_map, e)
         error = reference.combine(terms.errors, on_output.abs(), ids, expert_map, e)
         local = reference.local_experts(ids, expert_map, e)
@@ -269,7 +285,7 @@ def batched_moe(r: Random) -> Case:
     e, k, i = r.randint(1, 5), r.size(16, 10), r.size(16, 6)
     t = r.choice((0, 1, 1, 2, 5, 9, 17, 40, 150))
     dtype = r.choice((BF16, FP16, FP32))
-    w13, w2 = make_weight(r, e, 2 * i, k, True), make_weight(r, e, k, i, False)
+    w13, w2, biases, gate, moderate = make_experts(r, e, k, i)
     x, bad, extreme = make_x(r, e * t, k, dtype)
     counts = torch.tensor([r.choice((0, 1, t, r.randint(0, t))) if t else 0 for _ in range(e)], dtype=torch.int32)
     expert_of_row = torch.arange(e).repeat_interleave(t)
@@ -280,10 +296,9 @@ def batched_moe(r: Random) -> Case:
         at, count = r.randrange(e), r.choice((INT_MIN, INT_MAX, -1, t + 1))
         counts[at] = count
         error = f"expert_num_tokens must be from 0 to T = {t}, got {count} at index {at}"
-    gate, moderate = make_gate(r)
     arguments = {
         "hidden_states": x.view(e, t, k), "w13": w13.packed, "w13_global_scale": w13.global_scale, "w2": w2.packed,
-        "w2_global_scale": w2.global_scale, "expert_num_tokens": counts, **gate,
+        "w2_global_scale": w2.global_scale, "expert_num_tokens": counts, **biases, **gate,
     }  # fmt: skip
 
     def check(out: Tensor) -> None:
@@ -293,7 +308,7 @@ def batched_moe(r: Random) -> Case:
         require(clean_rest, "rows behind the counts are neither zeros nor what the buffer held")
         order = torch.cat((used.nonzero(), (~used).nonzero())).flatten().int()
         offsets = torch.cat((torch.zeros(1), counts.cumsum(0))).int()
-        terms = mlp_terms(x, dtype, w13, w2, order, offsets, None, gate)
+        terms = mlp_terms(x, dtype, w13, w2, order, offsets, None, gate, biases)
         unclear = extreme | terms.overflow | (w13.hostile | w2.hostile)[expert_of_row] | ~used
         compare(rows, terms.rows, terms.errors, unclear, bad & used)
 

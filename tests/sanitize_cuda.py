@@ -53,6 +53,32 @@ def check_moe(e: int, k: int, i: int, top_k: int, m: int, dtype: torch.dtype, de
     assert_accurate(torch_nvfp4.combine(rows, topk_weights, topk_ids, None, e), expected)
 
 
+def check_other_experts(e: int, k: int, i: int, top_k: int, m: int, dtype: torch.dtype, device: str) -> None:
+    """Biases, with a gate and without: the kernels that have them in their epilogues."""
+    generator = torch.Generator().manual_seed(m)
+    w2 = random_weight((e, k, i), generator=generator, device=device)
+    x = torch.randn(m, k, generator=generator).to(device, dtype)
+    topk_weights, topk_ids = random_routing(m, e, top_k, generator=generator, device=device)
+    topk_ids[m // 2, 0] = -1
+    for gated, gate in (
+        (True, {"clamp_limit": LIMIT}),
+        (True, {"activation": "situ"}),
+        (False, {"activation": "relu2"}),
+    ):
+        rows = 2 * i if gated else i
+        w13 = random_weight((e, rows, k), gated=gated, generator=generator, device=device)
+        biases = [torch.randn(e, n, generator=generator).to(device) for n in (rows, k)]
+        weights = torch_nvfp4.pack(w13, gated=gated), w13.global_scale, torch_nvfp4.pack(w2), w2.global_scale
+        expected = reference.moe(x, w13, w2, topk_weights, topk_ids, None, *biases, **gate)
+        assert_accurate(torch_nvfp4.moe(x, *weights, topk_weights, topk_ids, None, *biases, **gate), expected)
+        order, offsets = torch_nvfp4.route(topk_ids, None, e)
+        gemm = (x, weights[0], weights[1], order, offsets, None, biases[0])
+        hidden = torch_nvfp4.grouped_gemm_swiglu(*gemm, **gate)
+        expected = reference.grouped_gemm_swiglu(x, w13, order, offsets, None, biases[0], gated=gated, **gate)
+        assert_accurate(hidden, expected)
+        torch_nvfp4.grouped_gemm(*gemm)
+
+
 # E, K, I, T, the counts: tiles of stream_gemm and of wgmma_experts, an odd number of k-blocks and tokens that are
 # permuted in the buffer of the result.
 BATCHED = [
@@ -103,6 +129,7 @@ def main(device: str = "cuda") -> None:
         os.environ["TORCH_NVFP4_ARCH"] = arch
         for case in MOE:
             check_moe(*case, device)
+            check_other_experts(*case, device)
         for case in BATCHED:
             for dtype in (BF16, FP16):
                 check_batched_moe(*case, dtype, device)

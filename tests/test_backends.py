@@ -95,10 +95,11 @@ def test_this_machine_has_a_backend() -> None:
     assert select_moe_backend(config).name == "cpu"
 
 
-@pytest.mark.parametrize("on", ["expert_map", "apply_router_weight_on_input", "equal_gate_up_scales"])
+@pytest.mark.parametrize("on", ["expert_map", "apply_router_weight_on_input", "equal_gate_up_scales", "biases"])
 def test_config_for_a_device_has_every_field(on: str) -> None:
     fields: dict[str, Any] = {"dtype": torch.float16, "gate": Gate("silu", 7.0, 1.702, 1.0), "libraries": NOTHING}
-    fields |= {"expert_map": False, "apply_router_weight_on_input": False, "equal_gate_up_scales": False, on: True}
+    flags = ("expert_map", "apply_router_weight_on_input", "equal_gate_up_scales", "biases")
+    fields |= dict.fromkeys(flags, False) | {on: True}
     assert MoEBackendConfig.for_device("cpu", 64, 32, **fields) == MoEBackendConfig("cpu", 64, 32, **fields)
     assert MoEBackendConfig.for_device("cpu", 64, 32) == MoEBackendConfig("cpu", 64, 32)
     of_the_device = {"device_type", "hidden_size", "intermediate_size", "compute_capability"}

@@ -157,9 +157,13 @@ def test_inspect_without_experts(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     result = run("inspect", tmp_path)
     assert result.exit_code == 0, result.output
-    assert "no NVFP4 experts: no backend is needed" in result.stdout
-    assert_one_line_error(run("verify", tmp_path), "verify", "expected a checkpoint with NVFP4 experts, got none")
-    assert_one_line_error(run("demo", "--checkpoint", tmp_path), "demo", "expected a checkpoint with NVFP4 experts")
+    assert "no NVFP4 or MXFP4 experts: no backend is needed" in result.stdout
+    assert_one_line_error(
+        run("verify", tmp_path), "verify", "expected a checkpoint with NVFP4 or MXFP4 experts, got none"
+    )
+    assert_one_line_error(
+        run("demo", "--checkpoint", tmp_path), "demo", "expected a checkpoint with NVFP4 or MXFP4 experts"
+    )
 
 
 @pytest.mark.parametrize(
@@ -327,7 +331,7 @@ def test_errors_of_the_request(checkpoint):
         run("inspect", checkpoint, "--device", "cpu", "--backend", "marlin"), "inspect",
         "backend='marlin' cannot run this MoE layer", "expected a cuda device, got cpu",
     )  # fmt: skip
-    assert_one_line_error(run("verify", checkpoint, "--layer", "9"), "verify", "NVFP4 experts (0..2), got 9")
+    assert_one_line_error(run("verify", checkpoint, "--layer", "9"), "verify", "NVFP4 or MXFP4 experts (0..2), got 9")
     assert_one_line_error(run("verify", checkpoint, "--dtype", "int4"), "verify", "--dtype: expected one of bf16, fp16")
     assert_one_line_error(run("verify", checkpoint, "--device", "tpu"), "verify", "--device: expected cpu, cuda or")
     assert_one_line_error(run("inspect", checkpoint, "--device", "cuda:99"), "inspect", "--device: expected one of")

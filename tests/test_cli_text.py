@@ -157,9 +157,10 @@ def test_errors_from_the_config(hostile, tmp_path):
     edit_config(broken, hidden_act=HOSTILE)
     for command in (["inspect", broken], ["verify", broken], ["demo", "--checkpoint", broken]):
         result = run(*command, "--device", "cpu")
-        assert result.exit_code == 2, result.output
+        # inspect and demo show the rest too, and the layers as those that loading refuses.
+        assert result.exit_code == (1 if command[0] == "inspect" else 2), result.output
         assert result.stderr.count("\n") == 1
-        assert r"\x1b]0;owned" in result.stderr
+        assert r"\x1b]0;owned" in (result.stderr if command[0] == "verify" else result.stdout)
         assert_plain(result.output)
 
 

@@ -14,7 +14,15 @@ from torch import Tensor
 
 from torch_nvfp4 import reference
 from torch_nvfp4.format import NVFP4Weight, dequantize
-from torch_nvfp4.gate import Activation, Gate, check_gate, gate_error, gated_activation, parse_activation
+from torch_nvfp4.gate import (
+    Activation,
+    Gate,
+    check_gate,
+    gate_error,
+    gated_activation,
+    parse_activation,
+    plain_activation,
+)
 from torch_nvfp4.testing import TOLERANCE, assert_accurate, random_routing, random_weight, relative_l2
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -47,6 +55,7 @@ NUMPY: dict[str, Callable[..., Array]] = {
     "gelu": lambda g, u, limit: 0.5 * g * (1 + erf(g / math.sqrt(2))) * u,
     "gelu_tanh": lambda g, u, limit: 0.5 * g * (1 + np.tanh(math.sqrt(2 / math.pi) * (g + 0.044715 * g**3))) * u,
     "relu2": lambda g, u, limit: np.maximum(g, 0) ** 2 * u,
+    "situ": lambda g, u, limit: np.tanh(g) * sigmoid(g) * u,
 }
 
 
@@ -133,15 +142,16 @@ CLAMP_WORDS = "expected clamp_limit to be finite and positive (in fp32) or None 
             7.0,
             1.702,
             1.0,
-            "expected alpha=1, beta=0 for activation swiglustep, which takes neither (only silu does), "
+            "expected alpha=1, beta=0 for activation swiglustep, which takes neither (only silu and situ do), "
             "got alpha=1.702, beta=1",
         ),
         (
-            5,
+            6,
             None,
             1.0,
             0.0,
-            "expected activation to be one of 0 (silu), 1 (swiglustep), 2 (gelu), 3 (gelu_tanh), 4 (relu2), got 5",
+            "expected activation to be one of 0 (silu), 1 (swiglustep), 2 (gelu), 3 (gelu_tanh), 4 (relu2), 5 (situ), "
+            "got 6",
         ),
     ],
 )
@@ -154,6 +164,58 @@ def test_gate_errors(activation: int, limit: float | None, alpha: float, beta: f
     with pytest.raises(ValueError, match=r"^expected ") as raised:
         gated_activation(torch.ones(1), torch.ones(1), activation, limit, alpha, beta)
     assert str(raised.value) == message
+
+
+def test_situ_is_kimi_k3s_gate() -> None:
+    """Soft limits of gate (alpha) and up (beta), which for large limits are silu without any."""
+    gate_up = 8 * torch.randn(64, 64, dtype=torch.float64, generator=generator(0))
+    gate, up = gate_up.numpy()[:, :32], gate_up.numpy()[:, 32:]
+    expected = 4 * np.tanh(gate / 4) * sigmoid(gate) * 25 * np.tanh(up / 25)
+    got = reference.swiglu(gate_up, "situ", None, 4.0, 25.0)
+    np.testing.assert_allclose(got.numpy(), expected, rtol=1e-12, atol=1e-12)
+    assert float(got.abs().max()) < 100
+    torch.testing.assert_close(reference.swiglu(gate_up, "situ", None, 1e6, 1e6), reference.swiglu(gate_up))
+    torch.testing.assert_close(reference.swiglu(gate_up, "situ", None, 1e6), reference.swiglu(gate_up))
+
+
+def test_plain_activations_are_torchs() -> None:
+    x = 8 * torch.randn(64, dtype=torch.float64, generator=generator(0))
+    expected = {
+        "silu": torch.nn.functional.silu(x),
+        "gelu": torch.nn.functional.gelu(x),
+        "gelu_tanh": torch.nn.functional.gelu(x, approximate="tanh"),
+        "relu2": torch.relu(x) ** 2,
+    }
+    for name, values in expected.items():
+        torch.testing.assert_close(plain_activation(x, Activation[name]), values)
+        torch.testing.assert_close(reference.swiglu(x, name, gated=False), values)
+    for name in ("swiglustep", "situ"):
+        with pytest.raises(ValueError, match=f"gelu_tanh, relu2 for experts without a gate, got {name}$"):
+            plain_activation(x, Activation[name])
+
+
+def test_a_gate_without_a_gate() -> None:
+    gate = Gate("relu2", gated=False)
+    assert str(gate) == "relu2 without a gate"
+    assert gate != Gate("relu2")
+    assert gate.kwargs() == Gate("relu2").kwargs()
+    with pytest.raises(
+        ValueError, match=r"^expected a gate with gate and up rows, got relu2 without a gate; use plain"
+    ):
+        gate(torch.ones(1), torch.ones(1))
+    for bad, words in (
+        (
+            ("silu", 7.0),
+            r"expected clamp_limit to be None for experts without a gate, .* got 7; a clamp is never skipped",
+        ),
+        (("silu", None, 1.702), "expected alpha=1, beta=0 for experts without a gate, got alpha=1.702, beta=0"),
+        (
+            ("situ", None, 4.0, 25.0),
+            "expected activation to be one of silu, gelu, gelu_tanh, relu2 for experts without",
+        ),
+    ):
+        with pytest.raises(ValueError, match=words):
+            Gate(*bad, gated=False)
 
 
 def test_gate_checks_itself_and_gives_the_keywords_of_the_op() -> None:
@@ -172,9 +234,10 @@ def test_gate_checks_itself_and_gives_the_keywords_of_the_op() -> None:
 
 
 def test_parse_activation() -> None:
-    assert [parse_activation(name) for name in ("silu", "swiglustep", "gelu", "gelu_tanh", "relu2")] == [0, 1, 2, 3, 4]
+    assert [parse_activation(name) for name in Activation.__members__] == [0, 1, 2, 3, 4, 5]
+    assert list(Activation.__members__) == ["silu", "swiglustep", "gelu", "gelu_tanh", "relu2", "situ"]
     assert parse_activation(3) is Activation.gelu_tanh
-    words = "^expected activation to be one of silu, swiglustep, gelu, gelu_tanh, relu2, got 'swish'$"
+    words = "^expected activation to be one of silu, swiglustep, gelu, gelu_tanh, relu2, situ, got 'swish'$"
     with pytest.raises(ValueError, match=words):
         parse_activation("swish")
     with pytest.raises(ValueError, match=r"got -1$"):
@@ -376,6 +439,9 @@ def test_linear() -> None:
     ("change", "words"),
     [
         ({"w2": random_weight((2, 32, 32))}, r"got \[2, 32, 32\] and \[2, 32, 32\]"),
+        ({"w2": random_weight((2, 32, 64)), "w13": random_weight((2, 32, 32))}, r"got \[2, 32, 32\] and \[2, 32, 64\]"),
+        ({"w13_bias": torch.zeros(2, 16)}, r"w13_bias: expected shape \[2, 32\], got \[2, 16\]"),
+        ({"w2_bias": torch.zeros(1, 32)}, r"w2_bias: expected shape \[2, 32\], got \[1, 32\]"),
         ({"hidden_states": torch.zeros(3, 16)}, r"hidden_states: expected shape \[M, 32\], got \[3, 16\]"),
         ({"topk_ids": torch.zeros(2, 1, dtype=torch.int64)}, r"topk_ids: expected shape \[3, top_k\], got \[2, 1\]"),
         ({"topk_weights": torch.zeros(3, 2)}, r"topk_weights: expected shape \[3, 1\], got \[3, 2\]"),

@@ -40,6 +40,9 @@ def brief(tokens: int, device: CudaDevice = H100, **changes: Any) -> str:
         (4778, {}, "wgmma_experts 256 rows x at most 112 tokens (tall)"),
         (4779, {}, "wgmma_experts 192 rows x at most 192 tokens (wide)"),
         (4779, {"activation": "gelu"}, "wgmma_experts 256 rows x at most 112 tokens (tall)"),
+        (4779, {"activation": "silu", "biases": True}, "wgmma_experts 256 rows x at most 112 tokens (tall)"),
+        (4779, {"gated": False}, "wgmma_experts 256 rows x at most 112 tokens (tall)"),
+        (1, {"activation": "relu2", "gated": False}, "few_slots_mlp 64 rows x at most 1 tokens"),
         (4779, {"activation": None}, "wgmma_experts 192 rows x at most 192 tokens (wide)"),
         (7509, {}, "wgmma_experts 192 rows x at most 192 tokens (wide)"),
         (7510, {}, "wgmma_experts 256 rows x at most 112 tokens (tall)"),
@@ -238,3 +241,9 @@ def test_any_size_has_an_answer() -> None:
                 paths = [text for name, text in answer.items() if name.startswith("path ")]
                 assert len(paths) >= min(tokens, 1)
                 assert not any("-" in text or " 0 tokens" in text for text in paths)
+
+
+def test_experts_without_a_gate_have_half_the_rows_in_w13() -> None:
+    assert "weights [4096, 4096]" in ask(1)["problem"]
+    assert "weights [2048, 4096]" in ask(1, activation="relu2", gated=False)["problem"]
+    assert "weights [2048, 4096]" in ask(1, top_k=1, op="batched_moe", activation="relu2", gated=False)["problem"]

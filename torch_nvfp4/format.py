@@ -131,6 +131,11 @@ def is_gated_pair(weight: NVFP4Weight) -> bool:
     return weight.global_scale.dim() == weight.data.dim() - 1
 
 
+def has_gate_rows(w13: NVFP4Weight, w2: NVFP4Weight) -> bool:
+    """Whether experts' w13 has gate and up rows, [E, 2I, K], and not up rows alone, [E, I, K], beside w2 [E, K, I]."""
+    return bool(w13.data.shape[-2] != 2 * w2.data.shape[-1])
+
+
 def row_global_scale(weight: NVFP4Weight) -> Tensor:
     """Global scale of every row: fp32 [..., N]."""
     batch, n = weight.data.shape[:-2], weight.data.shape[-2]
@@ -149,7 +154,7 @@ def pack_codes(codes: Tensor) -> Tensor:
     return codes[..., 0::2] | (codes[..., 1::2] << 4)
 
 
-def _encode(values: Tensor) -> Tensor:
+def encode_e2m1(values: Tensor) -> Tensor:
     """Nearest e2m1 code of fp32 ``values``, ties to even, saturating at 6: uint8, same shape.
 
     Negative values that round to zero keep their sign (code 8); -0.0 becomes code 0, as in ModelOpt. NaN, from 0 / 0
@@ -170,7 +175,7 @@ def _quantize_rows(dense: Tensor, global_scale: Tensor) -> tuple[Tensor, Tensor]
     block_scale = torch.where(block_scale == 0, 1.0, block_scale)
     scale = block_scale.clamp(E4M3_MIN_SUBNORMAL, E4M3_MAX).to(torch.float8_e4m3fn)
     step = (scale.to(torch.float32) * global_scale).unsqueeze(-1)
-    codes = _encode(blocks / step)
+    codes = encode_e2m1(blocks / step)
     return pack_codes(codes.flatten(-2)), scale
 
 

@@ -18,13 +18,15 @@ _FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 class Activation(IntEnum):
-    """A gated activation ``act(gate, up)``; ``gated_activation`` has the formulas."""
+    """An activation ``act(gate, up)``, or ``act(up)`` of experts without a gate; ``gated_activation`` and
+    ``plain_activation`` have the formulas."""
 
     silu = 0
     swiglustep = 1
     gelu = 2
     gelu_tanh = 3
     relu2 = 4
+    situ = 5
 
     @property
     def can_clamp(self) -> bool:
@@ -34,7 +36,12 @@ class Activation(IntEnum):
     @property
     def takes_alpha_beta(self) -> bool:
         """Whether ``alpha`` and ``beta`` are defined for it."""
-        return self is Activation.silu
+        return self in (Activation.silu, Activation.situ)
+
+    @property
+    def works_without_gate(self) -> bool:
+        """Whether ``act(up)``, of experts without a gate, is defined for it."""
+        return self not in (Activation.swiglustep, Activation.situ)
 
 
 CLAMP_ACTIVATIONS = frozenset(activation for activation in Activation if activation.can_clamp)
@@ -62,8 +69,8 @@ def _number_error(activation: int) -> str | None:
     return f"expected activation to be one of {table}, got {activation}"
 
 
-def gate_error(activation: int, clamp_limit: float | None, alpha: float, beta: float) -> str | None:
-    """What is wrong with these parameters of a gate, or None.
+def gate_error(activation: int, clamp_limit: float | None, alpha: float, beta: float, gated: bool = True) -> str | None:
+    """What is wrong with these parameters of a gate, or None; ``gated=False`` is for experts without one.
 
     Numbers are formatted as C's ``%g`` (NaN without a sign). Limits are compared after conversion to fp32's range.
     """
@@ -71,29 +78,42 @@ def gate_error(activation: int, clamp_limit: float | None, alpha: float, beta: f
     if number_error is not None:
         return number_error
     act = Activation(activation)
-    if clamp_limit is not None:
-        # Written so that NaN fails.
-        if not 0.0 < clamp_limit <= _FLOAT32_MAX:
-            return f"expected clamp_limit to be finite and positive (in fp32) or None for no clamp, got {clamp_limit:g}"
-        if not act.can_clamp:
-            clampable = " or ".join(a.name for a in Activation if a.can_clamp)
-            return (
-                f"expected clamp_limit to be None for activation {act.name}, which has no clamp, got {clamp_limit:g}; "
-                f"a clamp is never skipped silently: pass None or use {clampable}"
-            )
-    if not (abs(alpha) <= _FLOAT32_MAX and abs(beta) <= _FLOAT32_MAX):
-        return f"expected alpha and beta to be finite (in fp32), got alpha={alpha:g}, beta={beta:g}"
-    if not act.takes_alpha_beta and (alpha != 1.0 or beta != 0.0):
+    # Written so that NaN fails.
+    if clamp_limit is not None and not 0.0 < clamp_limit <= _FLOAT32_MAX:
+        return f"expected clamp_limit to be finite and positive (in fp32) or None for no clamp, got {clamp_limit:g}"
+    if not gated and not act.works_without_gate:
+        names = ", ".join(a.name for a in Activation if a.works_without_gate)
+        return f"expected activation to be one of {names} for experts without a gate, got {act.name}"
+    if clamp_limit is not None and not gated:
         return (
-            f"expected alpha=1, beta=0 for activation {act.name}, which takes neither (only silu does), "
-            f"got alpha={alpha:g}, beta={beta:g}"
+            "expected clamp_limit to be None for experts without a gate, for which no clamp is defined, "
+            f"got {clamp_limit:g}; a clamp is never skipped silently: pass None, or gate and up rows"
         )
+    if clamp_limit is not None and not act.can_clamp:
+        clampable = " or ".join(a.name for a in Activation if a.can_clamp)
+        return (
+            f"expected clamp_limit to be None for activation {act.name}, which has no clamp, got {clamp_limit:g}; "
+            f"a clamp is never skipped silently: pass None or use {clampable}"
+        )
+    return _constants_error(act, alpha, beta, gated)
+
+
+def _constants_error(act: Activation, alpha: float, beta: float, gated: bool) -> str | None:
+    got = f"got alpha={alpha:g}, beta={beta:g}"
+    if not (abs(alpha) <= _FLOAT32_MAX and abs(beta) <= _FLOAT32_MAX):
+        return f"expected alpha and beta to be finite (in fp32), {got}"
+    if not gated and (alpha != 1.0 or beta != 0.0):
+        return f"expected alpha=1, beta=0 for experts without a gate, {got}"
+    if not act.takes_alpha_beta and (alpha != 1.0 or beta != 0.0):
+        return f"expected alpha=1, beta=0 for activation {act.name}, which takes neither (only silu and situ do), {got}"
+    if act is Activation.situ and not (alpha > 0.0 and beta >= 0.0):
+        return f"expected alpha > 0 and beta >= 0 for activation situ (beta=0: up without a limit), {got}"
     return None
 
 
-def check_gate(activation: int, clamp_limit: float | None, alpha: float, beta: float) -> None:
+def check_gate(activation: int, clamp_limit: float | None, alpha: float, beta: float, gated: bool = True) -> None:
     """Raises ValueError with the message of ``gate_error`` if there is one."""
-    message = gate_error(activation, clamp_limit, alpha, beta)
+    message = gate_error(activation, clamp_limit, alpha, beta, gated)
     if message is not None:
         raise ValueError(message)
 
@@ -122,20 +142,25 @@ class Gate:
     Attributes:
         activation: also taken by name.
         clamp_limit: finite and positive, or None for no clamp; only silu and swiglustep have one.
-        alpha, beta: of silu, ``g * sigmoid(alpha * g) * (u + beta)``.
+        alpha, beta: of silu, ``g * sigmoid(alpha * g) * (u + beta)``, and of situ (see ``gated_activation``).
+        gated: False for experts that have only up rows and no gate (Nemotron-3), whose activation is ``act(up)``.
     """
 
     activation: Activation = Activation.silu
     clamp_limit: float | None = None
     alpha: float = 1.0
     beta: float = 0.0
+    gated: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "activation", parse_activation(self.activation))
-        check_gate(self.activation, self.clamp_limit, self.alpha, self.beta)
+        check_gate(self.activation, self.clamp_limit, self.alpha, self.beta, self.gated)
 
     def kwargs(self) -> dict[str, Any]:
-        """The gate's keywords of ``torch.ops.nvfp4.moe``, and of every function that has them."""
+        """The gate's keywords of ``torch.ops.nvfp4.moe``, and of every function that has them.
+
+        Not ``gated``: the ops read it from the shape of w13.
+        """
         return {
             "activation": self.activation.value,
             "clamp_limit": self.clamp_limit,
@@ -144,11 +169,15 @@ class Gate:
         }
 
     def __call__(self, gate: Tensor, up: Tensor) -> Tensor:
-        """``gated_activation`` of gate and up, which have the same shape and dtype."""
+        """``gated_activation`` of gate and up, which have the same shape and dtype; ValueError without a gate."""
+        if not self.gated:
+            raise ValueError(f"expected a gate with gate and up rows, got {self}; use plain_activation")
         return gated_activation(gate, up, **self.kwargs())
 
     def __str__(self) -> str:
         constants = "" if (self.alpha, self.beta) == (1.0, 0.0) else f" (alpha {self.alpha:g}, beta {self.beta:g})"
+        if not self.gated:
+            return f"{self.activation.name} without a gate"
         limit = "no clamp" if self.clamp_limit is None else f"clamp_limit {self.clamp_limit:g}"
         return f"{self.activation.name}{constants}, {limit}"
 
@@ -169,6 +198,9 @@ def gated_activation(
       (DeepSeek-V4: alpha 1, beta 0, L 10; gpt-oss and MiniMax-M3: 1.702, 1, 7)
     - swiglustep: ``min(silu(gate), L) * clamp(up, -L, L)`` (Step-3.5)
     - gelu (erf), gelu_tanh, relu2 (``relu(gate)^2``): ``act(gate) * up``, no clamp
+    - situ: ``alpha * tanh(gate / alpha) * sigmoid(gate) * beta * tanh(up / beta)``, with beta 0
+      ``alpha * tanh(gate / alpha) * sigmoid(gate) * up``, no clamp: the tanh are its limits (Kimi-K3, whose config has
+      alpha as ``activation_situ_beta``, 4, and beta as ``activation_situ_linear_beta``, 25 or none)
 
     Raises ValueError (see ``gate_error``).
     """
@@ -183,6 +215,39 @@ def gated_activation(
     if act is Activation.swiglustep:
         activated = gate * torch.sigmoid(gate)
         return (activated if clamp_limit is None else activated.clamp(max=clamp_limit)) * up
+    if act is Activation.situ:
+        up = beta * torch.tanh(up / beta) if beta != 0.0 else up
+        return alpha * torch.tanh(gate / alpha) * torch.sigmoid(gate) * up
+    return plain_activation(gate, act) * up
+
+
+def plain_activation(x: Tensor, activation: int) -> Tensor:
+    """``act(x)`` of experts without a gate, in x's dtype: silu, gelu (erf), gelu_tanh, or relu2, ``relu(x)^2``.
+
+    Raises ValueError (see ``gate_error``).
+    """
+    check_gate(activation, None, 1.0, 0.0, gated=False)
+    act = Activation(activation)
+    if act is Activation.silu:
+        return x * torch.sigmoid(x)
     if act is Activation.relu2:
-        return torch.relu(gate).square() * up
-    return F.gelu(gate, approximate="tanh" if act is Activation.gelu_tanh else "none") * up
+        return torch.relu(x).square()
+    return F.gelu(x, approximate="tanh" if act is Activation.gelu_tanh else "none")
+
+
+def activate(
+    x: Tensor,
+    activation: int,
+    clamp_limit: float | None = None,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    *,
+    gated: bool = True,
+) -> Tensor:
+    """``gated_activation`` of the halves of x [..., 2I], gate columns first -> [..., I], or, with ``gated=False``,
+    ``plain_activation`` of x."""
+    check_gate(activation, clamp_limit, alpha, beta, gated)
+    if not gated:
+        return plain_activation(x, activation)
+    gate, up = x.chunk(2, dim=-1)
+    return gated_activation(gate, up, activation, clamp_limit, alpha, beta)

@@ -22,6 +22,8 @@ __all__ = ["MAX_COUNT", "TEXT_SECTIONS", "ModelConfig"]
 _TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "top_k_experts")
 _NUM_EXPERTS_KEYS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
 _INTERMEDIATE_KEYS = ("moe_intermediate_size",)
+# Of models whose experts work in a narrower space than the rest (Kimi-K3, Nemotron-3-Super).
+_LATENT_KEYS = ("routed_expert_hidden_size", "moe_latent_size")
 _HIDDEN_ACT_KEYS = ("hidden_act", "hidden_activation", "mlp_hidden_act", "activation_function")
 _MTP_KEYS = ("num_nextn_predict_layers", "num_mtp_modules", "mtp_num_hidden_layers")
 # Tensor names carry ids of at most six digits; sizes are those of a matrix that fits into memory.
@@ -42,10 +44,13 @@ _ACTIVATIONS = {
     "gelu_new": Activation.gelu_tanh,
     "relu2": Activation.relu2,
     "relu_squared": Activation.relu2,
+    "situ": Activation.situ,
 }
 # What keys that are not read call them besides, with the multiplication.
 _GATED = {"swiglu": Activation.silu, "silu_and_mul": Activation.silu, "geglu": Activation.gelu}
 _CONSTANTS = ("swiglu_alpha", "swiglu_beta")
+# Kimi-K3's: the limits of gate and of up, which Gate has as alpha and beta.
+_SITU_CONSTANTS = ("activation_situ_beta", "activation_situ_linear_beta")
 
 _PerLayer = int | tuple[int | None, ...] | None
 
@@ -59,7 +64,8 @@ class ModelConfig:
     Attributes:
         model_type, hidden_act: as the config spells them, None where it does not.
         num_layers: of the model without layers of multi-token prediction, None where it is not declared.
-        hidden_size: K, None where it is not declared.
+        hidden_size: of the model, None where it is not declared.
+        expert_hidden_size: K, that of the routed experts; None where it is not declared.
     """
 
     def __init__(self, file: str | Path, config: Mapping[str, Any]) -> None:
@@ -73,6 +79,8 @@ class ModelConfig:
         self.model_type = self._model_types[0] if self._model_types else None
         self.num_layers = self._integer(("num_hidden_layers",), MAX_COUNT)
         self.hidden_size = self._integer(("hidden_size",), _MAX_SIZE)
+        latent = self._integer(_LATENT_KEYS, _MAX_SIZE)
+        self.expert_hidden_size = self.hidden_size if latent is None else latent
         self._top_k = self._integers(_TOP_K_KEYS, MAX_COUNT)
         self._num_experts = self._integers(_NUM_EXPERTS_KEYS, MAX_COUNT)
         self._intermediate_size = self._integers(_INTERMEDIATE_KEYS, _MAX_SIZE)
@@ -83,6 +91,7 @@ class ModelConfig:
         self._limits, self._limit_after_silu = self._read_limits()
         self._alpha = self._number("swiglu_alpha")
         self._beta = self._number("swiglu_beta")
+        self._situ = tuple(self._number(key) for key in _SITU_CONSTANTS)
         self._weight_on_input = self._read_weight_on_input()
 
     def num_experts(self, layer: int) -> int | None:
@@ -123,6 +132,11 @@ class ModelConfig:
     def interleaves_gate_and_up(self) -> bool:
         """Whether a fused gate_up_proj alternates rows of gate and up (gpt-oss)."""
         return (self.model_type or "").startswith("gpt_oss")
+
+    @property
+    def may_lack_a_gate(self) -> bool:
+        """Whether experts that have only up and down are meant so: relu2 is the activation that is known without."""
+        return _formula(self.hidden_act) is Activation.relu2
 
     def is_ignored(self, name: str) -> bool:
         """True for tensors of multi-token prediction: `mtp.*`, or those of layers past num_hidden_layers."""
@@ -207,6 +221,11 @@ class ModelConfig:
                 raise self._refusal(key.label, expected, f"{shown(key.value)} under a key that is not read", advice)
 
     def _constants(self, gpt_oss: bool, hidden_act: str, activation: Activation) -> tuple[float, float]:
+        if activation is Activation.situ:
+            return self._situ_constants()
+        for key, value in zip(_SITU_CONSTANTS, self._situ, strict=True):
+            if value is not None:
+                raise self._refusal("", f"hidden_act 'situ' beside {key} {value:g}", repr(hidden_act))
         alpha = self._alpha if self._alpha is not None else (1.702 if gpt_oss else 1.0)
         beta = self._beta if self._beta is not None else (1.0 if gpt_oss else 0.0)
         if alpha != 1.0 and self._beta is None and not gpt_oss:
@@ -216,6 +235,19 @@ class ModelConfig:
                 "", f"hidden_act 'silu' beside swiglu_alpha {alpha} and swiglu_beta {beta}", repr(hidden_act)
             )
         return alpha, beta
+
+    def _situ_constants(self) -> tuple[float, float]:
+        """alpha, and beta with 0 for an up that has no limit."""
+        alpha, beta = self._situ
+        if alpha is None or alpha <= 0:
+            got = "no such key" if alpha is None else f"{alpha:g}"
+            raise self._refusal(_SITU_CONSTANTS[0], "a positive number beside hidden_act 'situ'", got)
+        if beta is not None and beta < 0:
+            raise self._refusal(_SITU_CONSTANTS[1], "a positive number, or null or 0 for no limit", f"{beta:g}")
+        for key, value in zip(_CONSTANTS, (self._alpha, self._beta), strict=True):
+            if value is not None:
+                raise self._refusal("", f"no {key} beside hidden_act 'situ'", f"{value:g}")
+        return alpha, beta or 0.0
 
     def _refusal(self, key: str, expected: str, got: str, advice: str = "") -> CheckpointError:
         return CheckpointError(refusal(f"{self.file}: {key}" if key else self.file, expected, got, advice))
@@ -304,7 +336,7 @@ class ModelConfig:
         """The limit or the limits, and whether they act after the silu. Refuses keys that read like another limit."""
         for found in keys_of(self._sections):
             if found.about != "limit":
-                read = (*_HIDDEN_ACT_KEYS, *_CONSTANTS) if found.is_text else ()
+                read = (*_HIDDEN_ACT_KEYS, *_CONSTANTS, *_SITU_CONSTANTS) if found.is_text else ()
                 self._unread += [found] if found.about is not None and found.name not in read else []
             elif not (found.is_text and found.name in _LIMIT_KEYS) and _says_something(found.value):
                 raise self._refusal(

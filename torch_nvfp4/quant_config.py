@@ -63,6 +63,8 @@ class MoEQuantConfig:
         | ``swiglu_limit``, ``swiglu_alpha`` and ``_beta`` | silu         | the keys'    | the key's          |
         | ``swiglu_limits`` (Step-3.5) or                  | swiglustep   | 1, 0         | the layer's entry  |
         | ``expert_swiglu_limit_list`` (Ling), per layer   |              |              |                    |
+        | ``hidden_act`` "situ" (Kimi-K3), with            | situ         | the keys', 0 | None               |
+        | ``activation_situ_beta``, ``_situ_linear_beta``  |              | for no limit |                    |
         | none of them                                     | hidden_act's | 1, 0         | None               |
 
         Args:

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torch_nvfp4.format import NVFP4Weight, dequantize
-from torch_nvfp4.gate import Activation, check_gate, gated_activation, parse_activation
+from torch_nvfp4.format import NVFP4Weight, dequantize, is_gated_pair
+from torch_nvfp4.gate import Activation, activate, check_gate, parse_activation
 
 Weight = NVFP4Weight | Tensor
 
@@ -48,13 +48,14 @@ def swiglu(
     alpha: float = 1.0,
     beta: float = 0.0,
     *,
+    gated: bool = True,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """``gated_activation`` of gate_up [..., 2I], gate columns first -> [..., I]."""
-    if gate_up.shape[-1] % 2:
+    """``gated_activation`` of gate_up [..., 2I], gate columns first -> [..., I]; with ``gated=False``
+    ``plain_activation`` of [..., I] -> [..., I]."""
+    if gated and gate_up.shape[-1] % 2:
         raise ValueError(f"gate_up: expected an even last dimension (gate, then up), got shape {list(gate_up.shape)}")
-    gate, up = gate_up.to(dtype).chunk(2, dim=-1)
-    return gated_activation(gate, up, parse_activation(activation), clamp_limit, alpha, beta)
+    return activate(gate_up.to(dtype), parse_activation(activation), clamp_limit, alpha, beta, gated=gated)
 
 
 def local_experts(topk_ids: Tensor, expert_map: Tensor | None, num_experts: int) -> Tensor:
@@ -92,13 +93,15 @@ def grouped_gemm(
     order: Tensor,
     offsets: Tensor,
     topk_weights: Tensor | None = None,
+    bias: Tensor | None = None,
     *,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """``out[s] = x[s // (slots // rows)] @ weight[expert of s]^T``, times ``topk_weights[s]`` if given.
+    """``out[s] = x[s // (slots // rows)] @ weight[expert of s]^T``, times ``topk_weights[s]`` if given, plus
+    ``bias[expert of s]`` if given.
 
-    x [rows, K], weight [E, N, K], order and offsets from ``route``, topk_weights with as many elements as slots
-    -> [slots, N]; rows of skipped slots are zero. ``slots`` is a multiple of ``rows``.
+    x [rows, K], weight [E, N, K], order and offsets from ``route``, topk_weights with as many elements as slots, bias
+    [E, N] -> [slots, N]; rows of skipped slots are zero. ``slots`` is a multiple of ``rows``.
     """
     slots, rows = order.numel(), x.shape[0]
     experts, n, _ = _shape(weight)
@@ -114,7 +117,7 @@ def grouped_gemm(
             y = x[own // (slots // rows)].to(dtype) @ _expert(weight, e, dtype).mT
             if topk_weights is not None:
                 y = y * topk_weights.reshape(-1)[own].to(dtype).unsqueeze(-1)
-            out[own] = y
+            out[own] = y if bias is None else y + bias[e].to(dtype)
     return out
 
 
@@ -124,16 +127,19 @@ def grouped_gemm_swiglu(
     order: Tensor,
     offsets: Tensor,
     topk_weights: Tensor | None = None,
+    bias: Tensor | None = None,
     *,
     activation: str | int = "silu",
     clamp_limit: float | None = None,
     alpha: float = 1.0,
     beta: float = 0.0,
+    gated: bool = True,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """``swiglu(grouped_gemm(...))`` with a gated weight [E, 2I, K] -> [slots, I]; rows of skipped slots are zero."""
-    gate_up = grouped_gemm(x, weight, order, offsets, topk_weights, dtype=dtype)
-    return swiglu(gate_up, activation, clamp_limit, alpha, beta, dtype=dtype)
+    """``swiglu(grouped_gemm(...))`` of a weight [E, 2I, K], or [E, I, K] with ``gated=False`` -> [slots, I]; rows of
+    skipped slots are zero."""
+    gate_up = grouped_gemm(x, weight, order, offsets, topk_weights, bias, dtype=dtype)
+    return swiglu(gate_up, activation, clamp_limit, alpha, beta, gated=gated, dtype=dtype)
 
 
 def combine(
@@ -179,6 +185,26 @@ class MoEResult(NamedTuple):
     clamped_share: float  # of the pre-activations of the slots that were not skipped
 
 
+def _is_gated(w13: Weight, w2: Weight) -> bool:
+    """Whether w13 has gate and up rows, or up rows alone, from its size beside w2 [E, K, I]."""
+    (experts, rows, k), down = _shape(w13), _shape(w2)
+    pair = isinstance(w13, NVFP4Weight) and is_gated_pair(w13)
+    for gated in (True,) if pair else (True, False):
+        intermediate = rows // 2 if gated else rows
+        if down == (experts, k, intermediate) and not (gated and rows % 2):
+            return gated
+    raise ValueError(
+        "expected w13 of shape [E, 2I, K], or [E, I, K] for experts without a gate, and w2 of shape [E, K, I], "
+        f"got {list(_shape(w13))} and {list(_shape(w2))}"
+    )
+
+
+def _check_biases(w13: Weight, w2: Weight, w13_bias: Tensor | None, w2_bias: Tensor | None) -> None:
+    for name, bias, weight in (("w13_bias", w13_bias, w13), ("w2_bias", w2_bias, w2)):
+        if bias is not None and tuple(bias.shape) != _shape(weight)[:2]:
+            raise ValueError(f"{name}: expected shape {list(_shape(weight)[:2])}, got {list(bias.shape)}")
+
+
 def moe_with_clamped_share(
     hidden_states: Tensor,
     w13: Weight,
@@ -186,6 +212,8 @@ def moe_with_clamped_share(
     topk_weights: Tensor,
     topk_ids: Tensor,
     expert_map: Tensor | None = None,
+    w13_bias: Tensor | None = None,
+    w2_bias: Tensor | None = None,
     *,
     activation: str | int = "silu",
     clamp_limit: float | None = None,
@@ -195,12 +223,9 @@ def moe_with_clamped_share(
     dtype: torch.dtype = torch.float64,
 ) -> MoEResult:
     """``moe``, and the share of pre-activations that the limit changed."""
-    experts, two_i, k = _shape(w13)
-    if _shape(w2) != (experts, k, two_i // 2) or two_i % 2:
-        raise ValueError(
-            f"expected w13 of shape [E, 2I, K] and w2 of shape [E, K, I], "
-            f"got {list(_shape(w13))} and {list(_shape(w2))}"
-        )
+    gated = _is_gated(w13, w2)
+    experts, _, k = _shape(w13)
+    _check_biases(w13, w2, w13_bias, w2_bias)
     if hidden_states.dim() != 2 or hidden_states.shape[1] != k:
         raise ValueError(f"hidden_states: expected shape [M, {k}], got {list(hidden_states.shape)}")
     if topk_ids.dim() != 2 or topk_ids.shape[0] != hidden_states.shape[0]:
@@ -209,13 +234,14 @@ def moe_with_clamped_share(
         raise ValueError(f"topk_weights: expected shape {list(topk_ids.shape)}, got {list(topk_weights.shape)}")
     order, offsets = route(topk_ids, expert_map, experts)
     on_input = topk_weights if apply_router_weight_on_input else None
-    gate_up = grouped_gemm(hidden_states, w13, order, offsets, on_input, dtype=dtype)
-    intermediate = swiglu(gate_up, activation, clamp_limit, alpha, beta, dtype=dtype)
-    expert_out = grouped_gemm(intermediate, w2, order, offsets, dtype=dtype)
+    gate_up = grouped_gemm(hidden_states, w13, order, offsets, on_input, w13_bias, dtype=dtype)
+    intermediate = swiglu(gate_up, activation, clamp_limit, alpha, beta, gated=gated, dtype=dtype)
+    expert_out = grouped_gemm(intermediate, w2, order, offsets, None, w2_bias, dtype=dtype)
     on_output = torch.ones_like(topk_weights) if apply_router_weight_on_input else topk_weights
     output = combine(expert_out, on_output, topk_ids, expert_map, experts, dtype=dtype)
     computed = order[: int(offsets[-1])].to(torch.int64)
-    return MoEResult(output, clamped_share(gate_up[computed], activation=activation, clamp_limit=clamp_limit))
+    share = clamped_share(gate_up[computed], activation=activation, clamp_limit=clamp_limit) if gated else 0.0
+    return MoEResult(output, share)
 
 
 def moe(
@@ -225,6 +251,8 @@ def moe(
     topk_weights: Tensor,
     topk_ids: Tensor,
     expert_map: Tensor | None = None,
+    w13_bias: Tensor | None = None,
+    w2_bias: Tensor | None = None,
     *,
     activation: str | int = "silu",
     clamp_limit: float | None = None,
@@ -233,17 +261,20 @@ def moe(
     apply_router_weight_on_input: bool = False,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """The MoE layer: for every token, the weighted sum over its experts e of ``w2[e] @ act(w13[e] @ x)``.
+    """The MoE layer: for every token, the weighted sum over its experts e of ``w2[e] @ act(w13[e] @ x + w13_bias[e]) +
+    w2_bias[e]``.
 
     Args:
         hidden_states: [M, K], any floating point dtype.
-        w13: [E, 2I, K], gate rows first.
+        w13: [E, 2I, K], gate rows first; or [E, I, K], the up rows of experts without a gate.
         w2: [E, K, I].
         topk_weights: fp32 [M, top_k].
         topk_ids: int32 or int64 [M, top_k]; repeated experts add up, ids without a local expert contribute nothing.
         expert_map: int32 [global experts], local expert or -1; None: ids are local.
+        w13_bias: [E, 2I] (or [E, I]), added before the clamp; None: no bias.
+        w2_bias: [E, K], inside the weighted sum; None: no bias.
         apply_router_weight_on_input: topk_weights scale the expert's input (so the clamp sees the scaled
-            pre-activations) instead of its output.
+            pre-activations; not the biases) instead of its output.
 
     Returns [M, K] in ``dtype``. The activation parameters are those of ``gated_activation``.
     """
@@ -254,6 +285,8 @@ def moe(
         topk_weights,
         topk_ids,
         expert_map,
+        w13_bias,
+        w2_bias,
         activation=activation,
         clamp_limit=clamp_limit,
         alpha=alpha,
@@ -268,6 +301,8 @@ def batched_moe(
     w13: Weight,
     w2: Weight,
     expert_num_tokens: Tensor,
+    w13_bias: Tensor | None = None,
+    w2_bias: Tensor | None = None,
     *,
     activation: str | int = "silu",
     clamp_limit: float | None = None,
@@ -276,17 +311,14 @@ def batched_moe(
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
     """One MLP per expert over the rows that it has been given, for every expert e and t below expert_num_tokens[e]
-    ``w2[e] @ act(w13[e] @ hidden_states[e, t])``.
+    ``w2[e] @ act(w13[e] @ hidden_states[e, t] + w13_bias[e]) + w2_bias[e]``.
 
-    hidden_states [E, T, K], w13 [E, 2I, K], w2 [E, K, I], expert_num_tokens integers [E] in [0, T] -> [E, T, K] with
-    zeros at and behind the counts. What hidden_states holds there is not read.
+    hidden_states [E, T, K], expert_num_tokens integers [E] in [0, T], weights and biases as in ``moe`` -> [E, T, K]
+    with zeros at and behind the counts. What hidden_states holds there is not read.
     """
-    experts, two_i, k = _shape(w13)
-    if _shape(w2) != (experts, k, two_i // 2) or two_i % 2:
-        raise ValueError(
-            f"expected w13 of shape [E, 2I, K] and w2 of shape [E, K, I], "
-            f"got {list(_shape(w13))} and {list(_shape(w2))}"
-        )
+    gated = _is_gated(w13, w2)
+    experts, _, k = _shape(w13)
+    _check_biases(w13, w2, w13_bias, w2_bias)
     if hidden_states.dim() != 3 or (hidden_states.shape[0], hidden_states.shape[2]) != (experts, k):
         raise ValueError(f"hidden_states: expected shape [{experts}, T, {k}], got {list(hidden_states.shape)}")
     if expert_num_tokens.shape != (experts,):
@@ -297,7 +329,8 @@ def batched_moe(
             raise ValueError(f"expert_num_tokens: expected counts from 0 to T = {rows}, got {count} at index {e}")
     out = torch.zeros(hidden_states.shape, dtype=dtype, device=hidden_states.device)
     for e, count in enumerate(counts):
-        gate_up = hidden_states[e, :count].to(dtype) @ _expert(w13, e, dtype).mT
-        hidden = swiglu(gate_up, activation, clamp_limit, alpha, beta, dtype=dtype)
-        out[e, :count] = hidden @ _expert(w2, e, dtype).mT
+        b13, b2 = (None if bias is None else bias[e] for bias in (w13_bias, w2_bias))
+        gate_up = linear(hidden_states[e, :count], _expert(w13, e, dtype), b13, dtype=dtype)
+        hidden = swiglu(gate_up, activation, clamp_limit, alpha, beta, gated=gated, dtype=dtype)
+        out[e, :count] = linear(hidden, _expert(w2, e, dtype), b2, dtype=dtype)
     return out

@@ -185,13 +185,16 @@ def _reference(
 ) -> reference.MoEResult:
     """The layer in fp64, from the checkpoint alone: what ``NVFP4Experts`` made of the config is not looked at."""
     loaded = checkpoint.experts(layer)
-    w13, w2 = (NVFP4Weight(*(part.to(x.device) for part in weight)) for weight in loaded)
+    w13, w2 = (NVFP4Weight(*(part.to(x.device) for part in weight)) for weight in (loaded.w13, loaded.w2))
+    biases = (None if bias is None else bias.to(x.device) for bias in (loaded.w13_bias, loaded.w2_bias))
     return reference.moe_with_clamped_share(
         x,
         w13,
         w2,
         topk_weights,
         topk_ids,
+        None,
+        *biases,
         **checkpoint.gate(layer).kwargs(),
         apply_router_weight_on_input=checkpoint.apply_router_weight_on_input(layer),
     )

@@ -137,40 +137,84 @@ void for_each_tile_and_units(const Product& product, int64_t units, const Body& 
   });
 }
 
-// Multiplies a gate and an up panel with the tokens in the tile; token i's 16 results go to row_of(i).
-template <class RowOf>
-void multiply_gate_up(const LevelKernels& kernels, const Product& product, const Gate& gate, const float* slot_scale,
-                      const ExpertTile& expert_tile, int64_t pair, Scratch& scratch, DType out_dtype,
-                      const RowOf& row_of) {
+// Where the bias of an expert's row is, or null.
+const float* bias_at(const Weight& weight, int64_t expert, int64_t row) {
+  return weight.bias == nullptr ? nullptr : weight.bias + expert * weight.n + row;
+}
+
+// What the activation makes of a panel pair: a gate and an up panel, or two panels of a weight without a gate.
+int64_t columns_of_pair(const Weight& weight) { return weight.gated ? kPanelRows : 2 * kPanelRows; }
+
+// Activates token i's sums of a panel pair; 16 results from `column` of the pair's columns on go to
+// row_of(i) + column.
+template <class Store>
+void activate_pair(const LevelKernels& kernels, const Weight& weight, const Gate& gate, int64_t expert, int64_t pair,
+                   int64_t panels, float slot_scale, const float* sums, DType out_dtype, const Store& store_at) {
+  const float scale = slot_scale * panel_scale(weight, expert, 0);
+  if (weight.gated) {
+    const int64_t row = pair * kPanelRows;
+    const PanelTerms terms{true, scale, slot_scale * panel_scale(weight, expert, 1), bias_at(weight, expert, row),
+                           bias_at(weight, expert, weight.n / 2 + row)};
+    return kernels.activate_panel(gate, terms, sums, out_dtype, store_at(0));
+  }
+  for (int64_t panel = 0; panel < panels; ++panel) {
+    const PanelTerms terms{false, scale, 0.0f, bias_at(weight, expert, (2 * pair + panel) * kPanelRows), nullptr};
+    kernels.activate_panel(gate, terms, sums + panel * kPanelRows, out_dtype, store_at(panel * kPanelRows));
+  }
+}
+
+// Multiplies a panel pair with the tokens in the tile and activates; column c of the pair's columns of token i goes to
+// place_of(i, c), where 16 consecutive ones have room.
+template <class PlaceOf>
+void multiply_activated(const LevelKernels& kernels, const Product& product, const Gate& gate, const float* slot_scale,
+                        const ExpertTile& expert_tile, int64_t pair, Scratch& scratch, DType out_dtype,
+                        const PlaceOf& place_of) {
   const Weight& weight = product.weight;
-  multiply_pair(kernels, weight, expert_tile.expert, pair, scratch.tile, scratch.sums);
+  const int64_t panels = multiply_pair(kernels, weight, expert_tile.expert, pair, scratch.tile, scratch.sums);
   const float gate_scale = panel_scale(weight, expert_tile.expert, 0);
   const float up_scale = panel_scale(weight, expert_tile.expert, 1);
   for (int64_t i = 0; i < expert_tile.count; ++i) {
     const float scale = slot_scale == nullptr ? 1.0f : slot_scale[product.order[expert_tile.begin + i]];
-    kernels.gate_panel(gate, scratch.sums + i * 2 * kPanelRows, scale * gate_scale, scale * up_scale, out_dtype,
-                       row_of(i));
+    const float* sums = scratch.sums + i * 2 * kPanelRows;
+    if (weight.gated && weight.bias == nullptr) {
+      kernels.gate_panel(gate, sums, scale * gate_scale, scale * up_scale, out_dtype, place_of(i, 0));
+    } else {
+      activate_pair(kernels, weight, gate, expert_tile.expert, pair, panels, scale, sums, out_dtype,
+                    [&](int64_t column) { return place_of(i, column); });
+    }
   }
 }
 
 // out[slot] = gate(x W^T).
 void multiply_gated(const LevelKernels& kernels, const Product& product, const Gate& gate, const float* slot_scale,
                     void* out) {
-  const int64_t width = product.weight.n / 2;
+  const int64_t width = product.weight.features();
+  const int64_t pair_columns = columns_of_pair(product.weight);
   for_each_tile_and_units(
       product, product.pairs(), [&](int64_t thread, const ExpertTile& expert_tile, int64_t first, int64_t last) {
         Scratch& scratch = product.scratch[thread];
         gather_tile(kernels, product, expert_tile, scratch);
         for (int64_t pair = first; pair < last; ++pair) {
-          multiply_gate_up(
-              kernels, product, gate, slot_scale, expert_tile, pair, scratch, product.dtype, [&](int64_t i) {
-                return at(out, product.dtype, product.order[expert_tile.begin + i] * width + pair * kPanelRows);
-              });
+          multiply_activated(kernels, product, gate, slot_scale, expert_tile, pair, scratch, product.dtype,
+                             [&](int64_t i, int64_t column) {
+                               const int64_t slot = product.order[expert_tile.begin + i];
+                               return at(out, product.dtype, slot * width + pair * pair_columns + column);
+                             });
         }
       });
 }
 
-// out[slot] = x W^T + bias, x what tile_of(expert_tile, scratch) gives.
+// Scales a panel's sums and adds the expert's bias, which is fp32, before the one rounding.
+void store_with_bias(const LevelKernels& kernels, const float* sums, float scale, const float* bias, DType dtype,
+                     void* out) {
+  float values[kPanelRows];
+  std::copy_n(bias, kPanelRows, values);
+  kernels.accumulate(DType::fp32, sums, kPanelRows, scale, values);
+  kernels.store(values, kPanelRows, 1.0f, nullptr, dtype, out);
+}
+
+// out[slot] = x W^T + bias, x what tile_of(expert_tile, scratch) gives; beside the weight's own fp32 bias of each
+// expert `bias`, in the dtype of x, is that of a dense layer.
 template <class TileOf>
 void multiply_plain(const LevelKernels& kernels, const Product& product, const float* slot_scale, const void* bias,
                     void* out, const TileOf& tile_of) {
@@ -184,12 +228,18 @@ void multiply_plain(const LevelKernels& kernels, const Product& product, const f
           for (int64_t panel = 2 * pair; panel < 2 * pair + count; ++panel) {
             const int64_t row = panel_first_row(panel, weight.n, weight.gated);
             const void* row_bias = bias == nullptr ? nullptr : at(const_cast<void*>(bias), product.dtype, row);
+            const float* expert_bias = bias_at(weight, expert_tile.expert, row);
             for (int64_t i = 0; i < expert_tile.count; ++i) {
               const int64_t slot = product.order[expert_tile.begin + i];
-              const float scale = slot_scale == nullptr ? 1.0f : slot_scale[slot];
-              kernels.store(scratch.sums + (i * 2 + panel % 2) * kPanelRows, kPanelRows,
-                            scale * panel_scale(weight, expert_tile.expert, panel), row_bias, product.dtype,
-                            at(out, product.dtype, slot * weight.n + row));
+              const float scale =
+                  (slot_scale == nullptr ? 1.0f : slot_scale[slot]) * panel_scale(weight, expert_tile.expert, panel);
+              const float* sums = scratch.sums + (i * 2 + panel % 2) * kPanelRows;
+              char* to = at(out, product.dtype, slot * weight.n + row);
+              if (expert_bias == nullptr) {
+                kernels.store(sums, kPanelRows, scale, row_bias, product.dtype, to);
+              } else {
+                store_with_bias(kernels, sums, scale, expert_bias, product.dtype, to);
+              }
             }
           }
         }
@@ -226,11 +276,11 @@ struct HiddenTiles {
   }
 };
 
-constexpr int64_t kPairsPerBlock = kBlockColumns / kPanelRows;
-
-// hidden = gate(x W^T). A task makes whole blocks of the hidden tiles: four panel pairs are 64 columns.
+// hidden = gate(x W^T). A task makes whole blocks of the hidden tiles: four panel pairs with a gate are 64 columns, or
+// two without.
 void multiply_hidden(const LevelKernels& kernels, const Product& product, const Gate& gate, const float* slot_scale,
                      float* const* block_values, const HiddenTiles& hidden) {
+  const int64_t pair_columns = columns_of_pair(product.weight);
   for_each_tile_and_units(
       product, blocks_of(hidden.k), [&](int64_t thread, const ExpertTile& expert_tile, int64_t first, int64_t last) {
         Scratch& scratch = product.scratch[thread];
@@ -238,15 +288,14 @@ void multiply_hidden(const LevelKernels& kernels, const Product& product, const 
         TokenTile tile = hidden.of(expert_tile);
         gather_tile(kernels, product, expert_tile, scratch);
         for (int64_t block = first; block < last; ++block) {
-          const int64_t pairs = std::min(product.pairs() - block * kPairsPerBlock, kPairsPerBlock);
-          for (int64_t pair = 0; pair < pairs; ++pair) {
-            multiply_gate_up(kernels, product, gate, slot_scale, expert_tile, block * kPairsPerBlock + pair, scratch,
-                             DType::fp32, [&](int64_t i) { return values + i * kBlockColumns + pair * kPanelRows; });
+          const int64_t made = std::min<int64_t>(hidden.k - block * kBlockColumns, kBlockColumns);
+          for (int64_t done = 0; done < made; done += pair_columns) {
+            multiply_activated(kernels, product, gate, slot_scale, expert_tile,
+                               (block * kBlockColumns + done) / pair_columns, scratch, DType::fp32,
+                               [&](int64_t i, int64_t column) { return values + i * kBlockColumns + done + column; });
           }
-          for (int64_t pair = pairs; pair < kPairsPerBlock; ++pair) {
-            for (int64_t i = 0; i < expert_tile.count; ++i) {
-              std::fill_n(values + i * kBlockColumns + pair * kPanelRows, kPanelRows, 0.0f);
-            }
+          for (int64_t i = 0; made < kBlockColumns && i < expert_tile.count; ++i) {
+            std::fill(values + i * kBlockColumns + made, values + (i + 1) * kBlockColumns, 0.0f);
           }
           kernels.fill_block(values, block, &tile);
         }
@@ -260,8 +309,8 @@ int64_t combined_pairs(int64_t threads, int64_t tokens, int64_t n) {
   return std::clamp<int64_t>(int64_t{8192} / std::max<int64_t>(tokens, 1), 1, wanted);
 }
 
-// out[token] = sum over its slots of slot_weights[slot] * hidden[slot] W^T. A task has all slots of some output rows,
-// so that no two threads write one value.
+// out[token] = sum over its slots of slot_weights[slot] * (hidden[slot] W^T + bias). A task has all slots of some
+// output rows, so that no two threads write one value.
 void multiply_combine(const LevelKernels& kernels, const Product& product, const HiddenTiles& hidden,
                       const float* slot_weights, int64_t tokens, float* const* task_sums, void* out) {
   const Weight& weight = product.weight;
@@ -281,9 +330,12 @@ void multiply_combine(const LevelKernels& kernels, const Product& product, const
         for (int64_t i = 0; i < expert_tile.count; ++i) {
           const int64_t slot = product.order[expert_tile.begin + i];
           const float scale = slot_weights == nullptr ? 1.0f : slot_weights[slot];
+          float* to = sums + ((pair - first) * tokens + slot / product.slots_per_row) * kPairRows;
           kernels.accumulate(DType::fp32, scratch.sums + i * kPairRows, kPairRows,
-                             scale * weight.global_scale[expert_tile.expert],
-                             sums + ((pair - first) * tokens + slot / product.slots_per_row) * kPairRows);
+                             scale * weight.global_scale[expert_tile.expert], to);
+          if (weight.bias == nullptr) continue;
+          kernels.accumulate(DType::fp32, bias_at(weight, expert_tile.expert, pair * kPairRows),
+                             std::min(kPairRows, weight.n - pair * kPairRows), scale, to);
         }
       }
     }
@@ -408,7 +460,7 @@ void grouped_gemm(const GroupedGemmArgs& args, const Context& context) {
   const int64_t expert_tiles = cut_expert_tiles(space.offsets, args.weight.experts, space.expert_tiles);
   const Product product{args.dtype,         args.x,       args.slots / args.rows, args.weight,    space.order,
                         space.expert_tiles, expert_tiles, space.scratch,          context.threads};
-  const int64_t width = args.gate == nullptr ? args.weight.n : args.weight.n / 2;
+  const int64_t width = args.gate == nullptr ? args.weight.n : args.weight.features();
   for (int64_t i = space.offsets[args.weight.experts]; i < args.slots; ++i) {
     char* row = at(args.out, args.dtype, space.order[i] * width);
     std::fill_n(row, width * bytes_of(args.dtype), char{0});

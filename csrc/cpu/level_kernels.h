@@ -32,6 +32,15 @@ struct TokenRows {
   const int32_t* rows;
 };
 
+// What is done to the sums of a panel, or of a gate and an up panel, before the activation. Biases may be null.
+struct PanelTerms {
+  bool gated;  // sums hold a gate and an up panel; else one panel, without up
+  float gate_scale;
+  float up_scale;
+  const float* gate_bias;  // [kPanelRows]
+  const float* up_bias;    // [kPanelRows]
+};
+
 struct LevelKernels {
   bool always_exact;  // tiles are fp32 for all dtypes
 
@@ -44,12 +53,14 @@ struct LevelKernels {
 
   // out[i] = gate(gate_scale * sums[0, i], up_scale * sums[1, i]) for one panel pair of one token.
   void (*gate_panel)(const Gate& gate, const float* sums, float gate_scale, float up_scale, DType dtype, void* out);
+  // The same with biases, or without a gate: out[i] = gate(gate_scale * sums[0, i] + gate_bias[i]).
+  void (*activate_panel)(const Gate& gate, const PanelTerms& terms, const float* sums, DType dtype, void* out);
 
   // sums[i] += scale * x[i]; out[i] = scale * sums[i] + bias[i], where bias may be null.
   void (*accumulate)(DType dtype, const void* x, int64_t n, float scale, float* sums);
   void (*store)(const float* sums, int64_t n, float scale, const void* bias, DType dtype, void* out);
 
-  // out[i] = gate(gate_row[i], up_row[i]).
+  // out[i] = gate(gate_row[i], up_row[i]), or gate(gate_row[i]) where up_row is null.
   void (*swiglu)(const Gate& gate, const void* gate_row, const void* up_row, int64_t n, DType dtype, void* out);
 };
 

@@ -30,9 +30,10 @@ void for_each_row(int threads, int64_t rows, int64_t values_per_row, const Body&
 void swiglu(const SwigluArgs& args, const Context& context) {
   const LevelKernels& kernels = kernels_of(context);
   const int64_t n = args.intermediate;
-  for_each_row(context.threads, args.rows, 2 * n, [&](int64_t row) {
-    kernels.swiglu(args.gate, at(args.gate_up, args.dtype, row * 2 * n),
-                   at(args.gate_up, args.dtype, (row * 2 + 1) * n), n, args.dtype,
+  const int64_t columns = args.gated ? 2 * n : n;
+  for_each_row(context.threads, args.rows, columns, [&](int64_t row) {
+    kernels.swiglu(args.gate, at(args.gate_up, args.dtype, row * columns),
+                   args.gated ? at(args.gate_up, args.dtype, row * columns + n) : nullptr, n, args.dtype,
                    const_cast<char*>(at(args.out, args.dtype, row * n)));
   });
 }

@@ -29,7 +29,8 @@ Problem problem_of(const BatchedMoeArgs& args) {
           .top_k = 1,
           .experts = args.w13.experts,
           .gemm = {{args.w13.n, args.w13.k}, {args.w2.n, args.w2.k}},
-          .silu = args.gate.activation == Activation::silu,
+          .silu = args.gate.activation == Activation::silu && !is_extended(args.w13, &args.gate) &&
+                  !is_extended(args.w2, nullptr),
           .batch_invariant = false};
 }
 

@@ -26,7 +26,8 @@ Problem problem_of(const GroupedGemmArgs& args) {
           .top_k = args.slots / args.rows,
           .experts = args.weight.experts,
           .gemm = {{args.weight.n, args.weight.k}, {}},
-          .silu = args.gate == nullptr || args.gate->activation == Activation::silu,
+          .silu = (args.gate == nullptr || args.gate->activation == Activation::silu) &&
+                  !is_extended(args.weight, args.gate),
           .batch_invariant = args.batch_invariant};
 }
 
@@ -49,7 +50,7 @@ Plan plan_of(const GroupedGemmArgs& args, const Context& context) {
 
 void stream(const GroupedGemmArgs& args, const Plan& plan, void* stream) {
   const StreamPlan& sizes = plan.choice.stream;
-  const int64_t columns = args.gate != nullptr ? args.weight.n / 2 : args.weight.n;
+  const int64_t columns = args.gate != nullptr ? args.weight.features() : args.weight.n;
   cut_tiles(args.order, args.offsets, args.slots, args.weight.experts, plan.tile_table, tile_width(sizes.tiles),
             args.out, columns * kElementBytes, stream);
   StreamGemmParams p = stream_gemm_params(args.weight, sizes.k_ways[0]);

@@ -27,6 +27,10 @@ struct Plan {
   size_t bytes;
 };
 
+bool is_extended(const MoeArgs& args) {
+  return nvfp4::cuda::is_extended(args.w13, &args.gate) || nvfp4::cuda::is_extended(args.w2, nullptr);
+}
+
 Problem problem_of(const MoeArgs& args) {
   return {.op = Op::moe,
           .dtype = args.dtype,
@@ -34,7 +38,7 @@ Problem problem_of(const MoeArgs& args) {
           .top_k = args.routing.top_k,
           .experts = args.routing.experts,
           .gemm = {{args.w13.n, args.w13.k}, {args.w2.n, args.w2.k}},
-          .silu = args.gate.activation == Activation::silu,
+          .silu = args.gate.activation == Activation::silu && !is_extended(args),
           .batch_invariant = args.batch_invariant};
 }
 
@@ -99,6 +103,10 @@ void run_few_slots(const MoeArgs& args, const Plan& plan, void* stream) {
   p.hidden = plan.hidden;
   p.expert_out = static_cast<float*>(plan.expert_out);
   p.out = args.out;
+  p.extended = is_extended(args);
+  p.gated = args.w13.gated;
+  p.bias[0] = args.w13.bias;
+  p.bias[1] = args.w2.bias;
   few_slots_mlp(plan.choice.isa, args.dtype, plan.choice.few_slots, p, stream);
 }
 

@@ -19,10 +19,16 @@ struct Problem {
   int64_t top_k;         // slots per row; 1 for linear
   int64_t experts;       // local ones; 1 for linear
   GemmSize gemm[2];      // moe: w13 and w2; else the second is empty
-  bool silu;             // the gate is SiLU, or there is none
+  bool silu;             // SiLU of gate and up, or nothing, and no expert has a bias
   bool batch_invariant;  // a row's bits must not depend on what else is in the batch
 
   int64_t slots() const { return tokens * top_k; }
 };
+
+// Whether a GEMM needs the kernels whose epilogues have all there is: experts' biases, activations without a gate,
+// SiTU.
+inline bool is_extended(const Weight& weight, const Gate* gate) {
+  return weight.bias != nullptr || (gate != nullptr && (!weight.gated || gate->activation == Activation::situ));
+}
 
 }  // namespace nvfp4::cuda

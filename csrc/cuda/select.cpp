@@ -274,11 +274,12 @@ std::string explain(const Problem& problem, const Device& device) {
 // does, and this is no operation on tensors.
 //
 // op: "moe", "batched_moe" (tokens: T; top_k is 1), "grouped_gemm" or "linear". k: columns of x. n: I of the MLPs, else
-// the weight's rows. Writes at most `size`
+// the weight's rows. silu: Problem::silu. gated: whether the MLPs have gate rows. Writes at most `size`
 // bytes with the ending zero, and returns the text's length without it, or its negative length where it is an error.
-extern "C" __attribute__((visibility("default"))) int64_t nvfp4_explain_select(
-    const char* op, const char* dtype, int64_t tokens, int64_t top_k, int64_t experts, int64_t k, int64_t n, int silu,
-    int batch_invariant, int major, int multiprocessors, int shared_memory_per_cta, char* text, int64_t size) {
+extern "C" __attribute__((visibility("default"))) int64_t
+nvfp4_explain_select(const char* op, const char* dtype, int64_t tokens, int64_t top_k, int64_t experts, int64_t k,
+                     int64_t n, int silu, int gated, int batch_invariant, int major, int multiprocessors,
+                     int shared_memory_per_cta, char* text, int64_t size) {
   using namespace nvfp4::cuda;
   const auto answer = [&](const std::string& result, bool good) {
     if (size > 0) std::snprintf(text, static_cast<size_t>(size), "%s", result.c_str());
@@ -298,7 +299,7 @@ extern "C" __attribute__((visibility("default"))) int64_t nvfp4_explain_select(
                   .batch_invariant = batch_invariant != 0};
   const bool batched = std::strcmp(op, "batched_moe") == 0;
   if (batched || std::strcmp(op, "moe") == 0) {
-    problem.gemm[0] = {2 * n, k};
+    problem.gemm[0] = {gated != 0 ? 2 * n : n, k};
     problem.gemm[1] = {k, n};
   } else if (std::strcmp(op, "grouped_gemm") == 0 || std::strcmp(op, "linear") == 0) {
     problem.op = std::strcmp(op, "linear") == 0 ? Op::linear : Op::grouped_gemm;

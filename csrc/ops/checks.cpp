@@ -250,6 +250,17 @@ bool is_gated(const char* op, const Tensor& global_scale, bool batched) {
   return global_scale.dim() == plain_rank + 1;
 }
 
+bool has_gate(const Tensor& w13, const Tensor& global_scale) {
+  constexpr int64_t kPlainRank = 2 + static_cast<int64_t>(kPackedTailRank);
+  return w13.dim() != kPlainRank || global_scale.dim() == 2;
+}
+
+const float* check_bias(const char* op, const char* name, const std::optional<Tensor>& bias, const char* like_name,
+                        const Tensor& like, const Weight& weight) {
+  if (bias) check_tensor(op, name, *bias, like_name, like, {ScalarType::Float}, {weight.experts, weight.n});
+  return optional_data<const float>(bias);
+}
+
 std::vector<int64_t> packed_shape(std::optional<int64_t> experts, int64_t n, int64_t k, bool gated) {
   std::vector<int64_t> shape;
   if (experts) shape.push_back(*experts);
@@ -356,31 +367,45 @@ std::vector<int64_t> with_last_dim(const Tensor& tensor, int64_t size) {
   return shape;
 }
 
-Gate check_gate(const char* op, int64_t activation, std::optional<double> clamp_limit, double alpha, double beta) {
-  static constexpr const char* kNames[] = {"silu", "swiglustep", "gelu", "gelu_tanh", "relu2"};
+Gate check_gate(const char* op, int64_t activation, std::optional<double> clamp_limit, double alpha, double beta,
+                bool gated) {
+  static constexpr const char* kNames[] = {"silu", "swiglustep", "gelu", "gelu_tanh", "relu2", "situ"};
   constexpr double kMax = std::numeric_limits<float>::max();
   if (activation < 0 || activation >= std::ssize(kNames)) {
-    fail(op, "expected activation to be one of 0 (silu), 1 (swiglustep), 2 (gelu), 3 (gelu_tanh), 4 (relu2), got ",
-         activation);
+    fail(op,
+         "expected activation to be one of 0 (silu), 1 (swiglustep), 2 (gelu), 3 (gelu_tanh), 4 (relu2), 5 (situ), ",
+         "got ", activation);
   }
   const auto kind = static_cast<Activation>(activation);
   const char* name = kNames[activation];
-  if (clamp_limit) {
-    if (!(0.0 < *clamp_limit && *clamp_limit <= kMax)) {
-      fail(op, "expected clamp_limit to be finite and positive (in fp32) or None for no clamp, got ",
-           format_g(*clamp_limit));
-    }
-    if (kind != Activation::silu && kind != Activation::swiglustep) {
-      fail(op, "expected clamp_limit to be None for activation ", name, ", which has no clamp, got ",
-           format_g(*clamp_limit), "; a clamp is never skipped silently: pass None or use silu or swiglustep");
-    }
+  if (clamp_limit && !(0.0 < *clamp_limit && *clamp_limit <= kMax)) {
+    fail(op, "expected clamp_limit to be finite and positive (in fp32) or None for no clamp, got ",
+         format_g(*clamp_limit));
   }
+  if (!gated && (kind == Activation::swiglustep || kind == Activation::situ)) {
+    fail(op, "expected activation to be one of silu, gelu, gelu_tanh, relu2 for experts without a gate, got ", name);
+  }
+  if (clamp_limit && !gated) {
+    fail(op, "expected clamp_limit to be None for experts without a gate, for which no clamp is defined, got ",
+         format_g(*clamp_limit), "; a clamp is never skipped silently: pass None, or gate and up rows");
+  }
+  if (clamp_limit && kind != Activation::silu && kind != Activation::swiglustep) {
+    fail(op, "expected clamp_limit to be None for activation ", name, ", which has no clamp, got ",
+         format_g(*clamp_limit), "; a clamp is never skipped silently: pass None or use silu or swiglustep");
+  }
+  const auto fail_constants = [&](const auto&... expected) {
+    fail(op, expected..., ", got alpha=", format_g(alpha), ", beta=", format_g(beta));
+  };
   if (!(std::abs(alpha) <= kMax && std::abs(beta) <= kMax)) {
-    fail(op, "expected alpha and beta to be finite (in fp32), got alpha=", format_g(alpha), ", beta=", format_g(beta));
+    fail_constants("expected alpha and beta to be finite (in fp32)");
   }
-  if (kind != Activation::silu && (alpha != 1.0 || beta != 0.0)) {
-    fail(op, "expected alpha=1, beta=0 for activation ", name,
-         ", which takes neither (only silu does), got alpha=", format_g(alpha), ", beta=", format_g(beta));
+  const bool has_constants = alpha != 1.0 || beta != 0.0;
+  if (!gated && has_constants) fail_constants("expected alpha=1, beta=0 for experts without a gate");
+  if (kind != Activation::silu && kind != Activation::situ && has_constants) {
+    fail_constants("expected alpha=1, beta=0 for activation ", name, ", which takes neither (only silu and situ do)");
+  }
+  if (kind == Activation::situ && !(alpha > 0.0 && beta >= 0.0)) {
+    fail_constants("expected alpha > 0 and beta >= 0 for activation situ (beta=0: up without a limit)");
   }
   return Gate{
       .activation = kind,

@@ -108,6 +108,12 @@ Weight check_weight(const char* op, const char* name, const Tensor& packed, cons
                     const char* like_name, const Tensor& like, const PackedSize& size);
 // global_scale's rank says whether the weight was packed with gated=True.
 bool is_gated(const char* op, const Tensor& global_scale, bool batched);
+// Whether w13 of moe has gate and up rows: as many dimensions as pack(gated=True) gives, or a pair of global scales. A
+// w13 that is neither packed so nor so is taken for one that should have a gate.
+bool has_gate(const Tensor& w13, const Tensor& global_scale);
+// The bias of a weight's outputs, or null.
+const float* check_bias(const char* op, const char* name, const std::optional<Tensor>& bias, const char* like_name,
+                        const Tensor& like, const Weight& weight);
 // The shape of pack()'s result.
 std::vector<int64_t> packed_shape(std::optional<int64_t> experts, int64_t n, int64_t k, bool gated);
 
@@ -115,20 +121,21 @@ void check_in_features(const char* op, int64_t k);
 void check_out_features(const char* op, int64_t n, bool gated);
 void check_num_experts(const char* op, int64_t num_experts);
 
+template <typename T>
+T* optional_data(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? static_cast<T*>(tensor->data_ptr()) : nullptr;
+}
+
 // The dimensions of a tensor of any rank >= 1 whose last dimension is called `last`; and its shape with another last
 // size.
 Dims any_shape(const Tensor& tensor, const char* last);
 std::vector<int64_t> with_last_dim(const Tensor& tensor, int64_t size);
 
 // The words are those of gate_error in torch_nvfp4/gate.py.
-Gate check_gate(const char* op, int64_t activation, std::optional<double> clamp_limit, double alpha, double beta);
+Gate check_gate(const char* op, int64_t activation, std::optional<double> clamp_limit, double alpha, double beta,
+                bool gated);
 
 Routing check_routing(const char* op, const Tensor& topk_ids, const std::optional<Tensor>& expert_map, int64_t tokens,
                       int64_t top_k, int64_t experts, const char* like_name, const Tensor& like);
-
-template <typename T>
-T* optional_data(const std::optional<Tensor>& tensor) {
-  return tensor.has_value() ? static_cast<T*>(tensor->data_ptr()) : nullptr;
-}
 
 }  // namespace nvfp4

@@ -4,13 +4,13 @@
 namespace nvfp4 {
 namespace {
 
-// Both ops are one GEMM; with a gate the result is [slots, I], without [slots, N].
+// Both ops are one GEMM; with a gate the result is [slots, I], else [slots, N].
 Tensor run(const char* op, const Tensor& x, const Tensor& weight, const Tensor& global_scale, const Tensor& order,
-           const Tensor& offsets, const std::optional<Tensor>& topk_weights, bool gated, const Gate* gate,
-           bool batch_invariant) {
+           const Tensor& offsets, const std::optional<Tensor>& topk_weights, const std::optional<Tensor>& bias,
+           bool gated, const Gate* gate, bool batch_invariant) {
   const int64_t rows = x.size(0);
-  const Weight packed = check_weight(op, "weight", weight, global_scale, "x", x,
-                                     {.batched = true, .gated = gated, .experts = -1, .n = -1, .k = x.size(1)});
+  Weight packed = check_weight(op, "weight", weight, global_scale, "x", x,
+                               {.batched = true, .gated = gated, .experts = -1, .n = -1, .k = x.size(1)});
   check_tensor(op, "order", order, "x", x, {ScalarType::Int}, {"slots"});
   check_tensor(op, "offsets", offsets, "x", x, {ScalarType::Int}, {packed.experts + 1});
   const int64_t slots = order.size(0);
@@ -22,7 +22,8 @@ Tensor run(const char* op, const Tensor& x, const Tensor& weight, const Tensor& 
     fail(op, "order must hold ", topk_weights ? "as many slots as topk_weights" : "a multiple of x's rows", " (",
          topk_weights ? topk_weights->numel() : rows, "), got ", slots);
   }
-  Tensor out = empty(op, "out", x, {slots, gate ? packed.n / 2 : packed.n}, x.scalar_type());
+  packed.bias = check_bias(op, "bias", bias, "x", x, packed);
+  Tensor out = empty(op, "out", x, {slots, gate ? packed.features() : packed.n}, x.scalar_type());
   const GroupedGemmArgs args{
       .dtype = dtype_of(x),
       .x = x.data_ptr(),
@@ -53,25 +54,28 @@ Tensor grouped_gemm(const Tensor& x,                            // [rows, K]
                     const Tensor& order,                        // [slots]
                     const Tensor& offsets,                      // [E + 1]
                     const std::optional<Tensor>& topk_weights,  // [rows, slots / rows]
+                    const std::optional<Tensor>& bias,          // [E, N]
                     bool batch_invariant) {
   const char* op = "grouped_gemm";
   check_x(op, x);
-  return run(op, x, weight, global_scale, order, offsets, topk_weights, is_gated(op, global_scale, true), nullptr,
+  return run(op, x, weight, global_scale, order, offsets, topk_weights, bias, is_gated(op, global_scale, true), nullptr,
              batch_invariant);
 }
 
 Tensor grouped_gemm_swiglu(const Tensor& x,                            // [rows, K]
-                           const Tensor& weight,                       // packed [E, 2I, K], gated
-                           const Tensor& global_scale,                 // [E, 2]
+                           const Tensor& weight,                       // packed [E, 2I, K], gated, or [E, I, K]
+                           const Tensor& global_scale,                 // [E, 2], or [E]
                            const Tensor& order,                        // [slots]
                            const Tensor& offsets,                      // [E + 1]
                            const std::optional<Tensor>& topk_weights,  // [rows, slots / rows]
+                           const std::optional<Tensor>& bias,          // [E, 2I], or [E, I]
                            int64_t activation, std::optional<double> clamp_limit, double alpha, double beta,
                            bool batch_invariant) {
   const char* op = "grouped_gemm_swiglu";
   check_x(op, x);
-  const Gate gate = check_gate(op, activation, clamp_limit, alpha, beta);
-  return run(op, x, weight, global_scale, order, offsets, topk_weights, true, &gate, batch_invariant);
+  const bool gated = has_gate(weight, global_scale);
+  const Gate gate = check_gate(op, activation, clamp_limit, alpha, beta, gated);
+  return run(op, x, weight, global_scale, order, offsets, topk_weights, bias, gated, &gate, batch_invariant);
 }
 
 }  // namespace

@@ -4,13 +4,14 @@
 namespace nvfp4 {
 namespace {
 
-Tensor swiglu(const Tensor& gate_up,  // [..., 2I], gate columns first
-              int64_t activation, std::optional<double> clamp_limit, double alpha, double beta) {
+Tensor swiglu(const Tensor& gate_up,  // [..., 2I], gate columns first, or [..., I]
+              int64_t activation, std::optional<double> clamp_limit, double alpha, double beta, bool gated) {
   const char* op = "swiglu";
-  check_activations(op, "gate_up", gate_up, any_shape(gate_up, "2I"));
-  check_last_dim(op, "gate_up", gate_up, 2);
-  const Gate gate = check_gate(op, activation, clamp_limit, alpha, beta);
-  const int64_t intermediate = gate_up.size(gate_up.dim() - 1) / 2;
+  const int64_t halves = gated ? 2 : 1;
+  check_activations(op, "gate_up", gate_up, any_shape(gate_up, gated ? "2I" : "I"));
+  check_last_dim(op, "gate_up", gate_up, halves);
+  const Gate gate = check_gate(op, activation, clamp_limit, alpha, beta, gated);
+  const int64_t intermediate = gate_up.size(gate_up.dim() - 1) / halves;
   Tensor out = empty(op, "out", gate_up, with_last_dim(gate_up, intermediate), gate_up.scalar_type());
   if (out.numel() == 0) return out;
   const SwigluArgs args{
@@ -18,6 +19,7 @@ Tensor swiglu(const Tensor& gate_up,  // [..., 2I], gate columns first
       .gate_up = gate_up.data_ptr(),
       .rows = out.numel() / intermediate,
       .intermediate = intermediate,
+      .gated = gated,
       .gate = gate,
       .out = out.data_ptr(),
   };

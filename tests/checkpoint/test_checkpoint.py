@@ -72,7 +72,7 @@ def test_only_some_layers_are_nvfp4(tmp_path: Path) -> None:
 
     checkpoint = Checkpoint.open(write_changed(tmp_path, unquantize_layer_0))
     assert checkpoint.layers == (1,)
-    with raises("expected a layer with NVFP4 experts (1), got 0"):
+    with raises("expected a layer with NVFP4 or MXFP4 experts (1), got 0"):
         checkpoint.experts(0)
 
 
@@ -95,7 +95,7 @@ def test_linears(kind: str, tmp_path: Path) -> None:
         checkpoint.linear("model.layers.0.self_attn.k_proj")
     with raises(tmp_path, "expected the name of one of", "got 'nothing'"):
         checkpoint.tensor("nothing")
-    with raises("expected a checkpoint with NVFP4 experts, got none"):
+    with raises("expected a checkpoint with NVFP4 or MXFP4 experts, got none"):
         _ = checkpoint.num_experts
 
 

@@ -19,7 +19,7 @@ SIZES: dict[str, Any] = {"hidden_size": 64, "num_experts_per_tok": 2, "num_hidde
 
 
 def make(path: Path, layout: Any) -> Path:
-    return write_checkpoint(path, layout=layout, n_routed_experts=(5, 3), moe_intermediate_size=(32, 48), **SIZES)
+    return write_checkpoint(path, layout=layout, n_routed_experts=(5, 3), moe_intermediate_size=(32, 64), **SIZES)
 
 
 def run(*arguments: object) -> Any:
@@ -30,17 +30,19 @@ def run(*arguments: object) -> Any:
 def test_inspect_and_verify(layout: str, tmp_path: Path) -> None:
     make(tmp_path, layout)
     result = run("inspect", tmp_path, "--device", "cpu")
-    assert result.exit_code == 0, result.output
-    for text in (layout, "3 to 5 experts", "intermediate 32 to 48"):
+    for text in (layout, "3 to 5 experts", "intermediate 32 to 64"):
         assert text in result.stdout
+    assert result.exit_code == 0, result.output
     result = run("verify", tmp_path, "--device", "cpu", "--dtype", "fp32")
     assert result.exit_code == 0, result.output
 
 
-@pytest.mark.parametrize(("leaf", "value"), [(".bias", 1.0), (".pre_quant_scale", 0.5)])
+@pytest.mark.parametrize(("leaf", "value"), [(".zero_point", 1.0), (".pre_quant_scale", 0.5)])
 def test_inspect_names_what_loading_refuses(leaf: str, value: float, tmp_path: Path) -> None:
     make(tmp_path, "modelopt")
-    variants.add_leaves(tmp_path, leaf, lambda module, codes: torch.tensor([value]) if ".experts." in module else None)
+    variants.add_leaves(
+        tmp_path, leaf, lambda module, codes: torch.full((len(codes),), value) if ".experts." in module else None
+    )
     result = run("inspect", tmp_path, "--device", "cpu", "--json", tmp_path / "facts.json")
     assert result.exit_code == 1, result.output
     assert f"{leaf}'" in result.stdout

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from helpers.checkpoint_files import (
     CONFIG,
-    EXPERTS,
     HIDDEN,
     INTERMEDIATE,
     SHARD_1,
@@ -204,24 +203,3 @@ def test_leaf_that_nothing_would_apply(tmp_path: Path) -> None:
     with raises(f"'{name}'", "expected ones", "got 1.5"):
         checkpoint.linear("layers.0.ffn.experts.1.w3")
     checkpoint.experts(1)
-
-
-@pytest.mark.parametrize(
-    ("data", "scale", "leaves"),
-    [
-        (torch.int8, torch.float8_e8m0fnu, ("weight", "scale")),
-        (torch.uint8, torch.uint8, ("weight_packed", "weight_scale")),
-    ],
-)
-def test_mxfp4_experts(data: torch.dtype, scale: torch.dtype, leaves: tuple[str, str], tmp_path: Path) -> None:
-    def to_mxfp4(tensors: dict[str, Tensor]) -> None:
-        drop(tensors, ".experts.")
-        for expert in range(EXPERTS):
-            for name, rows, cols in (("w1", INTERMEDIATE, HIDDEN), ("w2", HIDDEN, INTERMEDIATE)):
-                module = f"layers.0.ffn.experts.{expert}.{name}"
-                tensors[f"{module}.{leaves[0]}"] = torch.zeros(rows, cols // 2, dtype=data)
-                tensors[f"{module}.{leaves[1]}"] = torch.ones(rows, cols // 32).to(scale)
-
-    write_changed(tmp_path, to_mxfp4)
-    with raises(SHARD_1, ".weight", "expected NVFP4 experts", "the MXFP4 original, not its NVFP4 conversion"):
-        Checkpoint.open(tmp_path)

@@ -15,9 +15,10 @@ from torch import Tensor
 from helpers.checkpoint_files import raises
 from helpers.fp64_loop import Matrices, experts_of, moe, raw_tensors
 from torch_nvfp4 import NVFP4Experts
-from torch_nvfp4.checkpoint import Checkpoint, variants, write_checkpoint
+from torch_nvfp4.checkpoint import Checkpoint, ExpertWeights, variants, write_checkpoint
 from torch_nvfp4.checkpoint.layouts import LAYOUTS
 from torch_nvfp4.checkpoint.synthetic import LayoutName
+from torch_nvfp4.format import NVFP4Weight, dequantize
 from torch_nvfp4.testing import random_routing, relative_l2
 
 HIDDEN, LIMIT, LAYERS = 64, 2.0, 2
@@ -27,6 +28,9 @@ NAMES = get_args(LayoutName)
 SPECIAL: dict[str, dict[str, Any]] = {
     "modelopt-stack": {"kind": "swiglustep"},
     "modelopt-parameters": {"on_input": True},
+    "nemotron": {"kind": "relu2"},
+    "compressed-tensors-mxfp4": {"kind": "situ"},
+    "gpt-oss": {"kind": "gpt-oss"},
 }
 
 
@@ -60,6 +64,56 @@ def test_every_row_of_the_table_is_written() -> None:
     assert {layout.name for layout in LAYOUTS} == set(NAMES)
 
 
+def check_read(weights: ExpertWeights, experts: list[Matrices], rows: slice, rtol: float) -> None:
+    """What was read, in fp64, against the raw tensors; `rows` of gate and up, columns of down."""
+    gated = experts[0].gate is not None
+    assert weights.gated == gated
+    w13, w2 = dequantize(weights.w13, torch.float64), dequantize(weights.w2, torch.float64)
+    assert weights.w13.global_scale.shape == ((len(experts), 2) if gated else (len(experts),))
+    assert weights.w2.global_scale.shape == (len(experts),)
+    for index, expert in enumerate(experts):
+        first = [matrix[rows] for matrix in (expert.gate, expert.up) if matrix is not None]
+        for actual, wanted in ((w13[index], torch.cat(first)), (w2[index], expert.down[:, rows])):
+            assert actual.shape == wanted.shape
+            assert torch.allclose(actual, wanted, rtol=rtol, atol=0.0)
+        if expert.gate_bias is None:
+            assert weights.w13_bias is None
+            assert weights.w2_bias is None
+            continue
+        assert weights.w13_bias is not None
+        assert weights.w13_bias.dtype == torch.float32
+        assert torch.equal(weights.w13_bias[index].double(), torch.cat((expert.gate_bias[rows], expert.up_bias[rows])))
+        assert weights.w2_bias is not None
+        assert weights.w2_bias.dtype == torch.float32
+        first_rank = rows.start == 0
+        assert torch.equal(weights.w2_bias[index].double(), expert.down_bias * (1.0 if first_rank else 0.0))
+
+
+@pytest.mark.parametrize("layer", range(LAYERS))
+@pytest.mark.parametrize("layout", NAMES)
+def test_read_values_of_every_layout(layout: str, layer: int, tmp_path: Path) -> None:
+    """Whole, and in slices of 16 of I, which are half a group of MXFP4. Exact but for stored reciprocals."""
+    make(tmp_path, layout)
+    num, intermediate = EXPERTS[layer], INTERMEDIATE[layer]
+    experts = experts_of(tmp_path, layout, layer, num, intermediate)
+    checkpoint = Checkpoint.open(tmp_path)
+    rtol = 2e-7 if layout.startswith("compressed-tensors") else 0.0
+    check_read(checkpoint.experts(layer), experts, slice(0, intermediate), rtol)
+    size = intermediate // 16
+    for rank in range(size):
+        part = checkpoint.experts(layer, tp_rank=rank, tp_size=size)
+        check_read(part, experts, slice(16 * rank, 16 * rank + 16), rtol)
+    for rank in range(2):
+        part = checkpoint.experts(layer, ep_rank=rank, ep_size=2)
+        check_read(part, experts[rank * num // 2 : (rank + 1) * num // 2], slice(0, intermediate), rtol)
+
+
+def test_biases_are_not_lost(tmp_path: Path) -> None:
+    make(tmp_path, "gpt-oss")
+    with raises("w13 and w2 alone of experts with w13_bias and w2_bias"):
+        _w13, _w2 = Checkpoint.open(tmp_path).experts(0)
+
+
 @pytest.mark.parametrize("layer", range(LAYERS))
 @pytest.mark.parametrize("layout", NAMES)
 def test_values_of_every_layout(layout: str, layer: int, tmp_path: Path) -> None:
@@ -79,6 +133,8 @@ def test_summary_of_every_layout(layout: str, tmp_path: Path) -> None:
     assert summary.apply_router_weight_on_input == (layout == "modelopt-parameters")
     for layer in range(LAYERS):
         config = checkpoint.layer_config(layer)
+        assert config.gated == config.gate.gated == (layout != "nemotron")
+        assert config.has_w13_bias == config.has_w2_bias == (layout == "gpt-oss")
         assert (config.num_experts, config.intermediate_size) == (EXPERTS[layer], INTERMEDIATE[layer])
         assert (config.hidden_size, config.top_k) == (HIDDEN, 2)
         assert config.gate == checkpoint.gate(layer)
@@ -94,7 +150,10 @@ def test_missing_leaf_of_every_layout(layout: str, part: str, tmp_path: Path) ->
     index = tmp_path / "model.safetensors.index.json"
     content = json.loads(index.read_text())
     spelling = next(row.spelling for row in LAYOUTS if row.name == layout)
-    suffix = ("w2" if layout == "deepseek" else "down_proj") + getattr(spelling, part)
+    leaf = getattr(spelling, part)
+    if leaf is None:
+        return  # MXFP4 has no global scale
+    suffix = ("w2" if layout.startswith("deepseek") or "tensors-mxfp4" in layout else "down_proj") + leaf
     names = [name for name in content["weight_map"] if re.search(r"\.(experts|moe)\.", name)]
     name = next(name for name in names if name.endswith(suffix))
     del content["weight_map"][name]
@@ -294,8 +353,7 @@ def test_awq_scales_of_one_change_nothing(layout: str, tmp_path: Path) -> None:
     [
         (".pre_quant_scale", torch.tensor([1.0, 1.0, 0.5]), ("expected ones", "got 0.5", "quantize without AWQ")),
         (".pre_quant_scale", torch.ones(3, dtype=torch.int32), ("expected ones", "got dtype I32")),
-        (".bias", torch.ones(32), ("a leaf 'bias' that nothing would apply", "biases of experts are not supported")),
-        (".zero_point", torch.ones(1), ("only codes, scales and input scales, got a leaf 'zero_point'",)),
+        (".zero_point", torch.ones(1), ("only codes, scales, biases and input scales, got a leaf 'zero_point'",)),
     ],
 )
 @pytest.mark.parametrize("layout", ["modelopt", "modelopt-stack"])
@@ -308,7 +366,7 @@ def test_refusals_are_what_loading_refuses(
     refusals = {refusal.what: refusal.reason for refusal in checkpoint.refusals()}
     assert checkpoint.summary().refusals == checkpoint.refusals()
     assert checkpoint.layers == (0, 1)
-    linears = {name for name in checkpoint.linears if ".layers.1." in name and leaf != ".bias"}
+    linears = {name for name in checkpoint.linears if ".layers.1." in name}
     assert refusals.keys() == {"layer 1"} | linears
     checkpoint.experts(0)
     with raises(*words) as caught:
@@ -322,9 +380,9 @@ def test_refusals_are_what_loading_refuses(
 
 def test_several_leaves_are_named_at_once(tmp_path: Path) -> None:
     make(tmp_path)
-    for leaf in (".bias", ".zero_point"):
+    for leaf in (".smooth_factor", ".zero_point"):
         variants.add_leaves(tmp_path, leaf, lambda module, codes: torch.ones(1))
-    with raises("leaves 'bias' and 'zero_point' that nothing would apply"):
+    with raises("leaves 'smooth_factor' and 'zero_point' that nothing would apply"):
         Checkpoint.open(tmp_path).experts(0)
 
 
@@ -369,26 +427,31 @@ def test_nothing_could_be_loaded(tmp_path: Path) -> None:
 def test_experts_without_a_gate(layout: str, tmp_path: Path) -> None:
     make(tmp_path, layout)
     rewrite(tmp_path, {name: tensor for name, tensor in raw_tensors(tmp_path).items() if "gate_proj" not in name})
-    with raises("expected a gate projection", "['down_proj', 'up_proj'] only", "not supported"):
+    with raises("expected a gate projection", "['down_proj', 'up_proj'] only, and config.json has silu", "relu2"):
         Checkpoint.open(tmp_path)
 
 
-def test_interleaved_gate_and_up(tmp_path: Path) -> None:
-    make(tmp_path, "compressed-tensors-parameters")
+@pytest.mark.parametrize("layout", ["compressed-tensors-parameters", "modelopt-parameters"])
+def test_interleaved_gate_and_up_of_nvfp4(layout: str, tmp_path: Path) -> None:
+    """gpt-oss's model type makes rows alternate, in stacks [E, out, in] and [E, in, out]."""
+    make(tmp_path, layout)
     variants.change_config(tmp_path, model_type="gpt_oss")
-    with raises("gate_up_proj", "expected gate rows before up rows, got those of gpt_oss", "not supported"):
-        Checkpoint.open(tmp_path)
-
-
-def test_mxfp4_blocks_of_gpt_oss(tmp_path: Path) -> None:
-    make(tmp_path)
-    tensors = {name: tensor for name, tensor in raw_tensors(tmp_path).items() if ".experts." not in name}
-    for name in ("gate_up_proj", "down_proj"):
-        tensors[f"model.layers.0.mlp.experts.{name}_blocks"] = torch.zeros(2, 64, 2, 16, dtype=torch.uint8)
-        tensors[f"model.layers.0.mlp.experts.{name}_scales"] = torch.zeros(2, 64, 2, dtype=torch.uint8)
-    rewrite(tmp_path, tensors)
-    with raises("_blocks'", "expected NVFP4 experts", "the MXFP4 original", "download the -NVFP4 checkpoint"):
-        Checkpoint.open(tmp_path)
+    experts = experts_of(tmp_path, layout, 0, EXPERTS[0], INTERMEDIATE[0])
+    one_scale = layout == "modelopt-parameters"  # for gate and up: otherwise the loop's halves have their own
+    for part, (start, stop) in {None: (0, 32), 0: (0, 16), 1: (16, 32)}.items():
+        ranks = {} if part is None else {"tp_rank": part, "tp_size": 2}
+        w13, w2 = Checkpoint.open(tmp_path).experts(0, **ranks)
+        for index, expert in enumerate(experts):
+            assert expert.gate is not None
+            rows = torch.cat((expert.gate, expert.up))
+            wanted = torch.cat((rows[2 * start : 2 * stop : 2], rows[2 * start + 1 : 2 * stop : 2]))
+            got = dequantize(NVFP4Weight(*(leaf[index] for leaf in w13)), torch.float64)
+            if one_scale:
+                assert torch.equal(got, wanted)
+            else:
+                assert torch.equal(got.sign(), wanted.sign())
+            down = dequantize(NVFP4Weight(*(leaf[index] for leaf in w2)), torch.float64)
+            assert torch.allclose(down, expert.down[:, start:stop], rtol=2e-7, atol=0)
 
 
 def test_scales_without_codes(tmp_path: Path) -> None:

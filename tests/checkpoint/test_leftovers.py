@@ -47,7 +47,7 @@ def test_fourth_nvfp4_projection(tmp_path: Path) -> None:
     leaves = leaves_of("modelopt", f"{ROOT}experts.0.w4", *random_leaves(torch.Generator(), HIDDEN, HIDDEN))
     write_changed(tmp_path, lambda tensors: tensors.update(leaves))
     with raises(
-        f"{ROOT}experts.0.w4.weight'", "expected only codes, scales and input scales, got leaves '0.w4.weight'"
+        f"{ROOT}experts.0.w4.weight'", "expected only codes, scales, biases and input scales, got leaves '0.w4.weight'"
     ):
         Checkpoint.open(tmp_path).experts(0)
 
@@ -88,7 +88,7 @@ def test_every_layout(layout: LayoutName, name: str, tmp_path: Path) -> None:
     if name.startswith("{}0.") and ".moe." in root:
         return  # no expert has a module of its own there
     variants.add_tensors(tmp_path, {name.format(root): torch.ones(4)})
-    with raises(name.format(root), "expected only codes, scales and input scales, got a leaf"):
+    with raises(name.format(root), "expected only codes, scales, biases and input scales, got a leaf"):
         Checkpoint.open(tmp_path).experts(0)
 
 

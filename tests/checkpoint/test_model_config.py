@@ -14,6 +14,8 @@ from helpers.checkpoint_files import CONFIG, EXPERTS, HIDDEN, INTERMEDIATE, make
 from torch_nvfp4.checkpoint import Checkpoint
 from torch_nvfp4.gate import Gate
 
+SITU = {"swiglu_limit": None, "hidden_act": "situ", "activation_situ_beta": 4}
+
 
 def activation_of(path: Path, changes: dict[str, Any], layer: int = 0) -> Gate:
     config = {key: value for key, value in (CONFIG | changes).items() if value != "absent"}
@@ -44,6 +46,9 @@ def activation_of(path: Path, changes: dict[str, Any], layer: int = 0) -> Gate:
         ({"swiglu_limit": "absent", "swiglu_limits": [5, None], "model_type": "step3p5"}, ("silu", None, 1.0, 0.0)),
         ({"model_type": "step3p5", "swiglu_limits": [7, 7], "swiglu_limit": [7, 7]}, ("swiglustep", 7.0, 1.0, 0.0)),
         ({"model_type": "step3p5"}, ("swiglustep", 7.0, 1.0, 0.0)),
+        (SITU | {"activation_situ_linear_beta": 25.0}, ("situ", None, 4.0, 25.0)),
+        (SITU | {"activation_situ_linear_beta": None}, ("situ", None, 4.0, 0.0)),
+        (SITU, ("situ", None, 4.0, 0.0)),
     ],
 )  # fmt: skip
 def test_activation(damaged: Path, changes: dict[str, Any], expected: tuple[str, float | None, float, float]) -> None:
@@ -76,6 +81,12 @@ def test_activation(damaged: Path, changes: dict[str, Any], expected: tuple[str,
         ({"swiglu_alpha": "x"}, ("swiglu_alpha: expected a finite number, got 'x'",)),
         ({"model_type": "step3p5", "swiglu_beta": 1.0}, ("expected no swiglu_alpha, swiglu_beta with Step-3.5's",)),
         ({"swiglu_limit": "absent", "hidden_act": "gelu", "swiglu_beta": 1.0}, ("swiglu_alpha 1.0", "got 'gelu'")),
+        (SITU | {"activation_situ_beta": "absent"}, ("activation_situ_beta: expected a positive", "got no such")),
+        (SITU | {"activation_situ_beta": 0.0}, ("activation_situ_beta: expected a positive number", "got 0")),
+        (SITU | {"activation_situ_linear_beta": -1}, ("activation_situ_linear_beta: expected a positive", "got -1")),
+        (SITU | {"swiglu_limit": 7.0}, ("expected hidden_act 'silu' beside a swiglu limit, got 'situ' with",)),
+        (SITU | {"swiglu_alpha": 1.5}, ("expected no swiglu_alpha beside hidden_act 'situ', got 1.5",)),
+        (SITU | {"hidden_act": "silu"}, ("expected hidden_act 'situ' beside activation_situ_beta 4, got 'silu'",)),
         ({"n_routed_experts": "4"}, ("n_routed_experts: expected a non-negative integer, got '4'",)),
     ],
 )  # fmt: skip

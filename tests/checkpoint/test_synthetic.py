@@ -136,7 +136,7 @@ def test_demo_same_arguments_same_bytes(tmp_path: Path) -> None:
         ({"moe_intermediate_size": 0}, "moe_intermediate_size to be a positive multiple of 16, got 0"),
         ({"num_experts_per_tok": 33}, "num_experts_per_tok <= 32, got 33"),
         ({"num_hidden_layers": 0}, "num_hidden_layers >= 1, got 0"),
-        ({"layout": "gguf"}, "compressed-tensors-rows, got 'gguf'"),
+        ({"layout": "gguf"}, "gpt-oss, got 'gguf'"),
         ({"swiglu_limit": math.nan}, "positive and finite, or None, got nan"),
         ({"swiglu_limit": 0.0}, "positive and finite, or None, got 0.0"),
     ],

@@ -92,6 +92,22 @@ def case_every_plan_computes_what_one_rank_does() -> None:
             close(parallel(*batch), whole(*batch))
 
 
+def case_biases_and_experts_without_a_gate() -> None:
+    generator = torch.Generator().manual_seed(7)
+    for gate, rows in ((Gate("silu", 0.7, 1.702, 1.0), 2 * INNER), (Gate("relu2", gated=False), INNER)):
+        w13 = random_weight((5, rows, K), gated=gate.gated, generator=generator, device=DEVICE)
+        w2 = random_weight((5, K, INNER), generator=generator, device=DEVICE)
+        biases = [torch.randn(5, size, generator=generator).to(DEVICE) for size in (rows, K)]
+        whole = NVFP4Experts.from_weights(
+            w13, w2, w13_bias=biases[0], w2_bias=biases[1], quant_config=MoEQuantConfig(gate)
+        )
+        arguments = tokens(6, 5)
+        exact = reference.moe(arguments[0], w13, w2, *arguments[1:], None, *biases, **gate.kwargs())
+        close(whole(*arguments), exact)
+        for mesh, split in meshes():
+            close(parallelize_experts(whole, mesh, ExpertsPlan(**split))(*arguments), exact)
+
+
 def case_uneven_experts() -> None:
     assert [len(expert_range(5, rank, 4)) for rank in range(4)] == [2, 1, 1, 1]
     assert [list(expert_range(2, rank, 4)) for rank in range(4)] == [[0], [1], [], []]

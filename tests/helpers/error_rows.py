@@ -77,20 +77,21 @@ STRIDED = "that is not; call .contiguous() first"
 IN_FEATURES = "the weight's input dimension K must be a positive multiple of 16"
 OUT_FEATURES = "the weight's output dimension N must be a positive multiple of"
 IF_GATED = " for a weight packed with gated=True"
-PLAIN_32, PLAIN_80, PLAIN_144 = (
-    f", as torch_nvfp4.pack(gated=False) gives on {{backend}} for K = {k}" for k in (32, 80, 144)
+PLAIN_32, PLAIN_64, PLAIN_80, PLAIN_144 = (
+    f", as torch_nvfp4.pack(gated=False) gives on {{backend}} for K = {k}" for k in (32, 64, 80, 144)
 )
 GATED_80, GATED_144 = (f", as torch_nvfp4.pack(gated=True) gives on {{backend}} for K = {k}" for k in (80, 144))
-ACTIVATIONS = "expected activation to be one of 0 (silu), 1 (swiglustep), 2 (gelu), 3 (gelu_tanh), 4 (relu2)"
+ACTIVATIONS = "expected activation to be one of 0 (silu), 1 (swiglustep), 2 (gelu), 3 (gelu_tanh), 4 (relu2), 5 (situ)"
 LIMIT = "expected clamp_limit to be finite and positive (in fp32) or None for no clamp"
 NO_CLAMP = ", which has no clamp, got 7; a clamp is never skipped silently: pass None or use silu or swiglustep"
+SITU = "expected alpha > 0 and beta >= 0 for activation situ (beta=0: up without a limit)"
 NO_ALPHA_BETA = "expected alpha=1, beta=0 for activation"
-ONLY_SILU = ", which takes neither (only silu does)"
+NO_CONSTANTS = ", which takes neither (only silu and situ do)"
 
 # The gate, of every op that has one.
 GATE = [
     bad(f"{ACTIVATIONS}, got -1", activation=-1),
-    bad(f"{ACTIVATIONS}, got 5", activation=5),
+    bad(f"{ACTIVATIONS}, got 6", activation=6),
     bad(f"{LIMIT}, got 0", clamp_limit=0.0),
     bad(f"{LIMIT}, got -0", clamp_limit=-0.0),
     bad(f"{LIMIT}, got -1", clamp_limit=-1.0),
@@ -106,11 +107,51 @@ GATE = [
     bad("expected alpha and beta to be finite (in fp32), got alpha=-inf, beta=0", alpha=-math.inf),
     bad("expected alpha and beta to be finite (in fp32), got alpha=1, beta=inf", beta=math.inf),
     bad("expected alpha and beta to be finite (in fp32), got alpha=1, beta=1e+300", beta=1e300),
-    bad(f"{NO_ALPHA_BETA} swiglustep{ONLY_SILU}, got alpha=1.702, beta=0", activation=1, clamp_limit=7.0, alpha=1.702),
-    bad(f"{NO_ALPHA_BETA} swiglustep{ONLY_SILU}, got alpha=1, beta=1", activation=1, clamp_limit=7.0, beta=1.0),
-    bad(f"{NO_ALPHA_BETA} relu2{ONLY_SILU}, got alpha=1.702, beta=0", activation=4, clamp_limit=None, alpha=1.702),
-    bad(f"{NO_ALPHA_BETA} relu2{ONLY_SILU}, got alpha=1, beta=1", activation=4, clamp_limit=None, beta=1.0),
+    bad(
+        f"{NO_ALPHA_BETA} swiglustep{NO_CONSTANTS}, got alpha=1.702, beta=0", activation=1, clamp_limit=7.0, alpha=1.702
+    ),
+    bad(f"{NO_ALPHA_BETA} swiglustep{NO_CONSTANTS}, got alpha=1, beta=1", activation=1, clamp_limit=7.0, beta=1.0),
+    bad(f"{NO_ALPHA_BETA} relu2{NO_CONSTANTS}, got alpha=1.702, beta=0", activation=4, clamp_limit=None, alpha=1.702),
+    bad(f"{NO_ALPHA_BETA} relu2{NO_CONSTANTS}, got alpha=1, beta=1", activation=4, clamp_limit=None, beta=1.0),
+    bad(f"expected clamp_limit to be None for activation situ{NO_CLAMP}", activation=5),
+    bad(f"{SITU}, got alpha=0, beta=25", activation=5, clamp_limit=None, alpha=0.0, beta=25.0),
+    bad(f"{SITU}, got alpha=-4, beta=0", activation=5, clamp_limit=None, alpha=-4.0),
+    bad(f"{SITU}, got alpha=4, beta=-25", activation=5, clamp_limit=None, alpha=4.0, beta=-25.0),
 ]
+
+# The gate of every op whose weight has none; the good arguments are then those of relu2.
+WITHOUT_GATE = "for experts without a gate"
+PLAIN_GATE = [
+    bad(f"{ACTIVATIONS}, got 6", activation=6),
+    bad(f"expected activation to be one of silu, gelu, gelu_tanh, relu2 {WITHOUT_GATE}, got swiglustep", activation=1),
+    bad(f"expected activation to be one of silu, gelu, gelu_tanh, relu2 {WITHOUT_GATE}, got situ", activation=5),
+    bad(f"{LIMIT}, got 0", clamp_limit=0.0),
+    *(
+        bad(
+            f"expected clamp_limit to be None {WITHOUT_GATE}, for which no clamp is defined, got 7; a clamp is never "
+            "skipped silently: pass None, or gate and up rows",
+            activation=activation,
+            clamp_limit=7.0,
+        )
+        for activation in (0, 2, 4)
+    ),
+    bad("expected alpha and beta to be finite (in fp32), got alpha=nan, beta=0", alpha=math.nan),
+    bad(f"expected alpha=1, beta=0 {WITHOUT_GATE}, got alpha=1.702, beta=0", activation=0, alpha=1.702),
+    bad(f"expected alpha=1, beta=0 {WITHOUT_GATE}, got alpha=1, beta=1", activation=4, beta=1.0),
+]
+
+
+def bias_rows(name: str, like: str, *sizes: int) -> list[Row]:
+    """The rows of a bias of these sizes."""
+    more, got = [size + 1 for size in sizes], list(sizes)
+    return [
+        bad(f"{name} must be float32, got bfloat16", **{name: dtype(torch.bfloat16)}),
+        bad(f"{name} must be on {{device}} like {like}, got {{elsewhere}}", **{name: elsewhere}),
+        bad(f"{name} must be contiguous, got a tensor of shape {got} {STRIDED}", **{name: strided}),
+        bad(f"{name} must have shape {got}, got {more}", **{name: shape(*more)}),
+        bad(f"{name} must have shape {got}, got {got[1:]}", **{name: shape(*got[1:])}),
+    ]
+
 
 MOE = [
     bad("hidden_states must be {activations}, got float64", hidden_states=dtype(torch.float64)),
@@ -167,6 +208,8 @@ MOE = [
     bad("expert_map must be on {device} like hidden_states, got {elsewhere}", expert_map=elsewhere),
     bad(f"expert_map must be contiguous, got a tensor of shape [6] {STRIDED}", expert_map=strided),
     bad("expert_map must have shape [global_experts], got [2, 3]", expert_map=shape(2, 3)),
+    *bias_rows("w13_bias", "hidden_states", 3, 64),
+    *bias_rows("w2_bias", "hidden_states", 3, 80),
 ]
 
 ROUTE = [
@@ -225,6 +268,7 @@ GROUPED_GEMM = [
     bad(f"global_scale must have shape [E], or [E, 2]{IF_GATED}, got [3, 2, 1]", global_scale=shape(3, 2, 1)),
     cpu(f"weight must have shape [E, 2, I, 2, 36]{GATED_80}, got [3, 48, 2, 36]", global_scale=shape(3, 2)),
     cuda(f"weight must have shape [E, 2, I, R]{GATED_80}, got [3, 48, 96]", global_scale=shape(3, 2)),
+    *bias_rows("bias", "x", 3, 48),
 ]
 
 GROUPED_GEMM_SWIGLU = [
@@ -267,6 +311,7 @@ GROUPED_GEMM_SWIGLU = [
     bad("topk_weights must have shape [5, top_k], got [6, 2]", topk_weights=shape(6, 2)),
     bad("order must hold as many slots as topk_weights (15), got 10", topk_weights=shape(5, 3)),
     bad("order must hold a multiple of x's rows (5), got 11", topk_weights=None, order=shape(11)),
+    *bias_rows("bias", "x", 3, 64),
 ]
 
 COMBINE = [
@@ -407,7 +452,29 @@ BATCHED_MOE = [
     bad(f"expert_num_tokens must be contiguous, got a tensor of shape [3] {STRIDED}", expert_num_tokens=strided),
     bad("expert_num_tokens must have shape [3], got [4]", expert_num_tokens=shape(4)),
     bad("expert_num_tokens must have shape [3], got [3, 1]", expert_num_tokens=shape(3, 1)),
+    *bias_rows("w13_bias", "hidden_states", 3, 64),
+    *bias_rows("w2_bias", "hidden_states", 3, 80),
 ]
+
+# Of experts without a gate.
+PLAIN_WEIGHTS = [
+    bad("w13_global_scale must have shape [3], got [4]", w13_global_scale=shape(4)),
+    bad("w13_global_scale must have shape [3], got []", w13_global_scale=shape()),
+    cpu(f"w13 must have shape [E, 2, I, 2, 36]{GATED_80}, got [3, 32, 2, 36]", w13_global_scale=shape(3, 2)),
+    cuda(f"w13 must have shape [E, 2, I, R]{GATED_80}, got [3, 32, 144]", w13_global_scale=shape(3, 2)),
+    cpu("w13's dimension 1 must be a positive multiple of 16, got 24", w13=shape(3, 24, 2, 36)),
+    cpu(f"w13 must have shape [E, N, 2, 36]{PLAIN_80}, got [3, 32, 3, 36]", w13=shape(3, 32, 3, 36)),
+    cpu("w13_global_scale must have shape [3, 2], got [3]", w13=shape(3, 2, 32, 2, 36)),
+    cpu(
+        f"w2 must have shape [3, 80, 1, 36]{PLAIN_64}, got [3, 80, 2, 36]",
+        w13=shape(3, 64, 2, 36),
+        w2=shape(3, 80, 2, 36),
+    ),
+    cuda("w13_global_scale must have shape [3, 2], got [3]", w13=shape(3, 2, 32, 72)),
+    bad("w13_bias must have shape [3, 32], got [3, 64]", w13_bias=shape(3, 64)),
+]
+PLAIN_MOE = [*PLAIN_WEIGHTS, *bias_rows("w13_bias", "hidden_states", 3, 32), *PLAIN_GATE]
+PLAIN_BATCHED = [Row(row.words.replace("[E, ", "[3, "), row.changes, row.backends) for row in PLAIN_MOE]
 
 # Of a buffer for the result of `like`'s shape.
 BUFFER = "that is not; take one from torch.empty"
@@ -438,4 +505,13 @@ ROWS: dict[str, list[Row]] = {
     "swiglu": [*SWIGLU, *GATE],
     "pack": PACK,
     "unpack": UNPACK,
+}
+
+ROWS_WITHOUT_GATE: dict[str, list[Row]] = {
+    "moe": PLAIN_MOE,
+    "moe.out": PLAIN_MOE,
+    "batched_moe": PLAIN_BATCHED,
+    "batched_moe.out": PLAIN_BATCHED,
+    "grouped_gemm_swiglu": PLAIN_GATE,
+    "swiglu": PLAIN_GATE,
 }

@@ -21,7 +21,9 @@ from torch_nvfp4.checkpoint.writer import write_shards
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, LAYERS = 128, 64, 8, 2, 4
 LIMIT = 0.6
-QWEN_LAYOUTS = tuple(layout.name for layout in LAYOUTS if layout.name != "deepseek")
+QWEN_LAYOUTS = tuple(
+    layout.name for layout in LAYOUTS if layout.name not in ("deepseek", "nemotron") and not layout.spelling.is_mxfp4
+)
 SIZES: dict[str, Any] = {
     "hidden_size": HIDDEN, "moe_intermediate_size": INTERMEDIATE, "n_routed_experts": EXPERTS,
     "num_experts_per_tok": TOP_K, "num_hidden_layers": LAYERS,

@@ -98,6 +98,8 @@ GATES: dict[str, dict[str, Any]] = {
     "gelu": {"activation": "gelu"},
     "gelu_tanh": {"activation": "gelu_tanh"},
     "relu2": {"activation": "relu2"},
+    "situ": {"activation": "situ", "alpha": 4.0, "beta": 25.0},
+    "situ-tight": {"activation": "situ", "alpha": 0.5},
 }
 
 

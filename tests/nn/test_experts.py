@@ -215,8 +215,12 @@ def test_every_maker_has_the_constructors_keywords() -> None:
         return {p.name: (p.default, p.annotation) for p in parameters if p.kind is p.KEYWORD_ONLY}
 
     expected = keywords(NVFP4Experts)
-    del expected["device"], expected["_weights"]  # the weights' own
-    assert keywords(NVFP4Experts.from_weights) == keywords(NVFP4Experts.from_float) == expected
+    for name in ("device", "gated", "biases", "_weights", "_biases"):  # the weights' own
+        del expected[name]
+    got = keywords(NVFP4Experts.from_weights)
+    assert got == keywords(NVFP4Experts.from_float)
+    assert {name: got.pop(name)[0] for name in ("w13_bias", "w2_bias")} == {"w13_bias": None, "w2_bias": None}
+    assert got == expected
     for unknown in ("device", "dtype", "clamp"):
         with pytest.raises(TypeError, match=f"unexpected keyword argument '{unknown}'"):
             NVFP4Experts.from_weights(*weights(), **{unknown: None})

@@ -122,5 +122,5 @@ def test_linear_from_checkpoint(tmp_path: Path) -> None:
         x, checkpoint.linear("layers.0.attn.proj"), checkpoint.tensor("layers.0.attn.proj.bias")
     )
     testing.assert_accurate(module(x), expected)
-    with pytest.raises(CheckpointError, match="expected a layer with NVFP4 experts"):
+    with pytest.raises(CheckpointError, match="expected a layer with NVFP4 or MXFP4 experts"):
         NVFP4Experts.from_checkpoint(tmp_path, 5)

@@ -15,12 +15,26 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import torch_nvfp4
-from helpers.error_rows import ACTIVATIONS, ROWS, elsewhere
+from helpers.error_rows import ACTIVATIONS, ROWS, ROWS_WITHOUT_GATE, elsewhere
 from torch_nvfp4 import NVFP4Weight
 from torch_nvfp4.testing import random_routing, random_weight
 
 M, TOP_K, E, K, I, N = 5, 2, 3, 80, 32, 48  # noqa: E741
 ACTIVATION = {"activation": 0, "clamp_limit": 7.0, "alpha": 1.0, "beta": 0.0}
+
+
+def without_gate(op: str, good: dict[str, Any]) -> dict[str, Any]:
+    """The good arguments of an op for experts without a gate."""
+    device = next(iter(good.values())).device
+    weight = random_weight((E, I, K), generator=torch.Generator().manual_seed(1), device=device)
+    packed, bias = torch_nvfp4.pack(weight), torch.zeros(E, I, device=device)
+    weights = {
+        "w13": {"w13": packed, "w13_global_scale": weight.global_scale, "w13_bias": bias},
+        "weight": {"weight": packed, "global_scale": weight.global_scale, "bias": bias},
+        "gate_up": {"gated": False},
+    }
+    relu2 = {"activation": 4, "clamp_limit": None}
+    return good | next(changes for name, changes in weights.items() if name in good) | relu2
 
 
 def good_arguments(op: str, device: str) -> dict[str, Any]:
@@ -34,6 +48,8 @@ def good_arguments(op: str, device: str) -> dict[str, Any]:
     x = torch.randn(M, K, generator=generator).to(device, torch.bfloat16)
     weights, ids = random_routing(M, 2 * E, TOP_K, generator=generator, device=device)
     expert_map = torch.tensor([0, -1, 1, -1, 2, -1], dtype=torch.int32, device=device)
+    biases = {"w13_bias": torch.randn(E, 2 * I, generator=generator).to(device)}
+    biases["w2_bias"] = torch.randn(E, K, generator=generator).to(device)
     if op.endswith(".out"):
         good = good_arguments(op.removesuffix(".out"), device)
         return {**good, "out": torch.zeros_like(good["hidden_states"])}
@@ -41,13 +57,13 @@ def good_arguments(op: str, device: str) -> dict[str, Any]:
         (w13, g13), (w2, g2) = packed(E, 2 * I, K, gated=True), packed(E, K, I)
         tensors = {"hidden_states": x, "w13": w13, "w13_global_scale": g13, "w2": w2, "w2_global_scale": g2}
         routing = {"topk_weights": weights, "topk_ids": ids, "expert_map": expert_map}
-        return {**tensors, **routing, **ACTIVATION, "apply_router_weight_on_input": False}
+        return {**tensors, **routing, **biases, **ACTIVATION, "apply_router_weight_on_input": False}
     if op == "batched_moe":
         (w13, g13), (w2, g2) = packed(E, 2 * I, K, gated=True), packed(E, K, I)
         tensors = {"hidden_states": x[:4].repeat(E, 1, 1), "w13": w13, "w13_global_scale": g13}
         tensors |= {"w2": w2, "w2_global_scale": g2}
         counts = torch.tensor([0, 4, 2], dtype=torch.int32, device=device)
-        return {**tensors, "expert_num_tokens": counts, **ACTIVATION}
+        return {**tensors, "expert_num_tokens": counts, **biases, **ACTIVATION}
     if op == "route":
         return {"topk_ids": ids, "expert_map": expert_map, "num_experts": E}
     if op in ("grouped_gemm", "grouped_gemm_swiglu"):
@@ -55,7 +71,8 @@ def good_arguments(op: str, device: str) -> dict[str, Any]:
         weight, scale = packed(E, 2 * I if gated else N, K, gated=gated)
         order, offsets = torch_nvfp4.route(ids, expert_map, E)
         gemm = {"x": x, "weight": weight, "global_scale": scale, "order": order, "offsets": offsets}
-        return {**gemm, "topk_weights": weights, **(ACTIVATION if gated else {})}
+        bias = torch.randn(E, 2 * I if gated else N, generator=generator).to(device)
+        return {**gemm, "topk_weights": weights, "bias": bias, **(ACTIVATION if gated else {})}
     if op == "combine":
         rows = torch.randn(M * TOP_K, N, generator=generator).to(device, torch.bfloat16)
         routing = {"topk_weights": weights, "topk_ids": ids, "expert_map": expert_map}
@@ -109,6 +126,17 @@ def test_kernel_and_fake_raise_the_same_words(op: str, device: str) -> None:
             assert message_of(op, map_tensors(arguments, on_meta)) == expected, row
 
 
+@pytest.mark.parametrize("op", ROWS_WITHOUT_GATE)
+def test_kernel_and_fake_raise_the_same_words_without_a_gate(op: str, device: str) -> None:
+    good = without_gate(op, good_arguments(op, device))
+    call(op, good)
+    for row in (row for row in ROWS_WITHOUT_GATE[op] if device in row.backends):
+        expected, arguments = row.expected(op, device), row.arguments(good)
+        assert message_of(op, arguments) == expected, row
+        with FakeTensorMode() as mode:
+            assert message_of(op, map_tensors(arguments, mode.from_tensor)) == expected, row
+
+
 def test_too_many_slots(tmp_path: Path) -> None:
     """A sparse file stands in for 8 GB of ids, which are not read before the check."""
     slots = 2**31
@@ -123,13 +151,13 @@ def test_too_many_slots(tmp_path: Path) -> None:
 
 
 def test_wrappers_name_the_activations(device: str) -> None:
-    expected = r"^expected activation to be one of silu, swiglustep, gelu, gelu_tanh, relu2, got 'swish'$"
+    expected = r"^expected activation to be one of silu, swiglustep, gelu, gelu_tanh, relu2, situ, got 'swish'$"
     for op in ("moe", "batched_moe", "grouped_gemm_swiglu", "swiglu"):
         arguments = good_arguments(op, device) | {"activation": "swish"}
         with pytest.raises(ValueError, match=expected):
             getattr(torch_nvfp4, op)(**arguments)
-        with pytest.raises(ValueError, match=re.escape(f"{ACTIVATIONS}, got 5")):
-            getattr(torch_nvfp4, op)(**(arguments | {"activation": 5}))
+        with pytest.raises(ValueError, match=re.escape(f"{ACTIVATIONS}, got 6")):
+            getattr(torch_nvfp4, op)(**(arguments | {"activation": 6}))
 
 
 def replace(weight: NVFP4Weight, **tensors: Tensor) -> NVFP4Weight:
@@ -213,10 +241,10 @@ def test_backward_names_the_alternative(op: str, device: str) -> None:
 
 
 FLOAT_ARGUMENTS = [
-    ("moe", ["hidden_states", "w13_global_scale", "w2_global_scale", "topk_weights"]),
-    ("batched_moe", ["hidden_states", "w13_global_scale", "w2_global_scale"]),
-    ("grouped_gemm", ["x", "global_scale", "topk_weights"]),
-    ("grouped_gemm_swiglu", ["x", "global_scale", "topk_weights"]),
+    ("moe", ["hidden_states", "w13_global_scale", "w2_global_scale", "topk_weights", "w13_bias", "w2_bias"]),
+    ("batched_moe", ["hidden_states", "w13_global_scale", "w2_global_scale", "w13_bias", "w2_bias"]),
+    ("grouped_gemm", ["x", "global_scale", "topk_weights", "bias"]),
+    ("grouped_gemm_swiglu", ["x", "global_scale", "topk_weights", "bias"]),
     ("combine", ["x", "topk_weights"]),
     ("linear", ["x", "global_scale", "bias"]),
     ("swiglu", ["gate_up"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import time
@@ -101,7 +102,8 @@ def test_killed_at_random_moments(path: Path, server: Server, tmp_path: Path) ->
         while code == KILLED:
             child = server.start("quantize", path, destination, "--threads", 2)
             time.sleep(chance.uniform(0, seconds))
-            os.kill(child, 9)
+            with contextlib.suppress(ProcessLookupError):  # it may have ended meanwhile
+                os.kill(child, 9)
             code, _, _ = server.end()
             seconds *= 1.3
             if code == KILLED:

@@ -79,11 +79,10 @@ def fp8_with_scale(shape: tuple[int, ...], value: float = 1.0) -> Callable[[Tens
     return change
 
 
-def mxfp4(tensors: Tensors) -> None:
+def int8(tensors: Tensors) -> None:
     name = f"{EXPERT}up_proj.weight"
-    rows, cols = tensors[name].shape
-    tensors[name] = torch.zeros(rows, cols // 2, dtype=torch.int8)
-    tensors[f"{EXPERT}up_proj.scale"] = torch.zeros(rows, cols // 32, dtype=torch.uint8).view(torch.float8_e8m0fnu)
+    tensors[name] = torch.zeros(tensors[name].shape, dtype=torch.int8)
+    tensors[f"{EXPERT}up_proj.weight_scale"] = torch.ones(len(tensors[name]), 1)
 
 
 BAD_SOURCES: dict[str, tuple[Callable[[Tensors], object], tuple[str, ...]]] = {
@@ -122,9 +121,13 @@ BAD_SOURCES: dict[str, tuple[Callable[[Tensors], object], tuple[str, ...]]] = {
         replace("model.layers.0.mlp.experts.4.up_proj.weight", torch.ones(32, 48)),
         ("expected experts 0..3 (from config.json), got expert 4 too",),
     ),
+    "a leaf": (
+        replace(f"{EXPERT}up_proj.zero_point", torch.ones(32)),
+        (f"{EXPERT}up_proj.weight", "expected experts without other leaves", "got 'zero_point' too"),
+    ),
     "a bias": (
         replace(f"{EXPERT}up_proj.bias", torch.ones(32)),
-        (f"{EXPERT}up_proj.weight", "expected experts without other leaves", "got 'bias' too"),
+        (f"{EXPERT}up_proj.bias", "expected a bias for gate and up of every expert, or for none"),
     ),
     "no MoE layer": (
         remove(".experts."),
@@ -132,13 +135,13 @@ BAD_SOURCES: dict[str, tuple[Callable[[Tensors], object], tuple[str, ...]]] = {
     ),
     "FP8 without scale": (
         fp8_without_scale,
-        (f"{EXPERT}up_proj.weight", "expected bf16, fp16, fp32, or E4M3 with", "got F8_E4M3 with no scale"),
+        (f"{EXPERT}up_proj.weight", "expected bf16, fp16, fp32, MXFP4, or E4M3 with", "got F8_E4M3 with no scale"),
     ),
     "blocks": (
         fp8_with_scale((2, 1)),
         (f"{EXPERT}up_proj.weight_scale_inv", "expected shape [1, 1], one per block 128 x 128", "got [2, 1]"),
     ),
-    "MXFP4": (mxfp4, (f"{EXPERT}up_proj.weight", "expected bf16, fp16, fp32", "got I8 with scale F8_E8M0 [32, 1]")),
+    "INT8": (int8, (f"{EXPERT}up_proj.weight", "fp32, MXFP4, or E4M3", "got I8 with weight_scale F32 [32, 1]")),
     "stacks beside experts": (
         lambda tensors: tensors.update(source.stacks(source.experts())),
         ("model.layers.0.mlp.experts.*", "expected single experts or stacks of experts, got both"),
@@ -157,12 +160,6 @@ def test_a_source_that_cannot_be_quantized(tmp_path: Path, case: str) -> None:
     assert source.contents(path) == before
     assert not (tmp_path / "result" / "config.json").exists()
     assert not list(tmp_path.rglob("*.partial"))
-
-
-def test_interleaved_gate_and_up(tmp_path: Path) -> None:
-    config = source.CONFIG | {"model_type": "gpt_oss"}
-    path = source.write(tmp_path / "source", source.stacks(source.experts()) | source.others(), config)
-    refused((path, tmp_path / "result"), "gate_up_proj", "expected gate rows first, then up rows, got gpt_oss")
 
 
 @pytest.mark.parametrize(("key", "what", "got"), [

@@ -51,7 +51,8 @@ class MoEBackend(Protocol):
         """None if the backend can run ``config``, else why not, as "expected ..., got ..."."""
 
     def prepare(self, w13: NVFP4Weight, w2: NVFP4Weight) -> dict[str, Tensor]:
-        """[E, 2I, K] (global scale [E, 2]) and [E, K, I], gate rows first -> the tensors that ``apply`` reads.
+        """[E, 2I, K] (global scale [E, 2]), gate rows first, or [E, I, K] (global scale [E]) of experts without a gate,
+        and [E, K, I] -> the tensors that ``apply`` reads.
 
         Raises ValueError for NaN scales and global scales that are not finite.
         """
@@ -73,7 +74,8 @@ class MoEBackend(Protocol):
     ) -> Tensor:
         """The layer: hidden_states [M, K], topk_weights fp32 and topk_ids [M, top_k] -> [M, K] in their dtype.
 
-        ``tensors`` are those of ``prepare``; the rest is as in ``torch_nvfp4.moe``.
+        ``tensors`` are those of ``prepare``, and ``w13_bias`` and ``w2_bias`` where the experts have them; the rest is
+        as in ``torch_nvfp4.moe``.
         """
 
     def apply_batched(

@@ -42,6 +42,7 @@ class MoEBackendConfig:
     apply_router_weight_on_input: bool = False
     equal_gate_up_scales: bool = True  # global scales of gate and up agree in every expert
     libraries: Libraries = field(default_factory=Libraries.detect)
+    biases: bool = False  # of the experts
 
     @classmethod
     def for_device(
@@ -56,6 +57,7 @@ class MoEBackendConfig:
         apply_router_weight_on_input: bool = False,
         equal_gate_up_scales: bool = True,
         libraries: Libraries | None = None,
+        biases: bool = False,
     ) -> MoEBackendConfig:
         """For a device that is here, whose type and compute capability it reads; the rest are the fields of the class.
 
@@ -74,13 +76,15 @@ class MoEBackendConfig:
             apply_router_weight_on_input,
             equal_gate_up_scales,
             Libraries.detect() if libraries is None else libraries,
+            biases,
         )
 
     def __str__(self) -> str:
         where = self.device_type
         if self.compute_capability is not None:
             where += f" SM{self.compute_capability[0]}{self.compute_capability[1]}"
-        return f"{where}, K {self.hidden_size}, I {self.intermediate_size}, {self.gate}"
+        biases = ", biases" if self.biases else ""
+        return f"{where}, K {self.hidden_size}, I {self.intermediate_size}, {self.gate}{biases}"
 
 
 def size_error(config: MoEBackendConfig, multiple: int) -> str | None:

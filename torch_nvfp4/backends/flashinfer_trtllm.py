@@ -43,6 +43,10 @@ def supports(config: MoEBackendConfig) -> str | None:
         return "expected the package flashinfer, got none; pip install flashinfer-python"
     if config.gate.activation is not Activation.silu:
         return f"expected activation silu, got {config.gate.activation.name}"
+    if not config.gate.gated:
+        return "expected experts with a gate, got some without"
+    if config.biases:
+        return "expected experts without biases, got some with"
     if config.expert_map:
         return "expected every expert on this device, got an expert_map (flashinfer takes one contiguous range)"
     if config.apply_router_weight_on_input:

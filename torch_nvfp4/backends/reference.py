@@ -13,9 +13,10 @@ from torch import Tensor
 
 from torch_nvfp4 import reference
 from torch_nvfp4.backends.config import MoEBackendConfig, dtype_error, size_error
-from torch_nvfp4.format import NVFP4Weight, validate
+from torch_nvfp4.format import NVFP4Weight, has_gate_rows, validate
 from torch_nvfp4.gate import CLAMP_ACTIVATIONS
 from torch_nvfp4.ops.batch_invariance import refuse_batch_invariance
+from torch_nvfp4.ops.optional import optional_arguments
 from torch_nvfp4.quant_config import MoEQuantConfig
 
 __all__ = ["CLAMP_ACTIVATIONS", "apply", "apply_batched", "name", "prepare", "restore", "supports"]
@@ -30,7 +31,7 @@ def supports(config: MoEBackendConfig) -> str | None:
 
 def prepare(w13: NVFP4Weight, w2: NVFP4Weight) -> dict[str, Tensor]:
     """The canonical weights themselves. Those without values, on the meta device, have none to check."""
-    for weight, gated in ((w13, True), (w2, False)):
+    for weight, gated in ((w13, has_gate_rows(w13, w2)), (w2, False)):
         validate(weight, gated=gated)
     weights = {"w13": w13, "w2": w2}
     return {
@@ -72,6 +73,7 @@ def apply(
         expert_map,
         *quant.gate.kwargs().values(),
         apply_router_weight_on_input,
+        *optional_arguments(tensors.get("w13_bias"), tensors.get("w2_bias")),
     )
 
 
@@ -89,6 +91,7 @@ def apply_batched(
         tensors["w2_global_scale"],
         expert_num_tokens,
         *quant.gate.kwargs().values(),
+        *optional_arguments(tensors.get("w13_bias"), tensors.get("w2_bias")),
     )
 
 
@@ -101,7 +104,8 @@ def _computed_in(hidden_states: Tensor) -> torch.dtype:
     mutates_args=(),
     schema="(Tensor hidden_states, Tensor w13, Tensor w13_scale, Tensor w13_global_scale, Tensor w2, Tensor w2_scale, "
     "Tensor w2_global_scale, Tensor topk_weights, Tensor topk_ids, Tensor? expert_map, int activation, "
-    "float? clamp_limit, float alpha, float beta, bool apply_router_weight_on_input) -> Tensor",
+    "float? clamp_limit, float alpha, float beta, bool apply_router_weight_on_input, Tensor? w13_bias=None, "
+    "Tensor? w2_bias=None) -> Tensor",
 )
 def _moe(
     hidden_states: Tensor,
@@ -119,6 +123,8 @@ def _moe(
     alpha: float,
     beta: float,
     apply_router_weight_on_input: bool,
+    w13_bias: Tensor | None = None,
+    w2_bias: Tensor | None = None,
 ) -> Tensor:
     output = reference.moe(
         hidden_states,
@@ -127,6 +133,8 @@ def _moe(
         topk_weights,
         topk_ids,
         expert_map,
+        w13_bias,
+        w2_bias,
         activation=activation,
         clamp_limit=clamp_limit,
         alpha=alpha,
@@ -146,8 +154,8 @@ def _(hidden_states: Tensor, *args: object) -> Tensor:
     "nvfp4_reference::batched_moe",
     mutates_args=(),
     schema="(Tensor hidden_states, Tensor w13, Tensor w13_scale, Tensor w13_global_scale, Tensor w2, Tensor w2_scale, "
-    "Tensor w2_global_scale, Tensor expert_num_tokens, int activation, float? clamp_limit, float alpha, float beta) "
-    "-> Tensor",
+    "Tensor w2_global_scale, Tensor expert_num_tokens, int activation, float? clamp_limit, float alpha, float beta, "
+    "Tensor? w13_bias=None, Tensor? w2_bias=None) -> Tensor",
 )
 def _batched_moe(
     hidden_states: Tensor,
@@ -162,12 +170,16 @@ def _batched_moe(
     clamp_limit: float | None,
     alpha: float,
     beta: float,
+    w13_bias: Tensor | None = None,
+    w2_bias: Tensor | None = None,
 ) -> Tensor:
     output = reference.batched_moe(
         hidden_states,
         NVFP4Weight(w13, w13_scale, w13_global_scale),
         NVFP4Weight(w2, w2_scale, w2_global_scale),
         expert_num_tokens,
+        w13_bias,
+        w2_bias,
         activation=activation,
         clamp_limit=clamp_limit,
         alpha=alpha,

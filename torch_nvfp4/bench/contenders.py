@@ -25,14 +25,15 @@ from torch_nvfp4.bench.layer import (
     cast,
     dtype_name,
 )
-from torch_nvfp4.format import NVFP4Weight, dequantize
-from torch_nvfp4.gate import gated_activation, parse_activation
+from torch_nvfp4.format import NVFP4Weight, dequantize, has_gate_rows
+from torch_nvfp4.gate import activate, parse_activation
 from torch_nvfp4.nn import NVFP4Experts
 
 
 def dequantize_then_matmul(
     case: Case, w13: NVFP4Weight, w2: NVFP4Weight, *, activation: str | int = "silu", clamp_limit: float | None,
     alpha: float = 1.0, beta: float = 0.0, apply_router_weight_on_input: bool = False,
+    w13_bias: Tensor | None = None, w2_bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The layer in plain torch: each expert that was hit is dequantized to the dtype of the input, then multiplied."""
     x, topk_weights, topk_ids = case
@@ -44,9 +45,10 @@ def dequantize_then_matmul(
         token, slot = torch.where(topk_ids == expert)
         router = topk_weights[token, slot, None].to(x.dtype)
         rows = x[token] * router if apply_router_weight_on_input else x[token]
-        gate, up = F.linear(rows, _dequantize_expert(w13, expert, x.dtype)).chunk(2, -1)
-        hidden = gated_activation(gate, up, act, clamp_limit, alpha, beta)
-        hidden = F.linear(hidden, _dequantize_expert(w2, expert, x.dtype))
+        first, second = (None if bias is None else bias[expert].to(x.dtype) for bias in (w13_bias, w2_bias))
+        hidden = F.linear(rows, _dequantize_expert(w13, expert, x.dtype), first)
+        hidden = activate(hidden, act, clamp_limit, alpha, beta, gated=has_gate_rows(w13, w2))
+        hidden = F.linear(hidden, _dequantize_expert(w2, expert, x.dtype), second)
         out.index_add_(0, token, hidden if apply_router_weight_on_input else hidden * router)
     return out
 

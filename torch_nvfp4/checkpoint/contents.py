@@ -1,15 +1,25 @@
-"""Which of a checkpoint's tensors are NVFP4 experts, NVFP4 linears or something else. Reads no tensor data."""
+"""Which tensors are NVFP4 or MXFP4 experts, NVFP4 linears or something else. Reads no tensor data."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, overload
+from typing import NamedTuple
 
+from torch_nvfp4.checkpoint.experts import (
+    Expert,
+    LayerExperts,
+    StackedExperts,
+    check_biases,
+    check_size,
+    expert_of,
+)
 from torch_nvfp4.checkpoint.headers import TensorInfo, tensor_error
 from torch_nvfp4.checkpoint.layouts import (
     CATEGORY_OF_SCHEME,
+    EXPERTS_OF_SCHEME,
+    MXFP4_SPELLINGS,
     PROJECTIONS,
     SPELLINGS,
     ExpertName,
@@ -26,18 +36,19 @@ from torch_nvfp4.checkpoint.layouts import (
     stored,
     with_num,
 )
-from torch_nvfp4.checkpoint.leftovers import Leftover, leftovers
+from torch_nvfp4.checkpoint.leftovers import leftovers
 from torch_nvfp4.errors import CheckpointError, refusal, shown
 from torch_nvfp4.model_config import MAX_COUNT, ModelConfig
 
 __all__ = ["Category", "Contents", "Expert", "LayerExperts", "id_spans"]
 
-_EXPERTS = "NVFP4 experts"
 _KV_SCALES = "KV cache scales"
 _IGNORED = "ignored (multi-token prediction)"
-_CATEGORIES = (_EXPERTS, *CATEGORY_OF_SCHEME.values(), _KV_SCALES, _IGNORED)
+_CATEGORIES = (*EXPERTS_OF_SCHEME.values(), *CATEGORY_OF_SCHEME.values(), _KV_SCALES, _IGNORED)
 _KV_CACHE_LEAVES = {".k_scale", ".v_scale"}
 _SCALE_LEAVES = {leaf for spelling in SPELLINGS for leaf in (spelling.scale, spelling.global_scale)}
+_GLOBAL_SCALE_LEAVES = {spelling.global_scale for spelling in SPELLINGS}
+_SCALE_LEAVES |= {spelling.scale for spelling in MXFP4_SPELLINGS}
 _ROLES = (("gate", "w1 or gate_proj"), ("up", "w3 or up_proj"), ("down", "w2 or down_proj"))
 
 
@@ -50,48 +61,6 @@ class Category:
     tensors: int
     nbytes: int
     example: str
-
-
-class Expert(NamedTuple):
-    gate: Matrix
-    up: Matrix
-    down: Matrix
-
-
-class StackedExperts(Sequence[Expert]):
-    """The experts of stacks, made when asked for: a sparse file of a few bytes can declare very many."""
-
-    def __init__(self, modules: Mapping[str, Stored], ids: range) -> None:
-        self._modules, self._ids = modules, ids
-
-    def __len__(self) -> int:
-        return len(self._ids)
-
-    @overload
-    def __getitem__(self, index: int) -> Expert: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Expert]: ...
-    def __getitem__(self, index: int | slice) -> Expert | Sequence[Expert]:
-        if isinstance(index, slice):
-            return StackedExperts(self._modules, self._ids[index])
-        return _expert(self._modules, self._ids[index])
-
-
-class LayerExperts(NamedTuple):
-    """The routed experts of one layer, checked: gate and up [I, K], down [K, I] each.
-
-    leftovers: the tensors among them that belong to none of their modules, for which loading refuses the layer.
-    """
-
-    experts: Sequence[Expert]
-    hidden_size: int
-    intermediate_size: int
-    leftovers: tuple[Leftover, ...] = ()
-
-    def kinds(self, experts: Sequence[Expert] | None = None) -> Sequence[Expert]:
-        """Of the experts (None: of all), those whose modules differ: one of a stack, in which all share them."""
-        experts = self.experts if experts is None else experts
-        return experts[:1] if isinstance(experts, StackedExperts) else experts
 
 
 class _Module(NamedTuple):
@@ -111,17 +80,24 @@ class _Node:
     def modules(self) -> Iterable[_Module]:
         return (module for slot in self.slots.values() for module in slot.values())
 
+    def scheme(self) -> str:
+        """What its modules are: a damaged one of MXFP4 without its scales looks like one of NVFP4."""
+        modules = list(self.modules())
+        if any(module.leaves.keys() & _GLOBAL_SCALE_LEAVES for module in modules):
+            return "nvfp4"
+        return "mxfp4" if any(module.scheme == "mxfp4" for module in modules) else "nvfp4"
+
 
 class Contents:
     """What the headers of a checkpoint say it holds.
 
     Attributes:
         layers: the layers whose experts can be loaded, as far as headers can tell.
-        refused: the layers with NVFP4 experts that cannot be loaded, and why.
+        refused: the layers with NVFP4 or MXFP4 experts that cannot be loaded, and why.
         linears: the NVFP4 modules that are not routed experts.
-        layout: the name of the layout of the first layer (or linear); None where nothing is NVFP4.
+        layout: the name of the layout of the first layer (or linear); None where nothing is NVFP4 or MXFP4.
 
-    Raises CheckpointError for a damaged NVFP4 module, and for a checkpoint of which no layer could be loaded.
+    Raises CheckpointError for a damaged quantized module, and for a checkpoint of which no layer could be loaded.
     """
 
     def __init__(self, path: Path, tensors: Mapping[str, TensorInfo], config: ModelConfig) -> None:
@@ -152,7 +128,7 @@ class Contents:
             return Matrix(linear, 0, 0, linear.rows, 0)
         parts = expert_name(name)
         layer = self.layers.get(parts.layer) if parts is not None else None
-        matrices = (matrix for expert in layer.kinds() for matrix in expert) if layer is not None else iter(())
+        matrices = (m for expert in layer.kinds() for m in expert.matrices) if layer is not None else iter(())
         return next((m for m in matrices if m.stored.name == name and m.is_whole), None)
 
     def _sort(self, tensors: Mapping[str, TensorInfo]) -> None:
@@ -181,7 +157,7 @@ class Contents:
                 else:
                     self._outside += leaves.values()
                 continue
-            self._count(_EXPERTS if kind == "nvfp4" else CATEGORY_OF_SCHEME[kind], module, leaves.values())
+            self._count(EXPERTS_OF_SCHEME.get(kind, CATEGORY_OF_SCHEME[kind]), module, leaves.values())
             self._add(name, _Module(module, leaves, kind))
 
     def _add(self, name: ExpertName, module: _Module) -> None:
@@ -200,27 +176,29 @@ class Contents:
     def _find_layers(self) -> None:
         nodes: dict[int, _Node] = {}
         layouts: dict[int, Layout] = {}
-        mxfp4: CheckpointError | None = None
-        for node in self._nodes.values():
-            quantized = [module for module in node.modules() if module.scheme == "nvfp4"]
-            if not quantized:
-                first = next((module for module in node.modules() if module.scheme == "mxfp4"), None)
-                mxfp4 = mxfp4 or (None if first is None else _mxfp4_error(first))
-                continue
+        quantized = [
+            node for node in self._nodes.values() if any(each.scheme in EXPERTS_OF_SCHEME for each in node.modules())
+        ]
+        # Beside NVFP4 experts, MXFP4 ones of the same layer are those of a draft or of another part of the model.
+        for node in sorted(quantized, key=lambda node: node.scheme() == "mxfp4"):
+            kind = node.scheme()
+            first = next(module for module in node.modules() if module.scheme == kind)
             other = nodes.setdefault(node.layer, node)
             if other is not node:
-                info = next(iter(quantized[0].leaves.values()))
-                expected = f"the NVFP4 experts of layer {node.layer} under {shown(other.root)}"
+                if other.scheme() != kind:
+                    continue
+                info = next(iter(first.leaves.values()))
+                expected = f"the {kind.upper()} experts of layer {node.layer} under {shown(other.root)}"
                 raise tensor_error(info.file, info.name, expected, f"{shown(node.root)} too")
             try:
-                name = expert_name(quantized[0].name)
+                name = expert_name(first.name)
                 assert name is not None
-                layouts[node.layer] = layout_of(name, quantized[0].leaves)
+                layouts[node.layer] = layout_of(name, first.leaves, kind)
                 self.layers[node.layer] = self._layer(node, layouts[node.layer])
             except Unsupported as error:
                 self.refused[node.layer] = error
-        if not self.layers and (self.refused or mxfp4 is not None):
-            raise self.refused[min(self.refused)] if self.refused else mxfp4  # type: ignore[misc]
+        if not self.layers and self.refused:
+            raise self.refused[min(self.refused)]
         self.layers = dict(sorted(self.layers.items()))
         if self.layers:
             self.layout = layouts[next(iter(self.layers))].name
@@ -245,30 +223,37 @@ class Contents:
         if len({expert is None for expert in node.slots}) > 1:
             got = f"tensors of single experts under {shown(node.root)} beside stacks of all experts"
             raise CheckpointError(refusal(self.path, f"one layout for the experts of layer {node.layer}", got))
-        for module in node.modules():
-            codes = codes_of(module.leaves)
-            if module.scheme != "nvfp4" and codes is not None and codes.dtype != "U8":
-                expected = f"NVFP4 like other projections of the experts of layer {node.layer}"
-                got = f"{codes.dtype} ({CATEGORY_OF_SCHEME[module.scheme]})"
-                advice = "one layer's experts in several formats are not supported; quantize all of them to NVFP4"
-                raise tensor_error(codes.file, codes.name, expected, got, advice, kind=Unsupported)
+        self._check_one_format(node, layout)
         spelled = {
             role: module.name.rpartition(".")[2] for slot in node.slots.values() for role, module in slot.items()
         }
-        if "gate" not in spelled and "gate_up" not in spelled:
+        if "gate" not in spelled and "gate_up" not in spelled and not self._config.may_lack_a_gate:
             where = f"{self.path}: tensors {node.root}{'0.' if layout.kind == 'matrix' else ''}*"
-            got = f"{sorted(spelled.values())} only: experts without a gate are not supported"
-            raise Unsupported(refusal(where, "a gate projection (w1 or gate_proj)", got))
-        if "gate_up" in spelled and self._config.interleaves_gate_and_up:
-            where = f"{self.path}: tensors {node.root}{spelled['gate_up']}.*"
-            got = f"those of {self._config.model_type}, which alternate"
-            raise Unsupported(refusal(where, "gate rows before up rows", got, "interleaved rows are not supported"))
+            got = f"{sorted(spelled.values())} only, and config.json has {self._config.hidden_act or 'no activation'}"
+            advice = "experts without a gate are known of relu2 alone"
+            raise Unsupported(refusal(where, "a gate projection (w1 or gate_proj)", got, advice))
         experts: Sequence[Expert]
         if layout.kind == "matrix":
             experts = self._separate_experts(node, layout, spelled)
         else:
             experts = self._stacked_experts(node, layout, spelled)
         return self._checked(node.layer, experts)
+
+    def _check_one_format(self, node: _Node, layout: Layout) -> None:
+        """Raises Unsupported for a module in another format. A damaged one in this format is refused by `stored`."""
+        format, dtypes = ("MXFP4", ("U8", "I8")) if layout.spelling.is_mxfp4 else ("NVFP4", ("U8",))
+        for module in node.modules():
+            codes = codes_of(module.leaves)
+            if module.scheme in EXPERTS_OF_SCHEME:
+                same = module.scheme != "mxfp4" or format == "MXFP4"
+            else:
+                same = codes is None or codes.dtype in dtypes
+            if not same:
+                assert codes is not None
+                expected = f"{format} like other projections of the experts of layer {node.layer}"
+                got = f"{codes.dtype} ({CATEGORY_OF_SCHEME[module.scheme]})"
+                advice = "one layer's experts in several formats are not supported; quantize all of them to NVFP4"
+                raise tensor_error(codes.file, codes.name, expected, got, advice, kind=Unsupported)
 
     def _separate_experts(self, node: _Node, layout: Layout, spelled: Mapping[str, str]) -> list[Expert]:
         ids = sorted(expert for expert in node.slots if expert is not None)
@@ -279,11 +264,11 @@ class Contents:
             for role in _roles(self.path, node, spelled):
                 module = f"{node.root}{expert}.{spelled[role]}"
                 leaves = node.slots[expert][role].leaves if role in node.slots[expert] else {}
-                modules[role] = stored(
-                    self.path, module, leaves, spelling_of(leaves) if leaves else layout.spelling, "matrix",
-                    gate_up=role == "gate_up",
-                )  # fmt: skip
-            experts.append(_expert(modules, 0))
+                spelling = layout.spelling
+                if leaves and not spelling.is_mxfp4:
+                    spelling = spelling_of(leaves)
+                modules[role] = stored(self.path, module, leaves, spelling, "matrix", gate_up=role == "gate_up")
+            experts.append(expert_of(modules, 0, self._config.interleaves_gate_and_up))
         return experts
 
     def _stacked_experts(self, node: _Node, layout: Layout, spelled: Mapping[str, str]) -> StackedExperts:
@@ -305,7 +290,8 @@ class Contents:
             info = modules["down"].data
             raise tensor_error(info.file, info.name, f"at most {MAX_COUNT} experts in a layer", f"{num}")
         self._check_count(node, range(num))
-        return StackedExperts(modules, range(num))
+        interleaved = self._config.interleaves_gate_and_up or layout.spelling.is_interleaved
+        return StackedExperts(modules, range(num), interleaved)
 
     def _split_rows(self, modules: Mapping[str, Stored]) -> dict[str, Stored]:
         """[E * rows, cols] of all projections: down has I columns, so gate_up has 2I rows per expert, and K columns."""
@@ -342,30 +328,20 @@ class Contents:
 
     def _checked(self, layer: int, experts: Sequence[Expert]) -> LayerExperts:
         """The experts with the sizes that all of them have, those of the config where it declares any."""
-        gate, config = experts[0].gate, self._config
-        k = config.hidden_size if config.hidden_size is not None else gate.stored.cols
+        up, config = experts[0].up, self._config
+        k = config.expert_hidden_size if config.expert_hidden_size is not None else up.stored.cols
         declared = config.intermediate_size(layer)
-        i = declared if declared is not None else gate.rows
+        i = declared if declared is not None else up.rows
         content = LayerExperts(experts, k, i)
         for expert in content.kinds():
-            for matrix, rows, cols in ((expert.gate, i, k), (expert.up, i, k), (expert.down, k, i)):
-                module = matrix.stored
-                if (matrix.rows, module.cols) == (rows, cols):
-                    continue
-                if matrix.rows != module.rows:
-                    rows *= 2
-                expected: list[int] = [rows, cols // 2]
-                if module.kind == "stack":
-                    expected = [module.num, *(expected[::-1] if module.swapped else expected)]
-                elif module.kind == "rows":
-                    expected = [module.num * rows, cols // 2]
-                raise tensor_error(
-                    module.data.file,
-                    module.data.name,
-                    f"shape {expected} for hidden size {k}, intermediate size {i}",
-                    f"{list(module.data.shape)}",
-                )
-        return content
+            for matrix in expert.first:
+                check_size(matrix, i, k, k, i)
+            check_size(expert.down, k, i, k, i)
+        kinds = content.kinds()
+        return content._replace(
+            has_w13_bias=check_biases(matrix.stored for expert in kinds for matrix in expert.first),
+            has_w2_bias=check_biases(expert.down.stored for expert in kinds),
+        )
 
     def _check_across_layers(self) -> None:
         """One hidden size; numbers of experts may differ where the config says so."""
@@ -373,7 +349,7 @@ class Contents:
         for layer, content in self.layers.items():
             assert first is not None
             if content.hidden_size != first.hidden_size:
-                info = content.experts[0].gate.stored.data
+                info = content.experts[0].up.stored.data
                 expected = f"hidden size {first.hidden_size}, as in layer {next(iter(self.layers))}"
                 raise tensor_error(info.file, info.name, expected, f"{content.hidden_size}")
             if len(content.experts) != len(first.experts) and not self._config.declares_num_experts:
@@ -382,39 +358,21 @@ class Contents:
                 raise CheckpointError(refusal(where, expected, f"{len(content.experts)}", advice))
 
 
-def _mxfp4_error(module: _Module) -> CheckpointError:
-    info = codes_of(module.leaves) or next(iter(module.leaves.values()))
-    return tensor_error(
-        info.file,
-        info.name,
-        "NVFP4 experts (U8 codes, F8_E4M3 scales per 16, F32 global scale)",
-        f"{info.dtype} codes with E8M0 scales: the MXFP4 original, not its NVFP4 conversion",
-        "download the -NVFP4 checkpoint",
-    )
-
-
 def _roles(path: Path, node: _Node, spelled: Mapping[str, str]) -> tuple[str, ...]:
     """The projections that the experts of a node consist of; a missing one is a damaged checkpoint."""
     if "gate_up" in spelled and spelled.keys() & {"gate", "up"}:
         got = f"{sorted(spelled.values())}"
         raise CheckpointError(refusal(f"{path}: tensors {node.root}*", "gate and up in one projection or in two", got))
+    gateless = "gate" not in spelled and "gate_up" not in spelled  # which the config has to allow
     for role, names in _ROLES:
         if role not in spelled and not (role in ("gate", "up") and "gate_up" in spelled):
+            if role == "gate" and gateless:
+                continue
             where, got = f"{path}: tensors {node.root}*", f"{sorted(spelled.values())} only"
             raise CheckpointError(refusal(where, f"a {role} projection ({names})", got))
-    return ("gate_up", "down") if "gate_up" in spelled else ("gate", "up", "down")
-
-
-def _expert(modules: Mapping[str, Stored], index: int) -> Expert:
-    down = Matrix(modules["down"], index, 0, modules["down"].rows, 0)
-    if "gate_up" not in modules:
-        gate, up = (Matrix(modules[role], index, 0, modules[role].rows, 0) for role in ("gate", "up"))
-        return Expert(gate, up, down)
-    both = modules["gate_up"]
-    if both.rows % 2:
-        raise tensor_error(both.data.file, both.data.name, "as many gate rows as up rows", f"{both.rows} rows")
-    half = both.rows // 2
-    return Expert(Matrix(both, index, 0, half, 0), Matrix(both, index, half, half, 1), down)
+    if "gate_up" in spelled:
+        return "gate_up", "down"
+    return ("up", "down") if gateless else ("gate", "up", "down")
 
 
 def id_spans(ids: Iterable[int]) -> str:

@@ -4,91 +4,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from torch_nvfp4.checkpoint.contents import Category, Contents, Expert, LayerExperts, id_spans
+from torch_nvfp4.checkpoint.contents import Contents, id_spans
+from torch_nvfp4.checkpoint.experts import Expert, LayerExperts
 from torch_nvfp4.checkpoint.headers import collect_tensors, listing, load_json
+from torch_nvfp4.checkpoint.layouts import BIAS_LEAVES
+from torch_nvfp4.checkpoint.records import ExpertWeights, LayerConfig, Refusal, Summary
 from torch_nvfp4.checkpoint.transforms import check_transforms
-from torch_nvfp4.checkpoint.weights import (
-    Shards,
-    check_other_leaves,
-    copy_matrix,
-    empty_bytes,
-    empty_scales,
-    read_each,
-    read_matrix,
-)
+from torch_nvfp4.checkpoint.weights import Shards, check_other_leaves, read_experts, read_matrix
 from torch_nvfp4.errors import CheckpointError, refusal, shown
 from torch_nvfp4.format import GROUP_SIZE, NVFP4Weight
 from torch_nvfp4.gate import Gate
 from torch_nvfp4.model_config import ModelConfig
 
 __all__ = ["Checkpoint", "ExpertWeights", "LayerConfig", "Refusal", "Summary", "open_checkpoint"]
-
-
-class ExpertWeights(NamedTuple):
-    """The experts of one layer (or of one rank's part of it).
-
-    w13: [E, 2I, K], gate rows first, global_scale [E, 2] (gate, up). w2: [E, K, I], global_scale [E].
-    """
-
-    w13: NVFP4Weight
-    w2: NVFP4Weight
-
-
-class LayerConfig(NamedTuple):
-    """What files and config say about the routed experts of one layer. top_k: None where it is not declared."""
-
-    num_experts: int
-    hidden_size: int
-    intermediate_size: int
-    top_k: int | None
-    gate: Gate
-    apply_router_weight_on_input: bool
-
-
-class Refusal(NamedTuple):
-    """Something that loading would refuse, and the words in which it would."""
-
-    what: str  # "layer 3", or the name of a linear
-    reason: str
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What a checkpoint holds, for `torch-nvfp4 inspect`. None: not declared, or no NVFP4 experts.
-
-    num_experts, top_k and intermediate_size are those of the first layer; expert_counts, top_ks and intermediate_sizes
-    have every layer's (top_ks without those of which config.json declares none). left_out is the number of tensors in
-    the shards that the index does not name.
-    """
-
-    path: Path
-    layout: str | None
-    model_type: str | None
-    quant_method: str | None
-    quant_algo: str | None
-    shards: int
-    nbytes: int
-    layers: tuple[int, ...]
-    num_experts: int | None
-    top_k: int | None
-    hidden_size: int | None
-    intermediate_size: int | None
-    hidden_act: str | None
-    clamp_limits: dict[int, float | None]
-    categories: tuple[Category, ...]
-    expert_counts: dict[int, int]
-    top_ks: dict[int, int]
-    intermediate_sizes: dict[int, int]
-    apply_router_weight_on_input: bool
-    refusals: tuple[Refusal, ...]
-    left_out: int
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -105,8 +40,8 @@ class Checkpoint:
         quant_config: the quantization section of config.json, else of hf_quant_config.json, else empty.
         tensors: every tensor by name; with an index, those that it names.
         layout: the name of a row of `layouts.LAYOUTS` ("deepseek", "modelopt", "compressed-tensors", ...), or None when
-            nothing is NVFP4.
-        layers: the layers whose experts are NVFP4, ascending; `refusals` names those that cannot be loaded.
+            nothing is NVFP4 or MXFP4.
+        layers: the layers whose experts are NVFP4 or MXFP4, ascending; `refusals` names those that cannot be loaded.
         linears: the NVFP4 modules that are not routed experts.
     """
 
@@ -130,7 +65,7 @@ class Checkpoint:
 
         Raises:
             CheckpointError: missing directory, config, index entry or shard; a file that is not a regular file;
-                invalid JSON; a truncated file; a tensor that two shards hold; an NVFP4 module with a missing leaf, a
+                invalid JSON; a truncated file; a tensor that two shards hold; a quantized module with a missing leaf, a
                 wrong dtype or shape; missing expert ids; a value in the config that cannot be what its key says; a
                 clamp limit whose form is not understood; a checkpoint of which no layer could be loaded.
         """
@@ -164,17 +99,17 @@ class Checkpoint:
 
     @property
     def num_experts(self) -> int:
-        """Routed experts of the first layer (all ranks). Raises CheckpointError when no layer has NVFP4 experts."""
+        """Routed experts of the first layer (all ranks). Raises CheckpointError when no layer has quantized ones."""
         return len(self._first_layer().experts)
 
     @property
     def hidden_size(self) -> int:
-        """K of the experts. Raises CheckpointError when no layer has NVFP4 experts."""
+        """K of the experts. Raises CheckpointError when no layer has quantized ones."""
         return self._first_layer().hidden_size
 
     @property
     def intermediate_size(self) -> int:
-        """I of the experts of the first layer. Raises CheckpointError when no layer has NVFP4 experts."""
+        """I of the experts of the first layer. Raises CheckpointError when no layer has quantized ones."""
         return self._first_layer().intermediate_size
 
     @property
@@ -208,7 +143,7 @@ class Checkpoint:
         """Sizes, gate and top-k of one layer's routed experts.
 
         Raises:
-            CheckpointError: a layer without NVFP4 experts or one that cannot be loaded; as `gate`.
+            CheckpointError: a layer without quantized experts or one that cannot be loaded; as `gate`.
         """
         content = self._layer(layer)
         return LayerConfig(
@@ -218,6 +153,9 @@ class Checkpoint:
             top_k=self._model.declared_top_k(layer),
             gate=self.gate(layer),
             apply_router_weight_on_input=self.apply_router_weight_on_input(layer),
+            gated=content.gated,
+            has_w13_bias=content.has_w13_bias,
+            has_w2_bias=content.has_w2_bias,
         )
 
     def clamp_limit(self, layer: int) -> float | None:
@@ -231,7 +169,9 @@ class Checkpoint:
             CheckpointError: an activation that is not known, or a clamp on an activation that has none: a clamp is
                 never dropped.
         """
-        return self._model.gate(layer)
+        gate = self._model.gate(layer)
+        content = self._contents.layers.get(layer)
+        return gate if content is None or content.gated else replace(gate, gated=False)
 
     def activation(self, layer: int) -> Gate:
         """The former name of `gate`."""
@@ -254,6 +194,8 @@ class Checkpoint:
     ) -> ExpertWeights:
         """Reads the experts of one layer, or one rank's part; no byte of another layer is read.
 
+        MXFP4 becomes NVFP4 with the same values, bit for bit (see `torch_nvfp4.mxfp4`).
+
         Args:
             layer: one of `layers`.
             tp_rank, tp_size: slice I: rows of gate and up, columns of down. I / tp_size must be a multiple of 16.
@@ -264,39 +206,24 @@ class Checkpoint:
 
         Returns:
             w13 [E / ep_size, 2I / tp_size, K] with global_scale [E / ep_size, 2] (gate, up), gate rows first, and
-            w2 [E / ep_size, K, I / tp_size] with global_scale [E / ep_size].
+            w2 [E / ep_size, K, I / tp_size] with global_scale [E / ep_size]; biases where there are any. Without a gate
+            w13 is [E / ep_size, I / tp_size, K] with global_scale [E / ep_size].
 
         Raises:
-            CheckpointError: a layer without NVFP4 experts or one that `refusals` names, a slice that does not fit, a
-                NaN scale, a global scale that is not finite, a tensor of the experts (bias, adapter, pre_quant_scale
-                other than one) that `moe` could not apply.
+            CheckpointError: a layer without quantized experts or one that `refusals` names, a slice that does not fit,
+                a NaN scale, a global scale that is not finite, MXFP4 exponents that NVFP4 does not have, a bias that
+                is not finite, a tensor of the experts (adapter, pre_quant_scale other than one) that `moe` could not
+                apply.
         """
         content = self._layer(layer)
-        i, k = content.intermediate_size, content.hidden_size
-        rows = self._rank_part("tp", tp_rank, tp_size, "intermediate size", i, GROUP_SIZE)
+        rows = self._rank_part("tp", tp_rank, tp_size, "intermediate size", content.intermediate_size, GROUP_SIZE)
         part = self._rank_part("ep", ep_rank, ep_size, "number of experts", len(content.experts))
         if experts is not None:
             part = self._expert_part(experts, len(content.experts), ep_size)
         chosen = content.experts[part]
-        num, i, every_k = len(chosen), rows.stop - rows.start, slice(0, k)
-        w13 = NVFP4Weight(empty_bytes(num, 2, i, k // 2), empty_bytes(num, 2, i, k // GROUP_SIZE), empty_scales(num, 2))
-        w2 = NVFP4Weight(empty_bytes(num, k, i // 2), empty_bytes(num, k, i // GROUP_SIZE), empty_scales(num))
-
-        def read(shards: Shards, index: int) -> None:
-            expert = chosen[index]
-            copy_matrix(shards, expert.gate, rows, every_k, *(part[index, 0] for part in w13))
-            copy_matrix(shards, expert.up, rows, every_k, *(part[index, 1] for part in w13))
-            copy_matrix(shards, expert.down, every_k, rows, *(part[index] for part in w2))
-            if progress is not None:
-                progress(index + 1, num)
-
         with Shards() as shards:
             self._check_leaves(shards, content, chosen)
-            read_each(shards, read, num, threads=1 if progress is not None else torch.get_num_threads())
-        return ExpertWeights(
-            NVFP4Weight(w13.data.flatten(1, 2), w13.scale.flatten(1, 2).view(torch.float8_e4m3fn), w13.global_scale),
-            NVFP4Weight(w2.data, w2.scale.view(torch.float8_e4m3fn), w2.global_scale),
-        )
+            return read_experts(shards, content, chosen, rows, tp_rank == 0, progress)
 
     def expert_map(self, ep_rank: int = 0, ep_size: int = 1, *, layer: int | None = None) -> Tensor:
         """int32 [E]: a global expert's index in `experts(layer, ep_rank=..., ep_size=...)`, or -1 elsewhere.
@@ -310,7 +237,7 @@ class Checkpoint:
         return expert_map
 
     def linear(self, name: str) -> NVFP4Weight:
-        """Reads one NVFP4 module, a dense linear of `linears` or a single expert's projection.
+        """Reads one quantized module, a dense linear of `linears` or a single expert's projection.
 
         Returns:
             data [N, K/2], scale [N, K/16], global_scale 0-d. A bias is not part of it: `tensor(name + ".bias")`.
@@ -323,7 +250,7 @@ class Checkpoint:
         if matrix is None:
             raise CheckpointError(refusal(self.path, "the name of an NVFP4 module", shown(name)))
         with Shards() as shards:
-            check_other_leaves(shards, matrix.stored.others, allowed=(".bias",))
+            check_other_leaves(shards, matrix.stored.others, allowed=BIAS_LEAVES)
             return read_matrix(shards, matrix)
 
     def tensor(self, name: str) -> Tensor:
@@ -337,8 +264,8 @@ class Checkpoint:
         """Every layer and linear that loading would refuse for what it holds, in the words in which it would.
 
         A declared top-k that no token can have is one of them ("top-k of layer 3"), though the weights would load. A
-        NaN among the scales is only found by loading. Reads the activation scales of AWQ (pre_quant_scale), where
-        there are any, and no other tensor.
+        NaN among the scales, and MXFP4 exponents that NVFP4 does not have, are only found by loading. Reads the
+        activation scales of AWQ (pre_quant_scale), where there are any, and no other tensor.
         """
         result = []
         with Shards() as shards:
@@ -357,7 +284,7 @@ class Checkpoint:
                     result.append(Refusal(f"top-k of layer {layer}", str(error)))
             for name, module in self._contents.linears.items():
                 try:
-                    check_other_leaves(shards, module.others, allowed=(".bias",))
+                    check_other_leaves(shards, module.others, allowed=BIAS_LEAVES)
                 except CheckpointError as error:
                     result.append(Refusal(name, str(error)))
         return tuple(result)
@@ -397,24 +324,24 @@ class Checkpoint:
     def _first_layer(self) -> LayerExperts:
         for content in self._contents.layers.values():
             return content
-        raise CheckpointError(refusal(self.path, "a checkpoint with NVFP4 experts", "none in its headers"))
+        raise CheckpointError(refusal(self.path, "a checkpoint with NVFP4 or MXFP4 experts", "none in its headers"))
 
     def _layer(self, layer: int) -> LayerExperts:
         if layer in self._contents.refused:
             raise CheckpointError(str(self._contents.refused[layer]))
         if layer not in self._contents.layers:
-            expected = f"a layer with NVFP4 experts ({id_spans(self.layers)})"
+            expected = f"a layer with NVFP4 or MXFP4 experts ({id_spans(self.layers)})"
             raise CheckpointError(refusal(self.path, expected, shown(layer)))
         return self._contents.layers[layer]
 
     def _check_leaves(self, shards: Shards, content: LayerExperts, experts: Sequence[Expert]) -> None:
         """Refuses experts with leaves that `moe` could not apply; a stack is looked at once."""
         check_other_leaves(shards, content.leftovers)
-        names = (matrix.stored.name for expert in content.kinds(experts) for matrix in expert)
+        names = (matrix.stored.name for expert in content.kinds(experts) for matrix in expert.matrices)
         check_transforms(f"{self.path}: quantization section", self.quant_config.get("transform_config"), names)
         for expert in content.kinds(experts):
-            for others in dict.fromkeys(matrix.stored.others for matrix in expert):
-                check_other_leaves(shards, others)
+            for others in dict.fromkeys(matrix.stored.others for matrix in expert.matrices):
+                check_other_leaves(shards, others, allowed=BIAS_LEAVES)
 
     def _expert_part(self, experts: range, total: int, ep_size: int) -> slice:
         if ep_size != 1 or experts.step != 1 or not 0 <= experts.start < experts.stop <= total:

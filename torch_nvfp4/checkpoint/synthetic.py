@@ -2,7 +2,7 @@
 
 Names, dtypes and config fields are those of nvidia/DeepSeek-V4-Flash-NVFP4 (`layout="deepseek"`), of Qwen3-30B-A3B
 quantized by ModelOpt ("modelopt") and by llm-compressor ("compressed-tensors"), and of the models that
-`layouts.LAYOUTS` names for the other rows; the values are random.
+`layouts.LAYOUTS` names for the other rows, those of MXFP4 among them; the values are random.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from torch_nvfp4 import mxfp4
 from torch_nvfp4.checkpoint.synthetic_config import (
     COMPRESS_RATIOS,
     FP8_BLOCK,
@@ -25,18 +26,22 @@ from torch_nvfp4.checkpoint.synthetic_config import (
     VOCAB_SIZE,
     Sizes,
     config_of,
+    has_hf_quant_config,
     hf_quant_config,
+    is_plain,
 )
 from torch_nvfp4.checkpoint.writer import (
     ROWS,
     WRITTEN,
     dense_spelling,
     module_leaves,
+    mxfp4_leaves,
     stacked_experts,
     write_json,
     write_shards,
 )
-from torch_nvfp4.format import E4M3_MAX, GROUP_SIZE, NVFP4Weight, quantize
+from torch_nvfp4.format import E4M3_MAX, NVFP4Weight, quantize
+from torch_nvfp4.mxfp4 import MXFP4Weight
 
 __all__ = ["LayoutName", "write_checkpoint"]
 
@@ -50,6 +55,11 @@ LayoutName = Literal[
     "compressed-tensors-parameters",
     "modelopt-rows",
     "compressed-tensors-rows",
+    "nemotron",
+    "deepseek-mxfp4",
+    "quark-mxfp4",
+    "compressed-tensors-mxfp4",
+    "gpt-oss",
 ]
 
 _MTP_EXPERTS = 2
@@ -78,10 +88,11 @@ def write_checkpoint(
 
     Args:
         path: the directory, made when it is not there; files of earlier calls are overwritten.
-        hidden_size: K, a multiple of 16.
-        moe_intermediate_size: I, a multiple of 16, or one for each layer.
+        hidden_size: K, a multiple of 16, in a layout of MXFP4 of 32.
+        moe_intermediate_size: I, as K, or one for each layer.
         n_routed_experts: E, or one for each layer (as after pruning).
-        swiglu_limit: the clamp limit that config.json declares, None for no clamp.
+        swiglu_limit: the clamp limit that config.json declares, None for no clamp. In the layouts of models whose
+            activation has no clamp ("nemotron", relu2; "compressed-tensors-mxfp4", situ) the weights alone follow it.
         layout: whose names and leaves to write.
         seed: of everything random; the same arguments write the same bytes.
 
@@ -89,8 +100,8 @@ def write_checkpoint(
         path.
 
     Raises:
-        ValueError: a size that is not a positive multiple of 16, more experts per token than experts, no layer, sizes
-            for another number of layers, an unknown layout, a limit that is not positive and finite.
+        ValueError: a size that is not a positive multiple of 16 (of MXFP4 32), more experts per token than experts, no
+            layer, sizes for another number of layers, an unknown layout, a limit that is not positive and finite.
     """
     if num_hidden_layers < 1:
         raise ValueError(f"expected num_hidden_layers >= 1, got {num_hidden_layers}")
@@ -102,13 +113,14 @@ def write_checkpoint(
         num_layers=num_hidden_layers,
         limit=swiglu_limit,
     )
-    for name, size in (("hidden_size", hidden_size), *(("moe_intermediate_size", size) for size in sizes.intermediate)):
-        if size < GROUP_SIZE or size % GROUP_SIZE:
-            raise ValueError(f"expected {name} to be a positive multiple of {GROUP_SIZE}, got {size}")
-    if not 1 <= num_experts_per_tok <= min(sizes.num_experts):
-        raise ValueError(f"expected 1 <= num_experts_per_tok <= {min(sizes.num_experts)}, got {num_experts_per_tok}")
     if layout not in get_args(LayoutName):
         raise ValueError(f"expected layout to be one of {', '.join(get_args(LayoutName))}, got {layout!r}")
+    multiple = ROWS[layout].spelling.group_size
+    for name, size in (("hidden_size", hidden_size), *(("moe_intermediate_size", size) for size in sizes.intermediate)):
+        if size < multiple or size % multiple:
+            raise ValueError(f"expected {name} to be a positive multiple of {multiple}, got {size}")
+    if not 1 <= num_experts_per_tok <= min(sizes.num_experts):
+        raise ValueError(f"expected 1 <= num_experts_per_tok <= {min(sizes.num_experts)}, got {num_experts_per_tok}")
     if swiglu_limit is not None and not 0 < swiglu_limit < math.inf:
         raise ValueError(f"expected swiglu_limit to be positive and finite, or None, got {swiglu_limit}")
     path = Path(path)
@@ -136,7 +148,7 @@ class _Writer:
         write_shards(path, self._shards())
         config = config_of(self.sizes, self.layout)
         write_json(path / "config.json", config)
-        if ROWS[self.layout].spelling.reciprocal:
+        if not has_hf_quant_config(self.layout):
             (path / "hf_quant_config.json").unlink(missing_ok=True)
         else:
             write_json(path / "hf_quant_config.json", hf_quant_config(config["quantization_config"]))
@@ -144,6 +156,8 @@ class _Writer:
     def _shards(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         deepseek = self.written.model == "deepseek"
         layer = self._deepseek_layer if deepseek else self._qwen_layer
+        if is_plain(self.layout):
+            layer = self._plain_layer
         half = self.sizes.num_layers // 2
         for number in range(2):
             tensors: dict[str, Tensor] = {}
@@ -166,9 +180,11 @@ class _Writer:
         """The routed experts of one layer."""
         limit = 1.0 if self.sizes.limit is None else self.sizes.limit
         k, i, experts = self.hidden, self.sizes.intermediate[layer], self.sizes.num_experts[layer]
-        projections = ((i, k, 1.5 * limit), (i, k, 0.75 * limit), (k, i, 2.0))
-        stacks: tuple[list[Tensor], ...] = ([], [], [])
+        projections = ((i, k, 1.5 * limit), (i, k, 0.75 * limit), (k, i, 2.0))[-len(self.written.projections) :]
         row = ROWS[self.layout]
+        if row.kind != "matrix":
+            projections = ((i, k, 1.5 * limit), (i, k, 0.75 * limit), (k, i, 2.0))
+        stacks: tuple[list[Tensor], ...] = tuple([] for _ in projections)
         for start in range(0, experts, _BATCH):
             num = min(_BATCH, experts - start)
             for stack, (position, (rows, cols, gain)) in zip(stacks, enumerate(projections), strict=True):
@@ -176,15 +192,24 @@ class _Writer:
                 if row.kind != "matrix":
                     stack.append(dense)
                     continue
-                weights = quantize(dense)
-                for expert in range(num):
-                    module = (
-                        f"{self.written.experts.format(layer)}.{start + expert}.{self.written.projections[position]}"
-                    )
-                    weight = NVFP4Weight(*(part[expert] for part in weights))
-                    yield from module_leaves(module, row.spelling, weight)
+                module = f"{self.written.experts.format(layer)}.{{}}.{self.written.projections[position]}"
+                yield from self._matrices(module, start, dense)
         if row.kind != "matrix":
             yield from stacked_experts(self.layout, layer, *(torch.cat(stack) for stack in stacks))
+
+    def _matrices(self, module: str, first: int, dense: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """A matrix for each expert from `first` on; {} in the module's name is for its id."""
+        spelling = ROWS[self.layout].spelling
+        if spelling.is_mxfp4:
+            data, scale = mxfp4.quantize(dense)
+            for expert in range(len(dense)):
+                name = module.format(first + expert)
+                yield from mxfp4_leaves(name, spelling, MXFP4Weight(data[expert], scale[expert]))
+            return
+        weights = quantize(dense)
+        for expert in range(len(dense)):
+            weight = NVFP4Weight(*(part[expert] for part in weights))
+            yield from module_leaves(module.format(first + expert), spelling, weight)
 
     def _fp8(self, module: str, rows: int, cols: int) -> Iterator[tuple[str, Tensor]]:
         """An FP8 matrix in 128 x 128 blocks with power-of-two (E8M0) scales."""
@@ -295,6 +320,21 @@ class _Writer:
             yield f"{root}.{name}.weight", self._ones(self.hidden)
         yield f"{root}.mlp.gate.weight", self._bf16(self.sizes.num_experts[layer], self.hidden)
         yield from self._experts(layer)
+
+    def _plain_layer(self, layer: int) -> Iterator[tuple[str, Tensor]]:
+        """Experts beside a router, an attention and norms in bf16, under names like the model's."""
+        module = self.written.experts.format(layer)
+        block, root = module.rpartition(".")[0], module[: module.index(f"layers.{layer}.") + len(f"layers.{layer}")]
+        experts, intermediate = self.sizes.num_experts[layer], self.sizes.intermediate[layer]
+        router = "router" if self.written.model == "gpt-oss" else "gate"
+        yield f"{root}.input_layernorm.weight", self._ones(self.hidden)
+        yield f"{root}.self_attn.o_proj.weight", self._bf16(self.hidden, HEADS * HEAD_DIM)
+        yield f"{block}.{router}.weight", self._bf16(experts, self.hidden)
+        yield from self._experts(layer)
+        if self.written.model == "gpt-oss":
+            yield f"{block}.router.bias", torch.zeros(experts, dtype=torch.bfloat16)
+            for name, rows in (("gate_up_proj", 2 * intermediate), ("down_proj", self.hidden)):
+                yield f"{module}.{name}_bias", self._randn(experts, rows, std=0.5).to(torch.bfloat16)
 
     def _qwen_outer(self) -> Iterator[tuple[str, Tensor]]:
         yield "model.embed_tokens.weight", self._bf16(VOCAB_SIZE, self.hidden)

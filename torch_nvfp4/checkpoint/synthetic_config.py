@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from torch_nvfp4.checkpoint.writer import ROWS, WRITTEN
 from torch_nvfp4.format import GROUP_SIZE
 
-__all__ = ["Sizes", "config_of", "hf_quant_config"]
+__all__ = ["Sizes", "config_of", "has_hf_quant_config", "hf_quant_config", "is_plain"]
 
 VOCAB_SIZE = 384
 HEADS = 4
@@ -30,11 +30,31 @@ class Sizes(NamedTuple):
     limit: float | None
 
 
+def is_plain(layout: str) -> bool:
+    """Whether the tensors beside the experts are bf16, under names that are like the model's and not the model's."""
+    written = WRITTEN[layout]
+    return written.model in ("nemotron", "kimi", "gpt-oss") or (
+        ROWS[layout].spelling.is_mxfp4 and written.model == "qwen"
+    )
+
+
+def has_hf_quant_config(layout: str) -> bool:
+    """Whether there is ModelOpt's own file beside config.json."""
+    spelling = ROWS[layout].spelling
+    return not spelling.reciprocal and not spelling.is_mxfp4
+
+
 def config_of(sizes: Sizes, layout: str) -> dict[str, Any]:
     """config.json of the model that a layout is written as."""
     model = WRITTEN[layout].model
     if model == "deepseek":
-        return _deepseek_config(sizes)
+        config = _deepseek_config(sizes)
+        if ROWS[layout].spelling.is_mxfp4:
+            kept = ("quant_method", "activation_scheme", "fmt", "scale_fmt", "weight_block_size")
+            config["quantization_config"] = {key: config["quantization_config"][key] for key in kept}
+        return config
+    if model in _OTHERS:
+        return _OTHERS[model](sizes)
     config = _qwen_config(sizes, layout)
     quantization = config.pop("quantization_config")
     if model == "step":
@@ -129,7 +149,10 @@ def _qwen_config(sizes: Sizes, layout: str) -> dict[str, Any]:
         "config_groups": _config_groups(),
         "ignore": ["lm_head", "model.layers.*.mlp.gate"],
     }
-    if not ROWS[layout].spelling.reciprocal:
+    if ROWS[layout].spelling.is_mxfp4:
+        weight = {"dtype": "fp4", "qscheme": "per_group", "group_size": 32, "scale_format": "e8m0"}
+        quantization = {"quant_method": "quark", "global_quant_config": {"weight": weight}}
+    elif not ROWS[layout].spelling.reciprocal:
         quantization |= {"quant_method": "modelopt", "quant_algo": "NVFP4", "kv_cache_scheme": {"num_bits": 8}}
     else:
         quantization |= {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}
@@ -155,6 +178,78 @@ def _qwen_config(sizes: Sizes, layout: str) -> dict[str, Any]:
         "vocab_size": VOCAB_SIZE,
         "quantization_config": quantization,
     } | ({} if sizes.limit is None else {"swiglu_limit": sizes.limit})
+
+
+def _nemotron_config(sizes: Sizes) -> dict[str, Any]:
+    """Nemotron-3's experts have no gate: relu2 of up."""
+    return {
+        "architectures": ["NemotronHForCausalLM"],
+        "model_type": "nemotron_h",
+        "hidden_size": sizes.hidden,
+        "mamba_hidden_act": "silu",
+        "mlp_hidden_act": "relu2",
+        "moe_intermediate_size": _one_or_list(sizes.intermediate),
+        "moe_latent_size": None,
+        "n_routed_experts": _one_or_list(sizes.num_experts),
+        "num_experts_per_tok": sizes.top_k,
+        "num_hidden_layers": sizes.num_layers,
+        "vocab_size": VOCAB_SIZE,
+        "quantization_config": {
+            "quant_method": "modelopt",
+            "quant_algo": "NVFP4",
+            "config_groups": _config_groups(),
+            "ignore": ["lm_head"],
+        },
+    }
+
+
+def _kimi_config(sizes: Sizes) -> dict[str, Any]:
+    """Kimi-K3's experts work in a space of half the model's width, with the activation situ."""
+    text = {
+        "model_type": "kimi_linear",
+        "activation_situ_beta": 4.0,
+        "activation_situ_linear_beta": 25.0,
+        "hidden_act": "situ",
+        "hidden_size": 2 * sizes.hidden,
+        "moe_intermediate_size": _one_or_list(sizes.intermediate),
+        "num_experts": _one_or_list(sizes.num_experts),
+        "num_experts_per_token": sizes.top_k,
+        "num_hidden_layers": sizes.num_layers,
+        "routed_expert_hidden_size": sizes.hidden,
+        "vocab_size": VOCAB_SIZE,
+    }
+    weights = {"num_bits": 4, "type": "float", "group_size": 32, "scale_dtype": "torch.uint8"}
+    quantization = {
+        "quant_method": "compressed-tensors",
+        "format": "mxfp4-pack-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}},
+    }
+    return {
+        "architectures": ["KimiK3ForConditionalGeneration"],
+        "model_type": "kimi_k3",
+        "text_config": text | {"quantization_config": quantization},
+    }
+
+
+def _gpt_oss_config(sizes: Sizes) -> dict[str, Any]:
+    """gpt-oss does not declare alpha and beta, and its intermediate_size is that of the experts."""
+    return {
+        "architectures": ["GptOssForCausalLM"],
+        "model_type": "gpt_oss",
+        "experts_per_token": sizes.top_k,
+        "hidden_act": "silu",
+        "hidden_size": sizes.hidden,
+        "intermediate_size": sizes.intermediate[0],
+        "num_experts_per_tok": sizes.top_k,
+        "num_hidden_layers": sizes.num_layers,
+        "num_local_experts": _one_or_list(sizes.num_experts),
+        "swiglu_limit": sizes.limit or 0.0,
+        "vocab_size": VOCAB_SIZE,
+        "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]},
+    }
+
+
+_OTHERS = {"nemotron": _nemotron_config, "kimi": _kimi_config, "gpt-oss": _gpt_oss_config}
 
 
 def hf_quant_config(quantization: dict[str, Any]) -> dict[str, Any]:

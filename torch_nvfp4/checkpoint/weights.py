@@ -1,9 +1,10 @@
-"""Reads NVFP4 matrices, or slices of them, out of shards."""
+"""Reads NVFP4 and MXFP4 matrices, or slices of them, out of shards: as NVFP4."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,12 +13,15 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from torch_nvfp4 import mxfp4
+from torch_nvfp4.checkpoint.experts import Expert, LayerExperts
 from torch_nvfp4.checkpoint.headers import Stamp, TensorInfo, check_stamp, open_again, tensor_error
 from torch_nvfp4.checkpoint.layouts import UNIT_LEAVES, Matrix, Unsupported
+from torch_nvfp4.checkpoint.records import ExpertWeights
 from torch_nvfp4.errors import shown
 from torch_nvfp4.format import GROUP_SIZE, NVFP4Weight, reciprocal_global_scale
 
-__all__ = ["Shards", "check_other_leaves", "copy_matrix", "empty_bytes", "read_each", "read_matrix"]
+__all__ = ["Shards", "check_other_leaves", "empty_bytes", "read_experts", "read_matrix"]
 
 _TORCH_DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8,
@@ -126,9 +130,9 @@ def check_other_leaves(shards: Shards, others: Iterable[tuple[str, TensorInfo]],
         info, names = refused[0][1], " and ".join(shown(leaf) for leaf, _ in refused[:4])
         got = f"{'a leaf' if len(refused) == 1 else 'leaves'} {names} that nothing would apply"
         advice = "fold what they stand for into the weights before they are quantized"
-        if any("bias" in leaf for leaf, _ in refused):
-            advice = "biases of experts are not supported"
-        raise tensor_error(info.file, info.name, "only codes, scales and input scales", got, advice, kind=Unsupported)
+        raise tensor_error(
+            info.file, info.name, "only codes, scales, biases and input scales", got, advice, kind=Unsupported
+        )
 
 
 def _other_than_ones(shards: Shards, info: TensorInfo) -> str | None:
@@ -168,22 +172,104 @@ def read_each(shards: Shards, read: Callable[[Shards, int], None], count: int, *
             list(pool.map(read_part, range(threads)))
 
 
-def copy_matrix(
-    shards: Shards, matrix: Matrix, rows: slice, cols: slice, data: Tensor, scale: Tensor, global_scale: Tensor
-) -> None:
-    """Copies rows and cols (in values; a multiple of 16 at both ends) into data, scale (both uint8), global_scale."""
-    module = matrix.stored
-    groups = slice(cols.start // GROUP_SIZE, cols.stop // GROUP_SIZE)
-    _copy(shards, matrix, module.data, rows, slice(cols.start // 2, cols.stop // 2), data)
-    _copy(shards, matrix, module.scale, rows, groups, scale)
+def read_experts(
+    shards: Shards, content: LayerExperts, experts: Sequence[Expert], rows: slice, adds_w2_bias: bool,
+    progress: Callable[[int, int], None] | None = None,
+) -> ExpertWeights:  # fmt: skip
+    """The experts with these rows of gate and up and columns of down; zeros as w2_bias where another rank adds it."""
+    num, halves, i, k = len(experts), 2 if content.gated else 1, rows.stop - rows.start, content.hidden_size
+    w13 = NVFP4Weight(
+        empty_bytes(num, halves, i, k // 2), empty_bytes(num, halves, i, k // GROUP_SIZE), empty_scales(num, halves)
+    )
+    w2 = NVFP4Weight(empty_bytes(num, 1, k, i // 2), empty_bytes(num, 1, k, i // GROUP_SIZE), empty_scales(num, 1))
+    w13_bias = empty_scales(num, halves, i) if content.has_w13_bias else None
+    w2_bias = empty_scales(num, 1, k).zero_() if content.has_w2_bias else None
+    every_k = slice(0, k)
+
+    def read(shards: Shards, index: int) -> None:
+        expert = experts[index]
+        copy_matrices(shards, expert.first, rows, every_k, *(part[index] for part in w13))
+        copy_matrices(shards, [expert.down], every_k, rows, *(part[index] for part in w2))
+        if w13_bias is not None:
+            _copy_biases(shards, expert.first, rows, w13_bias[index])
+        if w2_bias is not None and adds_w2_bias:
+            _copy_biases(shards, [expert.down], every_k, w2_bias[index])
+        if progress is not None:
+            progress(index + 1, num)
+
+    read_each(shards, read, num, threads=1 if progress is not None else torch.get_num_threads())
+    fp8 = torch.float8_e4m3fn
+    return ExpertWeights(
+        NVFP4Weight(
+            w13.data.flatten(1, 2),
+            w13.scale.flatten(1, 2).view(fp8),
+            w13.global_scale if content.gated else w13.global_scale[:, 0],
+        ),
+        NVFP4Weight(w2.data[:, 0], w2.scale[:, 0].view(fp8), w2.global_scale[:, 0]),
+        None if w13_bias is None else w13_bias.flatten(1),
+        None if w2_bias is None else w2_bias.flatten(1),
+        content.gated,
+    )
+
+
+def copy_matrices(
+    shards: Shards, matrices: Sequence[Matrix], rows: slice, cols: slice, data: Tensor, scale: Tensor,
+    global_scale: Tensor,
+) -> None:  # fmt: skip
+    """Copies rows and cols (in values; a multiple of 16 at both ends) of each matrix.
+
+    data[i] and scale[i] (both uint8) and global_scale[i] take them. Matrices of MXFP4 get the same global scale where
+    they can.
+    """
+    if not matrices[0].stored.spelling.is_mxfp4:
+        for index, matrix in enumerate(matrices):
+            _copy(shards, matrix, matrix.stored.data, rows, slice(cols.start // 2, cols.stop // 2), data[index])
+            _copy_scales(shards, matrix, rows, cols, scale[index])
+            global_scale[index].copy_(_global_scale(shards, matrix))
+        return
+    # A slice may begin or end within a group of 32.
+    group_size = matrices[0].stored.spelling.group_size
+    groups = slice(cols.start // group_size, -(-cols.stop // group_size))
+    first_block = (cols.start - groups.start * group_size) // GROUP_SIZE
+    spread = []
+    for index, matrix in enumerate(matrices):
+        _copy(shards, matrix, matrix.stored.data, rows, slice(cols.start // 2, cols.stop // 2), data[index])
+        stored = empty_bytes(rows.stop - rows.start, groups.stop - groups.start)
+        _copy(shards, matrix, matrix.stored.scale, rows, groups, stored)
+        spread.append(mxfp4.spread_scales(stored)[:, first_block : first_block + scale.shape[-1]])
+    try:
+        exponents = mxfp4.global_exponents(data, torch.stack(spread), first_block)
+    except (mxfp4.SpanError, mxfp4.NaNScaleError) as error:
+        matrix = matrices[error.matrix]
+        if isinstance(error, mxfp4.SpanError):
+            got = " and ".join(
+                f"2^{place.exponent} {_place(matrix, rows, place.row, groups.start + place.group)}"
+                for place in (error.low, error.high)
+            )
+        else:
+            got = f"NaN (0xff) {_place(matrix, rows, error.row, groups.start + error.group)}"
+        info = matrix.stored.scale
+        raise tensor_error(info.file, info.name, error.expected, got) from None
+    for index, exponent in enumerate(exponents):
+        scale[index] = mxfp4.e4m3_scales(spread[index], exponent)
+        global_scale[index] = math.ldexp(1.0, exponent)
+
+
+def _copy_scales(shards: Shards, matrix: Matrix, rows: slice, cols: slice, scale: Tensor) -> None:
+    info, groups = matrix.stored.scale, slice(cols.start // GROUP_SIZE, cols.stop // GROUP_SIZE)
+    _copy(shards, matrix, info, rows, groups, scale)
     magnitude = scale & 0x7F
     if magnitude.amax() == 0x7F:  # a twentieth of the time of comparing all
         row, group = (magnitude == 0x7F).nonzero()[0].tolist()
-        place = f"at row {matrix.first_row + rows.start + row}, group {groups.start + group}"
-        place += "" if module.kind == "matrix" else f" of expert {matrix.expert}"
-        got = f"NaN ({scale[row, group].item():#04x}) {place}"
-        raise tensor_error(module.scale.file, module.scale.name, "finite F8_E4M3 scales", got)
-    global_scale.copy_(_global_scale(shards, matrix))
+        got = f"NaN ({scale[row, group].item():#04x}) {_place(matrix, rows, row, groups.start + group)}"
+        raise tensor_error(info.file, info.name, "finite F8_E4M3 scales", got)
+
+
+def _place(matrix: Matrix, rows: slice, row: int, group: int) -> str:
+    """Where a scale stands in its tensor; `row` counts from the first of the rows that were read."""
+    one = rows.start + row
+    place = f"at row {matrix.stored_rows(slice(one, one + 1)).start}, group {group}"
+    return place + ("" if matrix.stored.kind == "matrix" else f" of expert {matrix.expert}")
 
 
 def _copy(shards: Shards, matrix: Matrix, info: TensorInfo, rows: slice, cols: slice, out: Tensor) -> None:
@@ -191,14 +277,41 @@ def _copy(shards: Shards, matrix: Matrix, info: TensorInfo, rows: slice, cols: s
     module = matrix.stored
     width = info.nbytes // (module.num * module.rows)
     begin = matrix.expert * module.rows * width
-    rows = slice(matrix.first_row + rows.start, matrix.first_row + rows.stop)
+    if matrix.interleaved and not module.swapped:
+        # A gate row and an up row behind each other are one row of twice the width.
+        cols = slice(matrix.half * width + cols.start, matrix.half * width + cols.stop)
+        width *= 2
+    elif matrix.interleaved:
+        both = empty_bytes(cols.stop - cols.start, 2 * (rows.stop - rows.start))
+        whole = slice(2 * rows.start, 2 * rows.stop)
+        shards.read_block(info, begin + cols.start * module.rows, module.rows, whole, both)
+        out.copy_(both[:, matrix.half :: 2].t())
+        return
+    else:
+        rows = matrix.stored_rows(rows)
     if module.swapped:
         rows, cols, width, out = cols, rows, module.rows, out.t()
     shards.read_block(info, begin + rows.start * width, width, cols, out)
 
 
+def _copy_biases(shards: Shards, matrices: Sequence[Matrix], rows: slice, out: Tensor) -> None:
+    """The biases of these rows of each matrix into out[i], in fp32."""
+    for index, matrix in enumerate(matrices):
+        module, info = matrix.stored, matrix.stored.bias
+        assert info is not None
+        row_bytes = info.nbytes // module.num
+        stored = empty_bytes(row_bytes)
+        shards.read(info, matrix.expert * row_bytes, stored)
+        out[index] = stored.view(_TORCH_DTYPES[info.dtype])[matrix.stored_rows(rows)]
+        if not bool(torch.isfinite(out[index]).all()):
+            place = f"in row {int((~torch.isfinite(out[index])).byte().argmax())} of {rows.start}..{rows.stop - 1}"
+            place += "" if module.kind == "matrix" else f" of expert {matrix.expert}"
+            raise tensor_error(info.file, info.name, "finite biases", f"NaN or infinity {place}")
+
+
 def _global_scale(shards: Shards, matrix: Matrix) -> Tensor:
     module, info = matrix.stored, matrix.stored.global_scale
+    assert info is not None
     count = info.nbytes // 4
     index = 0
     if count > 1:  # [num], or [num, 2] of gate and up
@@ -219,9 +332,9 @@ def _global_scale(shards: Shards, matrix: Matrix) -> Tensor:
 def read_matrix(shards: Shards, matrix: Matrix) -> NVFP4Weight:
     """A whole matrix: data [rows, cols / 2], scale [rows, cols / 16], global_scale 0-d."""
     rows, cols = matrix.rows, matrix.stored.cols
-    weight = NVFP4Weight(empty_bytes(rows, cols // 2), empty_bytes(rows, cols // GROUP_SIZE), empty_scales())
-    copy_matrix(shards, matrix, slice(0, rows), slice(0, cols), *weight)
-    return NVFP4Weight(weight.data, weight.scale.view(torch.float8_e4m3fn), weight.global_scale)
+    weight = NVFP4Weight(empty_bytes(1, rows, cols // 2), empty_bytes(1, rows, cols // GROUP_SIZE), empty_scales(1))
+    copy_matrices(shards, [matrix], slice(0, rows), slice(0, cols), *weight)
+    return NVFP4Weight(weight.data[0], weight.scale[0].view(torch.float8_e4m3fn), weight.global_scale[0])
 
 
 def empty_bytes(*shape: int) -> Tensor:
@@ -230,5 +343,5 @@ def empty_bytes(*shape: int) -> Tensor:
 
 
 def empty_scales(*shape: int) -> Tensor:
-    """As `empty_bytes`, for global scales: fp32, whatever torch's default dtype is."""
+    """As `empty_bytes`, for global scales and biases: fp32, whatever torch's default dtype is."""
     return torch.empty(shape, dtype=torch.float32, device="cpu")

@@ -14,11 +14,21 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from torch_nvfp4 import mxfp4
 from torch_nvfp4.checkpoint.headers import INDEX_NAME
-from torch_nvfp4.checkpoint.layouts import COMPRESSED_TENSORS, LAYOUTS, MODELOPT, Layout, Spelling
+from torch_nvfp4.checkpoint.layouts import (
+    COMPRESSED_TENSORS,
+    DEEPSEEK_MXFP4,
+    GPT_OSS,
+    LAYOUTS,
+    MODELOPT,
+    Layout,
+    Spelling,
+)
 from torch_nvfp4.format import E2M1_MAX, E4M3_MAX, NVFP4Weight, quantize, reciprocal_global_scale
+from torch_nvfp4.mxfp4 import MXFP4Weight
 
-__all__ = ["WRITTEN", "Written", "module_leaves", "stacked_experts", "write_json", "write_shards"]
+__all__ = ["WRITTEN", "Written", "module_leaves", "mxfp4_leaves", "stacked_experts", "write_json", "write_shards"]
 
 _GATE_UP_DOWN = ("gate_proj", "up_proj", "down_proj")
 _FUSED = ("gate_up_proj", "down_proj")
@@ -28,8 +38,8 @@ class Written(NamedTuple):
     """A layout under the names of one published model."""
 
     experts: str  # the module of a layer's experts, {} for the layer
-    projections: tuple[str, ...]  # gate, up, down; or gate_up, down
-    model: Literal["deepseek", "qwen", "step", "llama4"] = "qwen"  # whose config and other tensors are beside it
+    projections: tuple[str, ...]  # gate, up, down; or gate_up, down; or up, down
+    model: Literal["deepseek", "qwen", "step", "llama4", "nemotron", "kimi", "gpt-oss"] = "qwen"  # whose config it is
     shares: Literal["half", "expert", "layer"] = "half"  # how much of a stack one global scale is for
     swapped: bool = False  # a stack [E, in, out]
 
@@ -46,6 +56,13 @@ WRITTEN: dict[str, Written] = {
     "compressed-tensors-parameters": Written("model.language_model.layers.{}.mlp.experts", _FUSED),
     "modelopt-rows": Written("model.language_model.layers.{}.mlp.experts", _FUSED, shares="layer"),
     "compressed-tensors-rows": Written("model.language_model.layers.{}.mlp.experts", _FUSED, shares="layer"),
+    "nemotron": Written("backbone.layers.{}.mixer.experts", ("up_proj", "down_proj"), "nemotron"),
+    "deepseek-mxfp4": Written("layers.{}.ffn.experts", ("w1", "w3", "w2"), "deepseek"),
+    "quark-mxfp4": Written("model.layers.{}.mlp.experts", _GATE_UP_DOWN),
+    "compressed-tensors-mxfp4": Written(
+        "language_model.model.layers.{}.block_sparse_moe.experts", ("w1", "w3", "w2"), "kimi"
+    ),
+    "gpt-oss": Written("model.layers.{}.mlp.experts", _FUSED, "gpt-oss"),
 }
 ROWS: dict[str, Layout] = {layout.name: layout for layout in LAYOUTS}
 
@@ -57,6 +74,7 @@ def dense_spelling(layout: str) -> Spelling:
 
 def module_leaves(module: str, spelling: Spelling, weight: NVFP4Weight) -> Iterator[tuple[str, Tensor]]:
     """The tensors of one module. Input scales are those of activations with amax 8."""
+    assert spelling.global_scale is not None
     input_scale = torch.full_like(weight.global_scale, 8.0 / (E2M1_MAX * E4M3_MAX))
     yield module + spelling.data, weight.data
     yield module + spelling.scale, weight.scale
@@ -70,9 +88,27 @@ def module_leaves(module: str, spelling: Spelling, weight: NVFP4Weight) -> Itera
         yield module + spelling.input_scale, input_scale
 
 
+def mxfp4_leaves(module: str, spelling: Spelling, weight: MXFP4Weight) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of one MXFP4 module, in the dtypes of the model that is spelled so."""
+    data, scale = weight
+    if spelling == DEEPSEEK_MXFP4:
+        yield module + spelling.data, data.view(torch.int8)
+        yield module + spelling.scale, scale
+        return
+    blocks = data.unflatten(-1, (-1, mxfp4.GROUP_SIZE // 2)) if spelling == GPT_OSS else data
+    yield module + spelling.data, blocks
+    yield module + spelling.scale, scale.view(torch.uint8)
+
+
 def stacked_experts(layout: str, layer: int, gate: Tensor, up: Tensor, down: Tensor) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a layer's experts in a layout that stacks them, from dense [E, I, K] (gate, up) and [E, K, I]."""
     written, row = WRITTEN[layout], ROWS[layout]
+    if row.spelling.is_mxfp4:
+        interleaved = torch.stack((gate, up), 2).flatten(1, 2)  # gate 0, up 0, gate 1, ...
+        for name, values in zip(written.projections, (interleaved, down), strict=True):
+            module = f"{written.experts.format(layer)}.{name}"
+            yield from mxfp4_leaves(module, row.spelling, mxfp4.quantize(values))
+        return
     fused = len(written.projections) == 2
     dense = (torch.cat((gate, up), 1), down) if fused else (gate, up, down)
     for name, values in zip(written.projections, dense, strict=True):

@@ -67,7 +67,7 @@ def command(
     with json_writer(json_file, checkpoint) as write_json, _checkpoint(terminal, checkpoint, keep) as path:
         opened = open_checkpoint(terminal, path)
         if not opened.layers:
-            raise CheckpointError(refusal(path, "a checkpoint with NVFP4 experts", "none in its headers"))
+            raise CheckpointError(refusal(path, "a checkpoint with NVFP4 or MXFP4 experts", "none in its headers"))
         facts = collect_checkpoint(opened, where, backend or None)
         terminal.line()
         print_checkpoint(terminal, facts)

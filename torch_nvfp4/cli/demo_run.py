@@ -53,8 +53,8 @@ class DequantizeExperts(nn.Module):
 
     def forward(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         return bench.dequantize_then_matmul(
-            bench.Case(x, topk_weights, topk_ids), *self.weights, **self.gate.kwargs(),
-            apply_router_weight_on_input=self.on_input,
+            bench.Case(x, topk_weights, topk_ids), self.weights.w13, self.weights.w2, **self.gate.kwargs(),
+            apply_router_weight_on_input=self.on_input, w13_bias=self.weights.w13_bias, w2_bias=self.weights.w2_bias,
         )  # fmt: skip
 
 
@@ -142,7 +142,9 @@ def run_demo(
 def _load(checkpoint: Checkpoint, layer: int, device: torch.device, backend: str | None) -> _Loaded:
     experts = NVFP4Experts.from_checkpoint(checkpoint, layer, device=device, backend=backend)
     canonical = checkpoint.experts(layer)
-    weights = ExpertWeights(*(NVFP4Weight(*(part.to(device) for part in weight)) for weight in canonical))
+    w13, w2 = (NVFP4Weight(*(part.to(device) for part in weight)) for weight in (canonical.w13, canonical.w2))
+    w13_bias, w2_bias = (None if bias is None else bias.to(device) for bias in (canonical.w13_bias, canonical.w2_bias))
+    weights = ExpertWeights(w13, w2, w13_bias, w2_bias, canonical.gated)
     top_k = checked_top_k(checkpoint, experts.num_experts, layer)
     shape = bench.Shape(experts.num_experts, experts.hidden_size, experts.intermediate_size, top_k)
     on_input = checkpoint.apply_router_weight_on_input(layer)
@@ -161,7 +163,8 @@ def _check(part: _Loaded, index: int, runs: Sequence[_Run], layers: int) -> None
     dense = _dense_if_small(part.weights)
     for run in runs:
         expected = reference.moe_with_clamped_share(
-            run.inputs[index], *dense, run.given.topk_weights[index], run.given.topk_ids[index], **part.gate.kwargs(),
+            run.inputs[index], *dense, run.given.topk_weights[index], run.given.topk_ids[index], None,
+            part.weights.w13_bias, part.weights.w2_bias, **part.gate.kwargs(),
             apply_router_weight_on_input=part.on_input,
         )  # fmt: skip
         run.row.clamped_share += expected.clamped_share / layers
@@ -170,9 +173,9 @@ def _check(part: _Loaded, index: int, runs: Sequence[_Run], layers: int) -> None
 
 def _dense_if_small(weights: ExpertWeights) -> tuple[reference.Weight, reference.Weight]:
     """In fp64 once for all checks of the layer, where that takes less than 2 GiB."""
-    values = sum(2 * weight.data.numel() for weight in weights)
+    values = sum(2 * weight.data.numel() for weight in (weights.w13, weights.w2))
     if 8 * values > 2**31:
-        return weights
+        return weights.w13, weights.w2
     return dequantize(weights.w13, torch.float64), dequantize(weights.w2, torch.float64)
 
 

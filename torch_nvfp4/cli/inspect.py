@@ -53,10 +53,13 @@ def collect_checkpoint(checkpoint: Checkpoint, device: torch.device, backend: st
     summary = asdict(checkpoint.summary())
     summary["path"] = str(checkpoint.path)
     gates: dict[str, list[int]] = {}
+    summary["refused"] = [{"tensor": part.what, "reason": part.reason} for part in summary.pop("refusals")]
+    refused = {part["tensor"] for part in summary["refused"]}
     for layer in checkpoint.layers:
+        if f"layer {layer}" in refused:
+            continue
         gates.setdefault(str(checkpoint.gate(layer)), []).append(layer)
     summary["gates"] = [{"gate": gate, "layers": layers} for gate, layers in gates.items()]
-    summary["refused"] = [{"tensor": part.what, "reason": part.reason} for part in summary.pop("refusals")]
     summary["device"] = str(device)
     summary["backend"], summary["passed_over"] = None, {}
     if checkpoint.layers and not summary["refused"]:
@@ -77,6 +80,7 @@ def _backend_config(checkpoint: Checkpoint, layer: int, device: torch.device) ->
     return MoEBackendConfig.for_device(
         device, facts.hidden_size, facts.intermediate_size, gate=facts.gate,
         apply_router_weight_on_input=facts.apply_router_weight_on_input,
+        biases=facts.has_w13_bias or facts.has_w2_bias,
     )  # fmt: skip
 
 
@@ -85,7 +89,7 @@ def print_checkpoint(terminal: Terminal, facts: dict[str, Any]) -> None:
     rows = [
         ("path", f"{facts['path']} ({count(facts['shards'], 'shard')}, {size(facts['nbytes'])})"),
         ("model", f"{facts['model_type'] or 'undeclared'}, config declares {declared}"),
-        ("layout", facts["layout"] or "no NVFP4 tensors"),
+        ("layout", facts["layout"] or "no NVFP4 or MXFP4 tensors"),
     ]
     if facts["layers"]:
         rows.append(
@@ -137,7 +141,7 @@ def _backend_lines(facts: dict[str, Any]) -> list[str]:
     if facts["refused"]:
         return ["no backend: the experts cannot be loaded"]
     if facts["backend"] is None:
-        return ["no NVFP4 experts: no backend is needed"]
+        return ["no NVFP4 or MXFP4 experts: no backend is needed"]
     why = "as asked for" if facts["asked_for"] else "the first in order that can"
     lines = [f"backend on {facts['device']}: {facts['backend']} ({why})"]
     return lines + [f"  not {name}: {reason}" for name, reason in facts["passed_over"].items()]

@@ -23,7 +23,8 @@ _LEAST_SECONDS = 1.0  # before that a rate says nothing
 
 
 SourceArgument = Annotated[
-    Path, typer.Argument(metavar="SRC", help="A checkpoint in bf16, fp16, fp32 or FP8 blocks.", show_default=False)
+    Path,
+    typer.Argument(metavar="SRC", help="A checkpoint in bf16, fp16, fp32, FP8 blocks or MXFP4.", show_default=False),
 ]
 DestinationArgument = Annotated[
     Path, typer.Argument(metavar="DST", help="A new directory, or that of an interrupted run.", show_default=False)
@@ -66,6 +67,8 @@ def command(
     json_file: JsonOption = None,
 ) -> None:
     """Quantize the experts of a checkpoint to NVFP4 (weights only; activations stay 16-bit).
+
+    Experts in MXFP4 keep their values exactly, or a matrix that NVFP4 cannot hold is an error.
 
     Router gates, norms, embeddings, attention and lm_head stay as they are; FP8 weights among them become bf16. A run
     that was interrupted, even by SIGKILL, goes on when the same command is given again. Until it is complete DST has no

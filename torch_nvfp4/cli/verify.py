@@ -63,7 +63,7 @@ def command(
         opened = open_checkpoint(terminal, checkpoint)
         layers = opened.layers if layer is None else tuple(dict.fromkeys(layer))  # each once
         if not layers:
-            expected = "a checkpoint with NVFP4 experts"
+            expected = "a checkpoint with NVFP4 or MXFP4 experts"
             raise CheckpointError(refusal(checkpoint, expected, "none in its headers"))
         checks = _check_layers(terminal, opened, layers, tokens, activations, where, backend or None, seed)
         write_json(

@@ -1,8 +1,9 @@
 """Graphs read as expressions: the clamp-SwiGLU gate that a product is, whatever it is spelled with.
 
-``Reader`` turns nodes into ``Expression`` values, whose leaves are the two halves of one GEMM's output; ``gate_form``
-says which ``Gate`` an expression is. One rule then covers every spelling of the halves, the clamps and the sigmoid, and
-whatever the rule does not know raises ``NoMatchError`` and stays as it was.
+``Reader`` turns nodes into ``Expression`` values, whose leaves are the two halves of one GEMM's output, or, of a weight
+without gate rows, all of it; ``gate_form`` and ``plain_form`` say which ``Gate`` an expression is. One rule then covers
+every spelling of the halves, the clamps and the sigmoid, and whatever the rule does not know raises ``NoMatchError``
+and stays as it was.
 """
 
 from __future__ import annotations
@@ -45,6 +46,13 @@ class Half:
 
 
 @dataclass(frozen=True)
+class Whole:
+    """The output of a ``grouped_gemm`` whose weight has no gate rows."""
+
+    gemm: Node
+
+
+@dataclass(frozen=True)
 class Clamp:
     """``clamp(x, low, high)``; None is no bound on that side."""
 
@@ -83,7 +91,7 @@ class Product:
     scale: float
 
 
-Expression = Half | Clamp | Sigmoid | Exp | Sum | Product
+Expression = Half | Whole | Clamp | Sigmoid | Exp | Sum | Product
 
 
 class Reader:
@@ -107,6 +115,8 @@ class Reader:
 
     def _expression(self, node: Node) -> Expression:
         packet = packet_of(node)
+        if node.target is nvfp4.grouped_gemm.default:
+            return self._whole(node)
         if packet in (aten.slice, aten.select) or node.target is operator.getitem:
             return self._half(node)
         args = arguments_of(node)
@@ -120,6 +130,11 @@ class Reader:
         if packet in (aten.minimum, aten.maximum):
             x, bound = constant_last(args["self"], args["other"])
             return self._clamp(x, None, bound) if packet is aten.minimum else self._clamp(x, bound, None)
+        if packet is aten.relu:
+            return self._clamp(args["self"], 0.0, None)
+        if packet is aten.pow and constant_of(args["exponent"]) == 2.0:
+            x = self.read(args["self"])
+            return _product((x, x))
         if packet is aten.sigmoid:
             return Sigmoid(self.read(args["self"]))
         if packet is aten.silu:
@@ -177,6 +192,12 @@ class Reader:
             raise NoMatchError
         return Clamp(x, low, high)
 
+    def _whole(self, node: Node) -> Whole:
+        if value_of(arguments_of(node)["global_scale"]).dim() != 1:
+            raise NoMatchError
+        self.plumbing.add(node)
+        return Whole(node)
+
     def _half(self, node: Node) -> Half:
         if node.target is operator.getitem:
             split, index = node.args
@@ -232,7 +253,7 @@ class Reader:
             raise NoMatchError
         args = arguments_of(node)
         batched = node.target is nvfp4.grouped_gemm.default
-        if value_of(args["global_scale"]).dim() != (2 if batched else 1) or args.get("bias") is not None:
+        if value_of(args["global_scale"]).dim() != (2 if batched else 1):
             raise NoMatchError
         if any(half.gemm is not node for half in self.halves):
             raise NoMatchError
@@ -267,6 +288,17 @@ def gate_form(product: Expression) -> Gate:
                 return Gate(activation, gate_limit, alpha, beta)
             except ValueError:
                 raise NoMatchError from None
+    raise NoMatchError
+
+
+def plain_form(product: Expression) -> tuple[Node, Gate]:
+    """(the GEMM, the activation without a gate that a product is of its output): silu or relu2."""
+    if isinstance(product, Product) and product.scale == 1.0 and len(product.factors) == 2:
+        for x, other in (product.factors, product.factors[::-1]):
+            if isinstance(x, Whole) and other == Sigmoid(x):
+                return x.gemm, Gate(Activation.silu, gated=False)
+            if isinstance(x, Clamp) and isinstance(x.x, Whole) and x == other == Clamp(x.x, 0.0, None):
+                return x.x.gemm, Gate(Activation.relu2, gated=False)
     raise NoMatchError
 
 

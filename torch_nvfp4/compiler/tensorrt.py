@@ -94,6 +94,9 @@ def unsupported_reason(node: Node) -> str | None:
     bound = bind_arguments(node.args, node.kwargs)
     if bound["batch_invariant"]:
         return "expected a call without batch_invariant, got one with it: the plugin does not know it"
+    for name in ("w13_bias", "w2_bias"):
+        if bound[name] is not None:
+            return f"expected a call without {name}, got one with it: the plugin does not know it"
     for name in _WEIGHTS:
         if not (isinstance(bound[name], Node) and bound[name].op == "get_attr"):
             return f"expected {name} to be a constant of the graph, got {bound[name]}"

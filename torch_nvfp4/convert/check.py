@@ -9,12 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from torch_nvfp4 import mxfp4
 from torch_nvfp4.checkpoint.headers import read_header, tensor_error
 from torch_nvfp4.checkpoint.layouts import Spelling
 from torch_nvfp4.convert.plan import Shard
 from torch_nvfp4.convert.selection import Group
 from torch_nvfp4.convert.source import Source, TensorFiles
-from torch_nvfp4.convert.values import dense
+from torch_nvfp4.convert.values import dense, mxfp4_matrix
 from torch_nvfp4.format import (
     E2M1_MAX,
     E4M3_MIN_SUBNORMAL,
@@ -23,6 +24,7 @@ from torch_nvfp4.format import (
     dequantize,
     reciprocal_global_scale,
 )
+from torch_nvfp4.mxfp4 import MXFP4Weight
 
 __all__ = ["Difference", "open_shard", "worst_of_group"]
 
@@ -34,12 +36,13 @@ class Difference(NamedTuple):
     """Of a matrix from its source.
 
     relative_l2: of the matrix. excess: 0, or by how many steps of its block a value is further from the source than
-    rounding to the nearest e2m1 value explains.
+    rounding to the nearest e2m1 value explains; infinite where a matrix of MXFP4 (is_mxfp4) has not the same bits.
     """
 
     module: str
     relative_l2: float
     excess: float
+    is_mxfp4: bool = False
 
     @property
     def key(self) -> tuple[float, float]:
@@ -54,6 +57,7 @@ def open_shard(folder: Path, shard: Shard) -> TensorFiles:
 def worst_of_group(source: Source, files: TensorFiles, group: Group, spelling: Spelling) -> Difference:
     """The matrix of a group that is furthest from its source."""
     worst = Difference("", 0.0, 0.0)
+    assert spelling.global_scale is not None
     for part in group.parts:
         codes, scale, stored = (
             files.whole(files.tensors[part.name + leaf])
@@ -62,12 +66,29 @@ def worst_of_group(source: Source, files: TensorFiles, group: Group, spelling: S
         global_scale = stored.reshape(())
         if spelling.reciprocal:
             global_scale = reciprocal_global_scale(global_scale)
-        relative, excess = difference(dense(source, part), NVFP4Weight(codes, scale, global_scale))
+        weight = NVFP4Weight(codes, scale, global_scale)
+        if part.weight.is_mxfp4 and _has_same_bits(mxfp4_matrix(source, part), weight):
+            relative, excess = 0.0, 0.0
+        else:
+            relative, excess = difference(dense(source, part), weight)
+            if part.weight.is_mxfp4:
+                excess = math.inf
         if math.isnan(relative):
             info = files.tensors[part.name + spelling.scale]
             raise tensor_error(info.file, info.name, "finite values", "NaN")
-        worst = max(worst, Difference(part.name, relative, excess), key=lambda each: each.key)
+        worst = max(worst, Difference(part.name, relative, excess, part.weight.is_mxfp4), key=lambda each: each.key)
     return worst
+
+
+def _has_same_bits(original: MXFP4Weight, weight: NVFP4Weight) -> bool:
+    rows = max(1, (1 << 18) // (2 * original.data.shape[1]))
+    for begin in range(0, len(original.data), rows):
+        chunk = slice(begin, begin + rows)
+        expected = mxfp4.dequantize(MXFP4Weight(*(part[chunk] for part in original)), torch.float64)
+        values = dequantize(NVFP4Weight(weight.data[chunk], weight.scale[chunk], weight.global_scale), torch.float64)
+        if not torch.equal(values.view(torch.int64), expected.view(torch.int64)):
+            return False
+    return True
 
 
 def difference(original: Tensor, weight: NVFP4Weight) -> tuple[float, float]:

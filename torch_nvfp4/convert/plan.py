@@ -15,8 +15,7 @@ from typing import NamedTuple
 
 from torch_nvfp4.checkpoint.headers import TensorInfo, tensor_error
 from torch_nvfp4.checkpoint.layouts import COMPRESSED_TENSORS, MODELOPT, Spelling, expert_name
-from torch_nvfp4.convert.selection import Group, Selection, StoredWeight
-from torch_nvfp4.convert.source import DTYPES
+from torch_nvfp4.convert.selection import Bias, Group, Selection, StoredWeight
 from torch_nvfp4.format import GROUP_SIZE
 
 __all__ = ["LAYOUTS", "Shard", "Work", "plan_shards"]
@@ -28,8 +27,8 @@ _ITEM_BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2,
 }  # fmt: skip
 
-Work = Group | StoredWeight | TensorInfo
-"""To quantize matrices with one global scale, to turn an FP8 weight into bf16, to copy a tensor."""
+Work = Group | Bias | StoredWeight | TensorInfo
+"""To quantize a few matrices, to copy a part of a bias, to turn an FP8 weight into bf16, to copy a tensor."""
 
 
 class Entry(NamedTuple):
@@ -70,10 +69,10 @@ class Shard:
 def plan_shards(selection: Selection, spelling: Spelling) -> list[Shard]:
     """One shard per layer of experts, then the other tensors as they lie in the shards of the source."""
     planned: list[tuple[str, list[Work]]] = []
-    for groups in selection.experts.values():
+    for root, groups in selection.experts.items():
         node = expert_name(groups[0].parts[0].name)
         assert node is not None
-        planned.append((f"layer {node.layer}", list(groups)))
+        planned.append((f"layer {node.layer}", [*groups, *selection.biases[root]]))
     rest: dict[Path, list[Work]] = {}
     others: list[Work] = [*selection.linears, *selection.dequantized, *selection.copied]
     for work in others:
@@ -99,8 +98,11 @@ def outputs(work: Work, spelling: Spelling) -> Iterable[tuple[str, str, tuple[in
         yield work.name, work.dtype, work.shape
     elif isinstance(work, StoredWeight):
         yield work.data.name, "BF16", work.data.shape
+    elif isinstance(work, Bias):
+        yield work.name, work.info.dtype, (work.part.rows,)
     else:
         scalar = (1,) if spelling.reciprocal else ()  # compressed-tensors keeps a scalar as [1]
+        assert spelling.global_scale is not None
         for part in work.parts:
             yield part.name + spelling.data, "U8", (part.rows, part.cols // 2)
             yield part.name + spelling.scale, "F8_E4M3", (part.rows, part.cols // GROUP_SIZE)
@@ -144,6 +146,8 @@ def _item_bytes(dtype: str) -> int:
 def _first(work: Work) -> TensorInfo:
     if isinstance(work, TensorInfo):
         return work
+    if isinstance(work, Bias):
+        return work.info
     return work.data if isinstance(work, StoredWeight) else work.parts[0].weight.data
 
 
@@ -156,4 +160,6 @@ def _source_bytes(work: Work) -> int:
         return work.nbytes
     if isinstance(work, StoredWeight):
         return work.data.nbytes
-    return sum(part.rows * part.cols * DTYPES[part.weight.data.dtype].itemsize for part in work.parts)
+    if isinstance(work, Bias):
+        return work.part.rows * _item_bytes(work.info.dtype)
+    return sum(part.weight.source_bytes(part.rows, part.cols) for part in work.parts)

@@ -73,7 +73,8 @@ def open_conversion(
     """Reads the headers of a checkpoint, and checks that it can be quantized into a directory; writes nothing.
 
     Args:
-        source: a checkpoint of safetensors in bf16, fp16, fp32 or FP8 (E4M3 with a scale per block).
+        source: a checkpoint of safetensors in bf16, fp16, fp32, FP8 (E4M3 with a scale per block) or MXFP4, whose
+            experts keep their values exactly.
         destination: a new or empty directory, or that of an interrupted run with the same arguments.
         layout: "modelopt" or "compressed-tensors".
         include: globs over names of modules; None or none for the routed experts.
@@ -183,9 +184,11 @@ class Conversion:
         section = quantization_config(self.selection, self.layout)
         self._target.write_json("config.json", self._source.stripped_config() | {"quantization_config": section})
         try:
-            refusals = Checkpoint.open(path).refusals()
+            checkpoint = Checkpoint.open(path)
+            activations = _unknown_activations(checkpoint)
+            refusals = [each.reason for each in checkpoint.refusals() if each.reason not in activations]
             if refusals:
-                raise CheckpointError(refusal(path, "layers that can be loaded", refusals[0].reason))
+                raise CheckpointError(refusal(path, "layers that can be loaded", refusals[0]))
         except CheckpointError:
             self._target.withdraw("config.json")
             raise
@@ -236,10 +239,23 @@ class Conversion:
             for difference in run(compare, shard.groups):
                 worst = max(worst, difference, key=lambda each: (*each.key, each.module))
         problem = None
-        if worst.excess > 0:
+        if worst.excess > 0 and worst.is_mxfp4:
+            problem = f"{worst.module} has not the values of the source, which is MXFP4 and converts exactly"
+        elif worst.excess > 0:
             problem = f"a value of {worst.module} is {worst.excess:.2g} steps too far from the source"
         matrices = sum(len(group.parts) for group in shard.groups)
         return LayerError(shard.label, matrices, worst.relative_l2, worst.module, problem)
+
+
+def _unknown_activations(checkpoint: Checkpoint) -> set[str]:
+    """Why gates cannot be read: it is the source's config that says so, and no fault of the weights."""
+    reasons = set()
+    for layer in checkpoint.layers:
+        try:
+            checkpoint.gate(layer)
+        except CheckpointError as error:
+            reasons.add(str(error))
+    return reasons
 
 
 class _Run:

@@ -7,12 +7,24 @@ from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from torch_nvfp4.checkpoint.headers import TensorInfo, tensor_error
-from torch_nvfp4.checkpoint.layouts import PROJECTIONS, ExpertName, expert_name, split_name
-from torch_nvfp4.convert.source import HIGH_PRECISION, Source
+from torch_nvfp4.checkpoint.layouts import (
+    BIAS_DTYPES,
+    BIAS_LEAVES,
+    PROJECTIONS,
+    ExpertName,
+    expert_name,
+    kind_of,
+    scheme,
+    spelling_of,
+    split_name,
+    stored,
+)
+from torch_nvfp4.convert.source import DTYPES, HIGH_PRECISION, Source
 from torch_nvfp4.errors import CheckpointError, refusal, shown
 from torch_nvfp4.format import GROUP_SIZE
+from torch_nvfp4.mxfp4 import GROUP_SIZE as MXFP4_GROUP_SIZE
 
-__all__ = ["Group", "Part", "Selection", "StoredWeight", "select"]
+__all__ = ["Bias", "Group", "Part", "Selection", "StoredWeight", "select"]
 
 _WEIGHT_LEAVES = (".weight", "")  # "": experts that transformers holds as parameters
 _BLOCK_SCALE_LEAVES = (".weight_scale_inv", ".scale", "_scale_inv")
@@ -24,12 +36,30 @@ _QUANTIZED_DTYPES = ("U8", "I8", "F4", "F8_E4M3", "F8_E5M2", "F8_E8M0", "I32")
 
 
 class StoredWeight(NamedTuple):
-    """A module's weight [..., rows, cols]; with `scale`, E4M3 values in blocks that have one scale each."""
+    """A module's weight [..., rows, cols]; with `scale`, E4M3 values in blocks that have one scale each, or MXFP4."""
 
     module: str
     data: TensorInfo
     scale: TensorInfo | None
     others: tuple[str, ...]  # more leaves of the module
+    is_mxfp4: bool = False
+    is_interleaved: bool = False  # rows of gate and up alternate
+    bias: TensorInfo | None = None  # of experts; that of another module is copied
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[..., rows, cols], in values."""
+        shape = self.data.shape
+        if not self.is_mxfp4:
+            return shape
+        assert self.scale is not None
+        *batch, groups = self.scale.shape
+        return (*batch, groups * MXFP4_GROUP_SIZE)
+
+    def source_bytes(self, rows: int, cols: int) -> int:
+        """Of so many rows and columns of the weight."""
+        values = rows * cols
+        return values // 2 if self.is_mxfp4 else values * DTYPES[self.data.dtype].itemsize
 
 
 class Part(NamedTuple):
@@ -42,6 +72,15 @@ class Part(NamedTuple):
     rows: int
     cols: int
     swapped: bool  # a stack that holds [cols, rows]
+    interleaved: bool = False  # every second row from first_row on
+
+
+class Bias(NamedTuple):
+    """The bias of a part of a module of experts."""
+
+    name: str  # of the tensor that is written
+    info: TensorInfo  # [rows], of a stack [matrices, rows of each]
+    part: Part
 
 
 class Group(NamedTuple):
@@ -53,11 +92,12 @@ class Group(NamedTuple):
 class Selection(NamedTuple):
     """What happens to every tensor of a source.
 
-    experts: per layer of routed experts (root of its names -> groups). linears: other modules that become NVFP4.
-    dequantized: FP8 weights that become bf16. copied: tensors that stay.
+    experts: per layer of routed experts (root of its names -> groups), biases: theirs. linears: other modules that
+    become NVFP4. dequantized: FP8 weights that become bf16. copied: tensors that stay.
     """
 
     experts: dict[str, list[Group]]
+    biases: dict[str, list[Bias]]
     linears: list[Group]
     dequantized: list[StoredWeight]
     copied: list[TensorInfo]
@@ -100,12 +140,29 @@ def select(source: Source, include: Sequence[str] | None, exclude: Sequence[str]
     left_names = [expert_name(module) for module in left]
     return Selection(
         experts,
+        {root: _biases(groups) for root, groups in experts.items()},
         _linear_groups(candidates, linears),
-        [weights[module] for module in left if weights[module].scale is not None],
-        copied + [weights[module].data for module in left if weights[module].scale is None],
+        [weights[module] for module in left if weights[module].scale is not None and not weights[module].is_mxfp4],
+        copied + [info for module in left for info in _as_they_are(weights[module])],
         [module for module in left if expert_name(module) is None and len(weights[module].data.shape) == 2],
         list(dict.fromkeys(name.root for name in left_names if name is not None)),
     )
+
+
+def _as_they_are(weight: StoredWeight) -> Iterator[TensorInfo]:
+    """The tensors of a weight that stays; none of an FP8 one, which becomes bf16."""
+    if weight.scale is None or weight.is_mxfp4:
+        yield weight.data
+    if weight.is_mxfp4:
+        assert weight.scale is not None
+        yield weight.scale
+    if weight.bias is not None:
+        yield weight.bias
+
+
+def _biases(groups: Iterable[Group]) -> list[Bias]:
+    parts = (part for group in groups for part in group.parts)
+    return [Bias(f"{part.name}.bias", part.weight.bias, part) for part in parts if part.weight.bias is not None]
 
 
 def _weights(source: Source) -> tuple[dict[str, StoredWeight], list[TensorInfo]]:
@@ -116,18 +173,44 @@ def _weights(source: Source) -> tuple[dict[str, StoredWeight], list[TensorInfo]]
         modules.setdefault(module, {})[leaf] = info
     weights, copied = {}, []
     for module, leaves in modules.items():
+        if scheme(leaves) == "mxfp4":
+            weights[module] = _mxfp4_weight(source, module, leaves)
+            used = (weights[module].data, weights[module].scale, weights[module].bias)
+            copied += [info for info in leaves.values() if info not in used]
+            continue
         data = next((leaves[leaf] for leaf in _WEIGHT_LEAVES if leaf in leaves), None)
         scale = None
         if data is not None and data.dtype == "F8_E4M3":
             scale = next((leaves[leaf] for leaf in _BLOCK_SCALE_LEAVES if leaf in leaves), None)
         _check_not_quantized(module, leaves, data, scale)
-        others = [info for info in leaves.values() if info not in (data, scale)]
+        bias = None if data is None else _bias_of(module, leaves, len(data.shape) - 1)
+        others = [info for info in leaves.values() if info not in (data, scale, bias)]
         copied += others
         if data is not None:
             if scale is not None:
                 _check_blocks(source, data, scale)
-            weights[module] = StoredWeight(module, data, scale, tuple(split_name(info.name)[1] for info in others))
+            leaf_names = tuple(split_name(info.name)[1] for info in others)
+            weights[module] = StoredWeight(module, data, scale, leaf_names, bias=bias)
     return weights, copied
+
+
+def _mxfp4_weight(source: Source, module: str, leaves: dict[str, TensorInfo]) -> StoredWeight:
+    name = expert_name(module)
+    kind = kind_of(leaves, name is None or name.expert is not None)
+    checked = stored(source.path, module, leaves, spelling_of(leaves, "mxfp4"), kind)
+    bias = _bias_of(module, leaves, 1 if kind == "matrix" else 2)
+    others = tuple(leaf for leaf, info in checked.others if info is not bias)
+    interleaved = checked.spelling.is_interleaved
+    return StoredWeight(module, checked.data, checked.scale, others, True, interleaved, bias)
+
+
+def _bias_of(module: str, leaves: dict[str, TensorInfo], rank: int) -> TensorInfo | None:
+    """The bias of a module of experts; None where there is none, or something else under its name."""
+    name = expert_name(module)
+    found = [leaves[leaf] for leaf in BIAS_LEAVES if leaf in leaves]
+    if name is None or not name.root.endswith(".experts.") or len(found) != 1:
+        return None
+    return found[0] if found[0].dtype in BIAS_DTYPES and len(found[0].shape) == rank else None
 
 
 def _check_not_quantized(
@@ -142,7 +225,7 @@ def _check_not_quantized(
         scales = [
             f"{leaf.lstrip('._')} {info.dtype} {list(info.shape)}" for leaf, info in leaves.items() if "scale" in leaf
         ]
-        expected = "bf16, fp16, fp32, or E4M3 with weight_scale_inv per block"
+        expected = "bf16, fp16, fp32, MXFP4, or E4M3 with weight_scale_inv per block"
         got = f"{packed.dtype} with {' and '.join(scales) or 'no scale'}"
         raise tensor_error(packed.file, packed.name, expected, got, "start from the checkpoint before its quantization")
 
@@ -163,7 +246,9 @@ def _is_candidate(source: Source, weight: StoredWeight) -> bool:
     if source.model.is_ignored(data.name) or (data.dtype not in HIGH_PRECISION and weight.scale is None):
         return False
     if expert_name(weight.module) is not None and ".experts." in f".{weight.module}":
-        return len(data.shape) in (2, 3)
+        return len(weight.shape) in (2, 3)
+    if weight.is_mxfp4:
+        return False
     router = last in ("gate", "router", "wg") or last.endswith("_gate") or ".router." in weight.module
     return len(data.shape) == 2 and not router and "embed" not in last and last not in ("wte", "wpe")
 
@@ -173,7 +258,7 @@ def _expert_node(module: str, weight: StoredWeight) -> ExpertName | None:
     if name is None or not name.root.endswith(".experts."):
         return None
     expected = 2 if name.expert is not None else 3
-    if len(weight.data.shape) != expected:
+    if len(weight.shape) != expected:
         got = f"{list(weight.data.shape)}"
         raise tensor_error(weight.data.file, weight.data.name, f"a shape of {expected} dimensions", got)
     return name
@@ -215,23 +300,36 @@ def _expert_groups(source: Source, root: str, modules: Iterable[tuple[ExpertName
         kinds.add(name.expert is None)
         stored[PROJECTIONS[name.projection]] = weight
         if weight.others:
-            expected = "experts without other leaves than a weight and its block scales"
+            expected = "experts without other leaves than a weight, its scales and a bias"
             got = f"{shown(weight.others[0].lstrip('._'))} too, which nothing would apply"
             raise tensor_error(weight.data.file, weight.data.name, expected, got)
     if len(kinds) > 1:
         raise CheckpointError(refusal(f"{source.path}: tensors {root}*", "single experts or stacks of experts", "both"))
-    swapped = kinds == {True} and _are_swapped(stored, source.model.hidden_size)
+    swapped = kinds == {True} and _are_swapped(stored, source.model.expert_hidden_size)
     for name, weight in modules:
         for expert, role, part in _parts(source, root, name, weight, swapped):
             if role in roles.setdefault(expert, {}):
                 raise tensor_error(weight.data.file, weight.data.name, f"one {role} projection", "another one")
             roles[expert][role] = part
     _check_experts(source, root, roles)
+    _check_biases(roles)
     groups = []
     for expert in sorted(roles):
         parts = roles[expert]
-        groups += [Group((parts["gate"], parts["up"])), Group((parts["down"],))]
+        first = (parts["gate"], parts["up"]) if "gate" in parts else (parts["up"],)
+        groups += [Group(first), Group((parts["down"],))]
     return groups
+
+
+def _check_biases(roles: dict[int, dict[str, Part]]) -> None:
+    """All matrices of the first GEMM have a bias, or none has; those of the second too."""
+    for gemm in (("gate", "up"), ("down",)):
+        parts = [part for each in roles.values() for role, part in each.items() if role in gemm]
+        first = next((part.weight.bias for part in parts if part.weight.bias is not None), None)
+        without = next((part for part in parts if part.weight.bias is None), None)
+        if first is not None and without is not None:
+            expected = f"a bias for {' and '.join(gemm)} of every expert, or for none"
+            raise tensor_error(first.file, first.name, expected, f"none for {without.name}")
 
 
 def _are_swapped(stored: dict[str, StoredWeight], hidden_size: int | None) -> bool:
@@ -239,11 +337,11 @@ def _are_swapped(stored: dict[str, StoredWeight], hidden_size: int | None) -> bo
 
     Stacks of gate and of up alone fit together in both ways, so that the config's K decides.
     """
-    first, down = stored.get("gate_up", stored.get("gate")), stored.get("down")
-    if first is None or down is None:
+    first, down = stored.get("gate_up", stored.get("up")), stored.get("down")
+    if first is None or down is None or first.is_mxfp4 or down.is_mxfp4:
         return False
     times = 2 if "gate_up" in stored else 1
-    (_, rows, cols), (_, down_rows, down_cols) = first.data.shape, down.data.shape
+    (_, rows, cols), (_, down_rows, down_cols) = first.shape, down.shape
     straight = cols == down_rows and rows == times * down_cols
     swapped = rows == down_cols and cols == times * down_rows
     return swapped and (not straight or rows == hidden_size != cols)
@@ -252,22 +350,24 @@ def _are_swapped(stored: dict[str, StoredWeight], hidden_size: int | None) -> bo
 def _parts(
     source: Source, root: str, name: ExpertName, weight: StoredWeight, swapped: bool
 ) -> Iterator[tuple[int, str, Part]]:
-    *batch, rows, cols = weight.data.shape
+    *batch, rows, cols = weight.shape
     if swapped:
         rows, cols = cols, rows
+    if weight.bias is not None and weight.bias.shape != (*batch, rows):
+        info = weight.bias
+        raise tensor_error(info.file, info.name, f"shape {[*batch, rows]}, one value per row", f"{list(info.shape)}")
+    interleaved = source.model.interleaves_gate_and_up or weight.is_interleaved
     for expert in range(batch[0]) if name.expert is None else (name.expert,):
         index, role = (expert if name.expert is None else None), PROJECTIONS[name.projection]
         if role != "gate_up":
             yield expert, role, _part(f"{root}{expert}.{name.projection}", weight, index, 0, rows, cols, swapped)
             continue
-        if source.model.interleaves_gate_and_up:
-            got = f"{source.model.model_type}, which alternates them"
-            raise tensor_error(weight.data.file, weight.data.name, "gate rows first, then up rows", got)
         if rows % 2:
             raise tensor_error(weight.data.file, weight.data.name, "as many gate rows as up rows", f"{rows} rows")
         for half, (part, projection) in enumerate(zip(("gate", "up"), _SPLIT[name.projection], strict=True)):
-            first, module = half * rows // 2, f"{root}{expert}.{projection}"
-            yield expert, part, _part(module, weight, index, first, rows // 2, cols, swapped)
+            first, module = half if interleaved else half * rows // 2, f"{root}{expert}.{projection}"
+            result = _part(module, weight, index, first, rows // 2, cols, swapped)
+            yield expert, part, result._replace(interleaved=interleaved)
 
 
 def _part(name: str, weight: StoredWeight, expert: int | None, first: int, rows: int, cols: int, swapped: bool) -> Part:
@@ -285,21 +385,25 @@ def _check_experts(source: Source, root: str, roles: dict[int, dict[str, Part]])
     declared = source.model.num_experts(name.layer)
     num = declared if declared is not None else max(roles) + 1
     where = f"{source.path}: tensors {root}*"
+    wanted: tuple[str, ...] = ("gate", "up", "down")
+    if source.model.may_lack_a_gate and not any("gate" in parts for parts in roles.values()):
+        wanted = ("up", "down")
     for expert in range(max(num, max(roles) + 1)):
         parts = roles.get(expert, {})
-        missing = [role for role in ("gate", "up", "down") if role not in parts]
+        missing = [role for role in wanted if role not in parts]
         if expert >= num:
             raise CheckpointError(refusal(where, f"experts 0..{num - 1} (from config.json)", f"expert {expert} too"))
         if missing:
             got = f"no {' and no '.join(missing)} projection of expert {expert}"
-            raise CheckpointError(refusal(where, f"gate, up and down of experts 0..{num - 1}", got))
-        rows, cols = roles[0]["gate"].rows, roles[0]["gate"].cols
-        for what, stored, declared_size in (
-            ("hidden size", cols, source.model.hidden_size),
+            text = f"{', '.join(wanted[:-1])} and {wanted[-1]} of experts 0..{num - 1}"
+            raise CheckpointError(refusal(where, text, got))
+        rows, cols = roles[0]["up"].rows, roles[0]["up"].cols
+        for what, size, declared_size in (
+            ("hidden size", cols, source.model.expert_hidden_size),
             ("intermediate size", rows, source.model.intermediate_size(name.layer)),
         ):
-            if declared_size not in (None, stored):
-                raise CheckpointError(refusal(where, f"{what} {declared_size} (from config.json)", f"{stored}"))
+            if declared_size not in (None, size):
+                raise CheckpointError(refusal(where, f"{what} {declared_size} (from config.json)", f"{size}"))
         for role, part in parts.items():
             expected = (cols, rows) if role == "down" else (rows, cols)
             if (part.rows, part.cols) != expected:

@@ -31,6 +31,7 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E8M0": torch.float8_e8m0fnu,
     "U8": torch.uint8,
+    "I8": torch.int8,
 }
 """The dtypes of which values are read. Tensors of other dtypes are copied as bytes."""
 HIGH_PRECISION = ("BF16", "F16", "F32")
@@ -98,6 +99,12 @@ class TensorFiles:
         row_bytes = info.nbytes // max(1, math.prod(info.shape[:-1]))
         values = self.read(info, first * row_bytes, num * row_bytes)
         return values.view(DTYPES[info.dtype]).view(num, info.shape[-1])
+
+    def bytes_of_rows(self, info: TensorInfo, num_rows: int, rows: slice) -> Tensor:
+        """Rows of a tensor that has `num_rows` of them: their bytes, uint8 [rows, bytes of a row]."""
+        row_bytes = info.nbytes // num_rows
+        content = self.read(info, rows.start * row_bytes, (rows.stop - rows.start) * row_bytes)
+        return content.view(rows.stop - rows.start, row_bytes)
 
     def whole(self, info: TensorInfo) -> Tensor:
         return self.read(info, 0, info.nbytes).view(DTYPES[info.dtype]).view(info.shape)

@@ -100,6 +100,19 @@ def slice_experts(
     )  # fmt: skip
 
 
+def _slice_biases(module: NVFP4Experts, experts: range, place: _Place) -> dict[str, Tensor | None]:
+    """The rank's part of the biases. w2's belongs to the first of the tensor parallel ranks, as results are added."""
+    part = _checked_part(module.intermediate_size, place.tp_rank, place.tp_size)
+    w13_bias, w2_bias = module.w13_bias, module.w2_bias
+    if w13_bias is not None:
+        halves = w13_bias[experts.start : experts.stop].unflatten(1, (-1, module.intermediate_size))
+        w13_bias = halves[:, :, part.start : part.stop].flatten(1).contiguous()
+    if w2_bias is not None:
+        w2_bias = w2_bias[experts.start : experts.stop].clone()
+        w2_bias = w2_bias if place.tp_rank == 0 else torch.zeros_like(w2_bias)
+    return {"w13_bias": w13_bias, "w2_bias": w2_bias}
+
+
 def _checked_part(intermediate_size: int, rank: int, size: int) -> range:
     if size < 1 or not 0 <= rank < size:
         raise ValueError(f"expected tp_size >= 1 and 0 <= tp_rank < tp_size, got tp_rank {rank}, tp_size {size}")
@@ -320,6 +333,7 @@ def _parallel(module: NVFP4Experts, mesh: DeviceMesh, plan: ExpertsPlan) -> Para
         return NVFP4Experts.from_weights(
             w13,
             w2,
+            **_slice_biases(module, part, place),
             quant_config=module.quant_config,
             expert_map=expert_map,
             apply_router_weight_on_input=module.apply_router_weight_on_input,
@@ -349,8 +363,16 @@ def load_experts(
 
     def make(part: range, place: _Place, expert_map: Tensor | None) -> NVFP4Experts:
         weights = source.experts(layer, tp_rank=place.tp_rank, tp_size=place.tp_size, experts=part)
-        w13, w2 = (NVFP4Weight(*(tensor.to(device) for tensor in weight)) for weight in weights)
+        w13, w2 = (NVFP4Weight(*(tensor.to(device) for tensor in weight)) for weight in (weights.w13, weights.w2))
         quant = MoEQuantConfig(config.gate, apply_router_weight_on_input=config.apply_router_weight_on_input)
-        return NVFP4Experts.from_weights(w13, w2, quant_config=quant, expert_map=expert_map, backend=backend)
+        return NVFP4Experts.from_weights(
+            w13,
+            w2,
+            w13_bias=weights.w13_bias,
+            w2_bias=weights.w2_bias,
+            quant_config=quant,
+            expert_map=expert_map,
+            backend=backend,
+        )
 
     return _build(mesh, plan, config[:3], torch.device(device), make)

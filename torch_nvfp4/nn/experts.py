@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ from torch import Tensor
 
 from torch_nvfp4.backends import MoEBackendConfig, moe_backend, select_moe_backend
 from torch_nvfp4.checkpoint import Checkpoint
-from torch_nvfp4.format import NVFP4Weight, has_values, is_gated_pair, quantize, validate_layout
+from torch_nvfp4.format import NVFP4Weight, has_gate_rows, has_values, is_gated_pair, quantize, validate_layout
 from torch_nvfp4.gate import Gate, parse_activation
 from torch_nvfp4.nn.packed_module import PackedModule, WeightShape
 from torch_nvfp4.quant_config import MoEQuantConfig
 
 __all__ = ["NVFP4Experts"]
+
+_BIASES = ("w13_bias", "w2_bias")
 
 
 class NVFP4Experts(PackedModule):
@@ -29,8 +32,10 @@ class NVFP4Experts(PackedModule):
     Args:
         num_experts, hidden_size, intermediate_size: E, K, I, of this rank.
         activation, clamp_limit, alpha, beta: the gate, as in ``torch_nvfp4.moe``.
-        gate: the gate as one value, instead of these four.
-        quant_config: the gate and the activation scales, instead of the four and of ``gate``.
+        gated: False for experts that have up rows and no gate (w13 is [E, I, K]).
+        gate: the gate as one value, instead of these five.
+        quant_config: the gate and the activation scales, instead of the five and of ``gate``.
+        biases: whether the experts have biases, w13_bias [E, 2I] (or [E, I]) and w2_bias [E, K]; they stay float32.
         expert_map: int32 [global experts], local expert or -1; then topk_ids are global.
         apply_router_weight_on_input: as in ``torch_nvfp4.moe``; also where ``quant_config`` says so.
         backend: a name of ``torch_nvfp4.backends``, or None for the first that can run the layer
@@ -51,19 +56,23 @@ class NVFP4Experts(PackedModule):
         clamp_limit: float | None = None,
         alpha: float = 1.0,
         beta: float = 0.0,
+        gated: bool = True,
         gate: Gate | None = None,
         quant_config: MoEQuantConfig | None = None,
+        biases: bool = False,
         expert_map: Tensor | None = None,
         apply_router_weight_on_input: bool = False,
         backend: str | None = None,
         device: torch.device | str | None = None,
         _weights: dict[str, NVFP4Weight] | None = None,
+        _biases: dict[str, Tensor | None] | None = None,
     ) -> None:
         super().__init__()
         self.num_experts = num_experts
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
-        self.quant_config = _one_gate(Gate(parse_activation(activation), clamp_limit, alpha, beta), gate, quant_config)
+        parameters = Gate(parse_activation(activation), clamp_limit, alpha, beta, gated)
+        self.quant_config = _one_gate(parameters, gate, quant_config)
         self.apply_router_weight_on_input = (
             apply_router_weight_on_input or self.quant_config.apply_router_weight_on_input
         )
@@ -80,6 +89,15 @@ class NVFP4Experts(PackedModule):
         # In the state dict, as the weights beside it are those of the experts that it names.
         self.register_buffer("expert_map", expert_map)
         self.expert_map: Tensor | None
+        rows = (intermediate_size * (2 if self.quant_config.gate.gated else 1), hidden_size)
+        for name, size in zip(_BIASES, rows, strict=True):
+            bias = None if _biases is None else _biases[name]
+            if biases:
+                bias = torch.zeros(num_experts, size, dtype=torch.float32, device=_weights["w2_"].data.device)
+            self.register_buffer(name, bias)
+        self.w13_bias: Tensor | None
+        self.w2_bias: Tensor | None
+        self._exact_names = tuple(name for name in _BIASES if self._buffers[name] is not None)
         self._place(_weights)
 
     @classmethod
@@ -88,6 +106,8 @@ class NVFP4Experts(PackedModule):
         w13: NVFP4Weight,
         w2: NVFP4Weight,
         *,
+        w13_bias: Tensor | None = None,
+        w2_bias: Tensor | None = None,
         activation: str | int = "silu",
         clamp_limit: float | None = None,
         alpha: float = 1.0,
@@ -101,42 +121,39 @@ class NVFP4Experts(PackedModule):
         """From NVFP4 weights, on their device.
 
         Args:
-            w13: [E, 2I, K], gate rows first; its global scale is [E, 2] (gate, up), or [E] for both alike.
+            w13: [E, 2I, K], gate rows first; its global scale is [E, 2] (gate, up), or [E] for both alike. Of experts
+                without a gate [E, I, K], global scale [E]: the sizes say which, and the activation is then that of up.
             w2: [E, K, I], global scale [E].
+            w13_bias: [E, 2I], gate rows first, or [E, I], in any floating point dtype; None: no bias.
+            w2_bias: [E, K]; None: no bias. Where I is split over ranks, whose results are added, one rank alone has it.
 
-        The keywords are the constructor's. Raises TypeError or ValueError for weights that are not valid NVFP4 or do
-        not fit together, and what the constructor raises.
+        The other keywords are the constructor's. Raises TypeError or ValueError for weights that are not valid NVFP4 or
+        do not fit together or to the gate, and what the constructor raises.
         """
-        validate_layout(w13, gated=True)
-        validate_layout(w2, gated=False)
-        if w13.data.dim() != 3 or w2.data.dim() != 3:
-            raise ValueError(
-                "expected w13 [E, 2I, K] and w2 [E, K, I], "
-                f"got data of shapes {list(w13.data.shape)} and {list(w2.data.shape)}"
-            )
-        experts, two_i, k = *w13.data.shape[:2], 2 * w13.data.shape[2]
-        expected, got = (experts, k, two_i // 2), (*w2.data.shape[:2], 2 * w2.data.shape[2])
-        if got != expected or w2.data.device != w13.data.device:
-            raise ValueError(
-                f"w2: expected shape {list(expected)} on {w13.data.device} for w13 of shape {[experts, two_i, k]}, "
-                f"got {list(got)} on {w2.data.device}"
-            )
-        if not is_gated_pair(w13):
+        experts, rows, k, gated = _sizes(w13, w2)
+        gate, quant_config = _of_kind(gated, gate, quant_config)
+        biases = {
+            "w13_bias": _checked_bias("w13_bias", w13_bias, (experts, rows), w13.data.device),
+            "w2_bias": _checked_bias("w2_bias", w2_bias, (experts, k), w13.data.device),
+        }
+        if gated and not is_gated_pair(w13):
             w13 = w13._replace(global_scale=w13.global_scale.unsqueeze(1).repeat(1, 2))
         return cls(
             experts,
             k,
-            two_i // 2,
+            rows // 2 if gated else rows,
             activation=activation,
             clamp_limit=clamp_limit,
             alpha=alpha,
             beta=beta,
+            gated=gated or gate is not None or quant_config is not None,
             gate=gate,
             quant_config=quant_config,
             expert_map=expert_map,
             apply_router_weight_on_input=apply_router_weight_on_input,
             backend=backend,
             _weights={"w13_": w13, "w2_": w2},
+            _biases=biases,
         )
 
     @classmethod
@@ -145,6 +162,8 @@ class NVFP4Experts(PackedModule):
         w13: Tensor,
         w2: Tensor,
         *,
+        w13_bias: Tensor | None = None,
+        w2_bias: Tensor | None = None,
         activation: str | int = "silu",
         clamp_limit: float | None = None,
         alpha: float = 1.0,
@@ -158,14 +177,18 @@ class NVFP4Experts(PackedModule):
         """Quantizes dense weights (see ``torch_nvfp4.quantize``), on their device.
 
         Args:
-            w13: [E, 2I, K] in any floating point dtype, gate rows first; gate and up get global scales of their own.
+            w13: [E, 2I, K] in any floating point dtype, gate rows first; gate and up get global scales of their own. Or
+                [E, I, K], of experts without a gate.
             w2: [E, K, I].
 
-        The keywords are the constructor's. Raises what ``quantize`` and ``from_weights`` raise.
+        The keywords are those of ``from_weights``. Raises what ``quantize`` and ``from_weights`` raise.
         """
+        gated = w13.dim() != 3 or w2.dim() != 3 or w13.shape[1] != w2.shape[2]
         return cls.from_weights(
-            quantize(w13, gated=True),
+            quantize(w13, gated=gated),
             quantize(w2),
+            w13_bias=w13_bias,
+            w2_bias=w2_bias,
             activation=activation,
             clamp_limit=clamp_limit,
             alpha=alpha,
@@ -206,9 +229,17 @@ class NVFP4Experts(PackedModule):
         weights = checkpoint.experts(
             layer, tp_rank=tp_rank, tp_size=tp_size, ep_rank=ep_rank, ep_size=ep_size, progress=progress
         )
-        w13, w2 = (NVFP4Weight(*(part.to(device) for part in weight)) for weight in weights)
+        w13, w2 = (NVFP4Weight(*(part.to(device) for part in weight)) for weight in (weights.w13, weights.w2))
         expert_map = checkpoint.expert_map(ep_rank, ep_size, layer=layer) if ep_size > 1 else None
-        return cls.from_weights(w13, w2, quant_config=quant_config, expert_map=expert_map, backend=backend)
+        return cls.from_weights(
+            w13,
+            w2,
+            w13_bias=weights.w13_bias,
+            w2_bias=weights.w2_bias,
+            quant_config=quant_config,
+            expert_map=expert_map,
+            backend=backend,
+        )
 
     @property
     def clamp_limit(self) -> float | None:
@@ -232,7 +263,7 @@ class NVFP4Experts(PackedModule):
         # Past nn.Module.__getattr__, which takes as long as the rest of this.
         buffers: Mapping[str, Any] = self._buffers
         output = moe_backend(self.backend).apply(
-            {name: buffers[name] for name in self._packed_names},
+            {name: buffers[name] for name in self._packed_names + self._exact_names},
             self.quant_config,
             _as_matrix(hidden_states),
             _as_matrix(topk_weights if topk_weights.dtype == torch.float32 else topk_weights.float()),
@@ -254,11 +285,17 @@ class NVFP4Experts(PackedModule):
         ]
         if (gate.alpha, gate.beta) != (1.0, 0.0):
             parts.append(f"alpha={gate.alpha}, beta={gate.beta}")
+        if not gate.gated:
+            parts.append("gated=False")
+        if self._exact_names:
+            parts.append("biases=True")
         return ", ".join([*parts, f"backend={self.backend}"])
 
     def _weight_shapes(self) -> dict[str, WeightShape]:
         e, k, i = self.num_experts, self.hidden_size, self.intermediate_size
-        return {"w13_": WeightShape((e, 2 * i, k), (e, 2)), "w2_": WeightShape((e, k, i), (e,))}
+        gated = self.quant_config.gate.gated
+        w13 = WeightShape((e, 2 * i, k), (e, 2)) if gated else WeightShape((e, i, k), (e,))
+        return {"w13_": w13, "w2_": WeightShape((e, k, i), (e,))}
 
     def _pack(self, weights: dict[str, NVFP4Weight]) -> tuple[str, dict[str, Tensor]]:
         w13, w2 = weights["w13_"], weights["w2_"]
@@ -273,7 +310,9 @@ class NVFP4Experts(PackedModule):
                 gate=self.quant_config.gate,
                 expert_map=self.expert_map is not None,
                 apply_router_weight_on_input=self.apply_router_weight_on_input,
-                equal_gate_up_scales=has_values(scale) and bool((scale[:, 0] == scale[:, 1]).all()),
+                equal_gate_up_scales=scale.dim() == 1
+                or (has_values(scale) and bool((scale[:, 0] == scale[:, 1]).all())),
+                biases=bool(self._exact_names),
             )
             chosen = select_moe_backend(config, self.requested_backend)
         return chosen.name, chosen.prepare(w13, w2)
@@ -282,6 +321,52 @@ class NVFP4Experts(PackedModule):
         buffers = {name: self._buffer(name) for name in self._packed_names}
         w13, w2 = moe_backend(self.backend).restore(buffers, self.hidden_size, self.intermediate_size)
         return {"w13_": w13, "w2_": w2}
+
+
+def _sizes(w13: NVFP4Weight, w2: NVFP4Weight) -> tuple[int, int, int, bool]:
+    """(E, rows of w13, K, whether there are gate rows among them); ValueError where the two do not fit together."""
+    gated = w13.data.dim() != 3 or w2.data.dim() != 3 or has_gate_rows(w13, w2)
+    validate_layout(w13, gated=gated)
+    validate_layout(w2, gated=False)
+    if w13.data.dim() != 3 or w2.data.dim() != 3:
+        raise ValueError(
+            "expected w13 [E, 2I, K] and w2 [E, K, I], "
+            f"got data of shapes {list(w13.data.shape)} and {list(w2.data.shape)}"
+        )
+    experts, rows, k = *w13.data.shape[:2], 2 * w13.data.shape[2]
+    expected, got = (experts, k, rows // 2 if gated else rows), (*w2.data.shape[:2], 2 * w2.data.shape[2])
+    if got != expected or w2.data.device != w13.data.device:
+        raise ValueError(
+            f"w2: expected shape {list(expected)} on {w13.data.device} for w13 of shape {[experts, rows, k]}, "
+            f"got {list(got)} on {w2.data.device}"
+        )
+    return experts, rows, k, gated
+
+
+def _of_kind(
+    gated: bool, gate: Gate | None, quant_config: MoEQuantConfig | None
+) -> tuple[Gate | None, MoEQuantConfig | None]:
+    """The two for weights of this kind: gates are for gate and up rows unless they say otherwise."""
+    if not gated:
+        gate = None if gate is None else replace(gate, gated=False)
+        if quant_config is not None:
+            quant_config = replace(quant_config, gate=replace(quant_config.gate, gated=False))
+        return gate, quant_config
+    for given in (gate, None if quant_config is None else quant_config.gate):
+        if given is not None and not given.gated:
+            raise ValueError(f"w13: expected up rows alone, [E, I, K], for {given}, got gate and up rows, [E, 2I, K]")
+    return gate, quant_config
+
+
+def _checked_bias(name: str, bias: Tensor | None, shape: tuple[int, int], device: torch.device) -> Tensor | None:
+    """A contiguous float32 copy of its values on ``device``, or None."""
+    if bias is None:
+        return None
+    if tuple(bias.shape) != shape or not bias.is_floating_point():
+        raise ValueError(
+            f"{name}: expected floating point numbers of shape {list(shape)}, got {bias.dtype} of {list(bias.shape)}"
+        )
+    return bias.detach().to(device, torch.float32, copy=True).contiguous()
 
 
 def _check_leading_dimensions(**tensors: Tensor) -> None:
@@ -301,12 +386,12 @@ def _as_matrix(tensor: Tensor) -> Tensor:
 
 def _one_gate(parameters: Gate, gate: Gate | None, quant_config: MoEQuantConfig | None) -> MoEQuantConfig:
     """The one of the three that was given; ValueError where two were."""
-    given = {"activation, clamp_limit, alpha, beta": None if parameters == Gate() else parameters}
+    given = {"activation, clamp_limit, alpha, beta, gated": None if parameters == Gate() else parameters}
     given |= {"gate": gate, "quant_config": None if quant_config is None else quant_config.gate}
     several = [f"{name} ({value})" for name, value in given.items() if value is not None]
     if len(several) > 1:
         raise ValueError(
-            "expected the gate once, as activation, clamp_limit, alpha and beta, as gate or as quant_config, "
+            "expected the gate once, as activation, clamp_limit, alpha, beta and gated, as gate or as quant_config, "
             f"got {' and '.join(several)}"
         )
     return quant_config if quant_config is not None else MoEQuantConfig(parameters if gate is None else gate)

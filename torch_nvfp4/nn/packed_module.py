@@ -57,6 +57,8 @@ class PackedModule(nn.Module):
     """
 
     backend: str
+    # Ordinary buffers that keep their dtype, float32. Here, so that a pickle from before there were any has none.
+    _exact_names: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,8 +119,15 @@ class PackedModule(nn.Module):
         if moves:
             self._place(weights)
         packed = {name: self._buffer(name) for name in self._packed_names}
+        exact = {name: self._buffer(name) for name in self._exact_names}
         if not moves:
             packed = {name: _apply_unless_converting(fn, buffer) for name, buffer in packed.items()}
+            exact = {name: _apply_unless_converting(fn, buffer) for name, buffer in exact.items()}
+        elif device.type == "meta":
+            exact = {name: torch.zeros_like(buffer, device=new_device) for name, buffer in exact.items()}
+        else:
+            exact = {name: buffer.to(new_device) for name, buffer in exact.items()}
+        packed |= exact
         for name in packed:
             del self._buffers[name]
         try:
@@ -154,6 +163,8 @@ class PackedModule(nn.Module):
             unexpected_keys,
             error_msgs,
         )
+        for name in self._exact_names:  # assigned as they are, whatever their dtype
+            self._buffers[name] = self._buffer(name).to(torch.float32)
         shapes = self._weight_shapes()
         own = {prefix + weight_prefix + leaf for weight_prefix in shapes for leaf in LEAVES}
         unexpected_keys[:] = [key for key in unexpected_keys if key not in own]

@@ -144,6 +144,13 @@ def is_gated(op: str, global_scale: Tensor, batched: bool) -> bool:
     return global_scale.dim() == plain + 1
 
 
+def has_gate(w13: Tensor, global_scale: Tensor, like: Tensor) -> bool:
+    """Whether w13 of ``moe`` has gate and up rows: as many dimensions as pack(gated=True) gives, or a pair of global
+    scales. A w13 that is neither packed so nor so is taken for one that should have a gate."""
+    plain_rank = 2 + len(_packed_tail(is_cuda(like), GROUP_SIZE, GROUP_SIZE))
+    return w13.dim() != plain_rank or global_scale.dim() == 2
+
+
 def check_packed(
     op: str, name: str, packed: Tensor, like_name: str, like: Tensor, *, batched: bool, gated: bool,
     experts: int | None = None, n: int | None = None, k: int,
@@ -219,8 +226,17 @@ def check_num_experts(op: str, num_experts: int) -> None:
         fail(op, f"num_experts must be below 2**31, where offsets take 8 GiB of memory, got {num_experts}")
 
 
-def check_gate(op: str, activation: int, clamp_limit: float | None, alpha: float, beta: float) -> None:
-    message = gate_error(activation, clamp_limit, alpha, beta)
+def check_bias(
+    op: str, name: str, bias: Tensor | None, like_name: str, like: Tensor, experts: int, n: int
+) -> None:  # fmt: skip
+    if bias is not None:
+        check_tensor(op, name, bias, like_name, like, (torch.float32,), [experts, n])
+
+
+def check_gate(
+    op: str, activation: int, clamp_limit: float | None, alpha: float, beta: float, gated: bool = True
+) -> None:
+    message = gate_error(activation, clamp_limit, alpha, beta, gated)
     if message is not None:
         fail(op, message)
 

@@ -20,6 +20,8 @@ def decomposed_batched_moe(
     w2: Tensor,
     w2_global_scale: Tensor,
     expert_num_tokens: Tensor,
+    w13_bias: Tensor | None = None,
+    w2_bias: Tensor | None = None,
     *,
     activation: int = 0,
     clamp_limit: float | None = None,
@@ -38,8 +40,8 @@ def decomposed_batched_moe(
     ids = torch.where(place < expert_num_tokens.unsqueeze(1), expert, -1).view(experts * rows, 1)
     out = decomposed_moe(
         hidden_states.view(experts * rows, k), w13, w13_global_scale, w2, w2_global_scale,
-        torch.ones_like(ids, dtype=torch.float32), ids, activation=activation, clamp_limit=clamp_limit, alpha=alpha,
-        beta=beta,
+        torch.ones_like(ids, dtype=torch.float32), ids, None, w13_bias, w2_bias, activation=activation,
+        clamp_limit=clamp_limit, alpha=alpha, beta=beta,
     )  # fmt: skip
     return out.view(experts, rows, k)
 

@@ -11,6 +11,7 @@ from torch_nvfp4.gate import gate_keywords, parse_activation
 from torch_nvfp4.ops import _checks
 from torch_nvfp4.ops._library import below_autograd, register_fake, register_no_autograd
 from torch_nvfp4.ops.batch_invariance import invariance_keywords
+from torch_nvfp4.ops.optional import optional_arguments
 
 
 def grouped_gemm(
@@ -20,10 +21,11 @@ def grouped_gemm(
     order: Tensor,
     offsets: Tensor,
     topk_weights: Tensor | None = None,
+    bias: Tensor | None = None,
     *,
     batch_invariant: bool | None = None,
 ) -> Tensor:
-    """``out[s] = x[s // (slots // rows)] @ W[expert of s]^T``, times the slot's topk weight if given.
+    """``out[s] = x[s // (slots // rows)] @ W[expert of s]^T``, times the slot's topk weight, plus the expert's bias.
 
     Args:
         x: [rows, K] bfloat16 or float16, on the CPU also float32. rows = M with slots = M * top_k for a first GEMM,
@@ -31,7 +33,8 @@ def grouped_gemm(
         weight: ``pack`` of [E, N, K], gated or not.
         global_scale: float32 [E], or [E, 2] (gate, up) for a weight packed with gated=True.
         order, offsets: int32 [slots] and [E + 1], from ``route``.
-        topk_weights: float32 [rows, slots / rows].
+        topk_weights: float32 [rows, slots / rows]; None: all 1.
+        bias: float32 [E, N], added in fp32, gate before up; None: none.
         batch_invariant: a row's bits depend on nothing but the row; None: as ``set_batch_invariant`` says.
 
     Returns [slots, N] in x's dtype, one row per slot, gate columns before up columns; slots without an expert are zero.
@@ -40,8 +43,8 @@ def grouped_gemm(
     with 0, not decrease, and not exceed the slots. Where the values cannot be looked at without waiting for the device,
     on CUDA, all of the result is NaN instead.
     """
-    arguments = (x, weight, global_scale, order, offsets, topk_weights)
-    return _call((x, global_scale, topk_weights), arguments, invariance_keywords(batch_invariant))
+    arguments = (x, weight, global_scale, order, offsets, *optional_arguments(topk_weights, bias))
+    return _call((x, global_scale, topk_weights, bias), arguments, invariance_keywords(batch_invariant))
 
 
 def grouped_gemm_swiglu(
@@ -51,6 +54,7 @@ def grouped_gemm_swiglu(
     order: Tensor,
     offsets: Tensor,
     topk_weights: Tensor | None = None,
+    bias: Tensor | None = None,
     *,
     activation: str | int = "silu",
     clamp_limit: float | None = None,
@@ -58,16 +62,17 @@ def grouped_gemm_swiglu(
     beta: float = 0.0,
     batch_invariant: bool | None = None,
 ) -> Tensor:
-    """``swiglu(grouped_gemm(...))`` of a gated weight [E, 2I, K], with the clamp applied before any rounding.
+    """``swiglu(grouped_gemm(...))`` of a weight [E, 2I, K], with the clamp applied before any rounding.
 
-    Arguments as in ``grouped_gemm`` and ``swiglu``; topk_weights scale the pre-activations.
+    Arguments as in ``grouped_gemm`` and ``swiglu``. A global_scale [E] says that the weight is [E, I, K], of experts
+    without a gate; one of [E, 2] belongs to a weight packed with gated=True.
 
     Returns [slots, I] in x's dtype. Raises RuntimeError (expected and got), ValueError for an unknown activation name.
     """
     keywords: dict[str, Any] = gate_keywords(parse_activation(activation).value, clamp_limit, alpha, beta)
     keywords.update(invariance_keywords(batch_invariant))
-    arguments = (x, weight, global_scale, order, offsets, topk_weights)
-    return _call_swiglu((x, global_scale, topk_weights), arguments, keywords)
+    arguments = (x, weight, global_scale, order, offsets, *optional_arguments(topk_weights, bias))
+    return _call_swiglu((x, global_scale, topk_weights, bias), arguments, keywords)
 
 
 _call = below_autograd("grouped_gemm")
@@ -76,7 +81,7 @@ _call_swiglu = below_autograd("grouped_gemm_swiglu")
 
 def _check(
     op: str, x: Tensor, weight: Tensor, global_scale: Tensor, order: Tensor, offsets: Tensor,
-    topk_weights: Tensor | None, gated: bool,
+    topk_weights: Tensor | None, bias: Tensor | None, gated: bool,
 ) -> int:  # fmt: skip
     n = _checks.check_weight(op, "weight", weight, global_scale, "x", x, batched=True, gated=gated, k=x.shape[1])
     _checks.check_tensor(op, "order", order, "x", x, (torch.int32,), ["slots"])
@@ -91,6 +96,7 @@ def _check(
         expected, count = "a multiple of x's rows", rows
     for fit in fits:
         torch._check(fit, lambda: f"nvfp4::{op}: order must hold {expected} ({count}), got {slots}")
+    _checks.check_bias(op, "bias", bias, "x", x, weight.shape[0], n)
     return n
 
 
@@ -107,13 +113,14 @@ def _(
     order: Tensor,
     offsets: Tensor,
     topk_weights: Tensor | None = None,
+    bias: Tensor | None = None,
     *,
     batch_invariant: bool = False,
 ) -> Tensor:
     op = "grouped_gemm"
     _check_x(op, x)
     gated = _checks.is_gated(op, global_scale, batched=True)
-    n = _check(op, x, weight, global_scale, order, offsets, topk_weights, gated)
+    n = _check(op, x, weight, global_scale, order, offsets, topk_weights, bias, gated)
     return _checks.new_empty(op, "out", x, (order.shape[0], n))
 
 
@@ -125,6 +132,7 @@ def _(
     order: Tensor,
     offsets: Tensor,
     topk_weights: Tensor | None = None,
+    bias: Tensor | None = None,
     *,
     activation: int = 0,
     clamp_limit: float | None = None,
@@ -134,9 +142,10 @@ def _(
 ) -> Tensor:
     op = "grouped_gemm_swiglu"
     _check_x(op, x)
-    _checks.check_gate(op, activation, clamp_limit, alpha, beta)
-    n = _check(op, x, weight, global_scale, order, offsets, topk_weights, True)
-    return _checks.new_empty(op, "out", x, (order.shape[0], n // 2))
+    gated = _checks.has_gate(weight, global_scale, x)
+    _checks.check_gate(op, activation, clamp_limit, alpha, beta, gated)
+    n = _check(op, x, weight, global_scale, order, offsets, topk_weights, bias, gated)
+    return _checks.new_empty(op, "out", x, (order.shape[0], n // 2 if gated else n))
 
 
 register_no_autograd("grouped_gemm", "torch_nvfp4.reference.grouped_gemm")

@@ -32,7 +32,7 @@ class CudaDevice:
 def _function() -> Any:
     # The CPU library is always there and holds the table too. Not an op: a returned str leaks in the stable ABI.
     function = ctypes.CDLL(library_paths()[0]).nvfp4_explain_select
-    sizes, numbers = [ctypes.c_int64] * 5, [ctypes.c_int] * 5
+    sizes, numbers = [ctypes.c_int64] * 5, [ctypes.c_int] * 6
     function.argtypes = [ctypes.c_char_p, ctypes.c_char_p, *sizes, *numbers, ctypes.c_char_p, ctypes.c_int64]
     function.restype = ctypes.c_int64
     return function
@@ -48,6 +48,8 @@ def explain_select(
     op: str = "moe",
     dtype: torch.dtype = torch.bfloat16,
     activation: str | int | None = "silu",
+    gated: bool = True,
+    biases: bool = False,
     batch_invariant: bool = False,
     device: CudaDevice | None = None,
 ) -> dict[str, str]:
@@ -61,7 +63,9 @@ def explain_select(
         features: the intermediate size I for ``op="moe"`` and ``op="batched_moe"``, else the weight's rows.
         op: ``"moe"``, ``"batched_moe"``, ``"grouped_gemm"`` or ``"linear"``.
         dtype: ``torch.bfloat16`` or ``torch.float16``.
-        activation: the gate, or None without one.
+        activation: that of the experts, or None for a GEMM without one.
+        gated: False for experts without a gate.
+        biases: whether the experts have biases.
         batch_invariant: as the op takes it; not for ``op="batched_moe"``.
         device: default: the current CUDA device, or an H100 where there is none.
 
@@ -77,7 +81,7 @@ def explain_select(
     if device is None:
         device = CudaDevice.current() if torch.cuda.is_available() else CudaDevice()
     names = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-    silu = activation is None or parse_activation(activation) is Activation.silu
+    silu = activation is None or (gated and parse_activation(activation) is Activation.silu)
     sizes = (tokens, top_k, experts, hidden, features)
     if any(not 0 <= size < 2**63 for size in sizes):
         raise ValueError(f"expected sizes from 0 to 2^63 - 1, got {sizes}")
@@ -86,7 +90,7 @@ def explain_select(
         raise ValueError(f"expected numbers of a device from 0 to 2^31 - 1, got {facts}")
     text = ctypes.create_string_buffer(4096)
     name = names.get(dtype, str(dtype))
-    flags = (silu, batch_invariant)
+    flags = (silu and not biases, gated, batch_invariant)
     length = _function()(op.encode(), name.encode(), *sizes, *flags, *facts, text, len(text))
     answer = text.value.decode()
     if length < 0:

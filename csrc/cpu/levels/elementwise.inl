@@ -94,6 +94,20 @@ NVFP4_INLINE float exp_of(float x) {
          float_of(static_cast<uint32_t>(exponent - half + 127) << 23);
 }
 
+// tanh(x) to 3e-7 relative: a series where 1 - exp(-2 |x|) would cancel.
+NVFP4_INLINE float tanh_of(float x) {
+  const float size = float_of(bits_of(x) & 0x7fffffff);
+  const float square = x * x;
+  float p = 0.02186949f;
+  p = p * square - 0.05396825f;
+  p = p * square + 0.13333333f;
+  p = p * square - 0.33333333f;
+  const float e = exp_of(-2.0f * size);
+  const float large = (1.0f - e) / (1.0f + e);
+  const float result = size < 0.25f ? size + size * square * p : large;
+  return float_of(bits_of(result) | (bits_of(x) & 0x80000000));
+}
+
 NVFP4_INLINE float sigmoid(float x) { return 1.0f / (1.0f + exp_of(-x)); }
 
 // The normal distribution function, accurate in the lower tail too: erfc(z) = t exp(-z^2 + polynomial(t)) with
@@ -141,6 +155,9 @@ NVFP4_INLINE float activate(const Gate& gate, float g, float u) {
     return g * normal_cdf(g) * u;
   } else if constexpr (kActivation == Activation::gelu_tanh) {
     return g * sigmoid(1.59576912f * (g + 0.044715f * g * g * g)) * u;
+  } else if constexpr (kActivation == Activation::situ) {
+    if (gate.beta != 0.0f) u = gate.beta * tanh_of(u / gate.beta);
+    return gate.alpha * tanh_of(g / gate.alpha) * sigmoid(g) * u;
   } else {
     const float r = at_least(g, 0.0f);
     return r * r * u;
@@ -167,6 +184,8 @@ NVFP4_INLINE void with_activation(const Gate& gate, const Body& body) {
       return body(Activate<Activation::gelu_tanh, false>{});
     case Activation::relu2:
       return body(Activate<Activation::relu2, false>{});
+    case Activation::situ:
+      return body(Activate<Activation::situ, false>{});
   }
 }
 
@@ -183,6 +202,27 @@ static void gate_panel(const Gate& gate, const float* sums, float gate_scale, fl
   });
 }
 
+// Without a gate up is 1, which multiplies exactly.
+static void activate_panel(const Gate& gate, const PanelTerms& terms, const float* sums, DType dtype, void* out) {
+  float g[kPanelRows];
+  float u[kPanelRows];
+  for (int i = 0; i < kPanelRows; ++i) {
+    g[i] = terms.gate_scale * sums[i] + (terms.gate_bias == nullptr ? 0.0f : terms.gate_bias[i]);
+    u[i] = 1.0f;
+  }
+  for (int i = 0; terms.gated && i < kPanelRows; ++i) {
+    u[i] = terms.up_scale * sums[kPanelRows + i] + (terms.up_bias == nullptr ? 0.0f : terms.up_bias[i]);
+  }
+  with_activation(gate, [&](auto activation) {
+    float values[kPanelRows];
+    for (int i = 0; i < kPanelRows; ++i) values[i] = activation.apply(gate, g[i], u[i]);
+    with_format(dtype, [&](auto format) {
+      auto* o = static_cast<typename decltype(format)::Storage*>(out);
+      for (int i = 0; i < kPanelRows; ++i) o[i] = format.round(values[i]);
+    });
+  });
+}
+
 static void swiglu_row(const Gate& gate, const void* gate_row, const void* up_row, int64_t n, DType dtype, void* out) {
   with_activation(gate, [&](auto activation) {
     with_format(dtype, [&](auto format) {
@@ -190,7 +230,10 @@ static void swiglu_row(const Gate& gate, const void* gate_row, const void* up_ro
       auto* __restrict o = static_cast<Storage*>(out);
       auto* g = static_cast<const Storage*>(gate_row);
       auto* u = static_cast<const Storage*>(up_row);
-      for (int64_t i = 0; i < n; ++i) {
+      for (int64_t i = 0; u == nullptr && i < n; ++i) {
+        o[i] = format.round(activation.apply(gate, format.load(g[i]), 1.0f));
+      }
+      for (int64_t i = 0; u != nullptr && i < n; ++i) {
         o[i] = format.round(activation.apply(gate, format.load(g[i]), format.load(u[i])));
       }
     });

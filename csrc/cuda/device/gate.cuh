@@ -15,6 +15,21 @@ __device__ __forceinline__ float sigmoid(float x, float alpha = 1.0f) {
   return ptx::reciprocal(1.0f + ptx::exp2(x * (-kLog2E * alpha)));
 }
 
+// tanh(x) to 4e-7 relative, without a branch: a series where 1 - exp(-2 |x|) would cancel.
+__device__ __forceinline__ float tanh_of(float x) {
+  constexpr float kTwoLog2E = 2.8853900817779268f;
+  const float square = x * x;
+  float p = 0.02186949f;
+  p = p * square - 0.05396825f;
+  p = p * square + 0.13333333f;
+  p = p * square - 0.33333333f;
+  const float e = ptx::exp2(fabsf(x) * -kTwoLog2E);
+  const float large = copysignf((1.0f - e) * ptx::reciprocal(1.0f + e), x);
+  return fabsf(x) < 0.25f ? x + x * square * p : large;
+}
+
+// kExtended: SiTU too, which only kernels of their own have, so that no other loses registers to it.
+template <bool kExtended = false>
 __device__ __forceinline__ float apply_gate(const Gate& gate, float g, float u) {
   const float limit = gate.limit;
   if (__builtin_expect(gate.activation == Activation::silu, 1)) {
@@ -23,6 +38,12 @@ __device__ __forceinline__ float apply_gate(const Gate& gate, float g, float u) 
       u = clamp_below(clamp_above(u, limit), -limit);
     }
     return g * sigmoid(g, gate.alpha) * (u + gate.beta);
+  }
+  if constexpr (kExtended) {
+    if (gate.activation == Activation::situ) {
+      if (gate.beta != 0.0f) u = gate.beta * tanh_of(u * ptx::reciprocal(gate.beta));
+      return gate.alpha * tanh_of(g * ptx::reciprocal(gate.alpha)) * sigmoid(g) * u;
+    }
   }
   switch (gate.activation) {
     case Activation::swiglustep: {
@@ -44,6 +65,14 @@ __device__ __forceinline__ float apply_gate(const Gate& gate, float g, float u) 
     default:
       return 0.0f;
   }
+}
+
+// Without a gate up is 1, which multiplies exactly.
+__device__ __forceinline__ float apply_activation(const Gate& gate, float x) { return apply_gate<true>(gate, x, 1.0f); }
+
+// What is added to an expert's row; 0, and added all the same, where there is no bias: all kernels give the same bits.
+__device__ __forceinline__ float bias_of(const float* bias, int expert, int64_t n, int64_t row) {
+  return bias == nullptr ? 0.0f : bias[expert * n + row];
 }
 
 }  // namespace nvfp4::cuda

@@ -117,13 +117,14 @@ __global__ void __launch_bounds__(kThreads) combine_scalar_kernel(CombineArgs ar
 template <class T>
 __global__ void __launch_bounds__(kThreads) swiglu_kernel(SwigluArgs args) {
   const T* gate_up = static_cast<const T*>(args.gate_up);
+  const int64_t columns = args.gated ? 2 * args.intermediate : args.intermediate;
   const int64_t total = args.rows * args.intermediate;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < total;
        i += static_cast<int64_t>(gridDim.x) * kThreads) {
-    const int64_t gate_at = i + i / args.intermediate * args.intermediate;
+    const int64_t gate_at = i / args.intermediate * columns + i % args.intermediate;
     const float g = to_float(gate_up[gate_at]);
-    const float u = to_float(gate_up[gate_at + args.intermediate]);
-    static_cast<T*>(args.out)[i] = from_float<T>(apply_gate(args.gate, g, u));
+    const float u = args.gated ? to_float(gate_up[gate_at + args.intermediate]) : 1.0f;
+    static_cast<T*>(args.out)[i] = from_float<T>(apply_gate<true>(args.gate, g, u));
   }
 }
 

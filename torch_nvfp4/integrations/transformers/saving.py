@@ -78,7 +78,7 @@ def _check_unchanged(name: str, shell: Shell, checkpoint: Checkpoint) -> None:
     got: tuple[NVFP4Weight, ...]
     if isinstance(shell, PackedExperts):
         assert shell.packed is not None
-        expected, got = checkpoint.experts(shell.layer), shell.packed.unpacked_weights()
+        expected, got = tuple(checkpoint.experts(shell.layer)), shell.packed.unpacked_weights()
     elif isinstance(shell, PackedLinear):
         assert shell.packed is not None
         expected, got = (checkpoint.linear(shell.name),), (shell.packed.unpacked_weight(),)

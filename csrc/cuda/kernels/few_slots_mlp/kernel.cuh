@@ -19,7 +19,8 @@
 namespace nvfp4::cuda {
 
 // kRowTiles: of a panel's four warp tiles, those of an item. Half panels spread a few large items evenly over the CTAs.
-template <class T, class Ring, int kWarps, int kRowTiles = 4>
+// kExtended: with biases, activations without a gate and SiTU.
+template <class T, class Ring, int kWarps, int kRowTiles = 4, bool kExtended = false>
 class FewSlotsMlp {
   static constexpr bool kHalves = kRowTiles == 2;
   static constexpr int kItemRows = 16 * kRowTiles;
@@ -289,6 +290,23 @@ class FewSlotsMlp {
     float weight;  // of slot number `lane`
   };
 
+  __device__ __forceinline__ bool is_plain() const {
+    if constexpr (kExtended) {
+      return !p_.gated;
+    } else {
+      return false;
+    }
+  }
+
+  // Where the first scale of an expert is.
+  __device__ __forceinline__ int scale_at(int gemm_index, int expert) const {
+    if constexpr (kExtended) {
+      return gemm_index == 0 && p_.gated ? 2 * expert : expert;
+    } else {
+      return gemm_index == 0 ? 2 * expert : expert;
+    }
+  }
+
   __device__ __forceinline__ Outcome prepare(int gemm_index, const Share& s, int i) const {
     Outcome o = {};
     if (i >= s.items) return o;
@@ -297,10 +315,10 @@ class FewSlotsMlp {
     o.tile = tiles_.tile(o.tile_index);
     o.panel = s.first_item + i - o.tile_index * gemm.items_per_tile;
     o.slot = tiles_.slot(o.tile);
-    o.upper = gemm.global_scale[gemm_index == 0 ? 2 * o.tile.expert : o.tile.expert];
+    o.upper = gemm.global_scale[scale_at(gemm_index, o.tile.expert)];
     o.scale = o.weight = 1.0f;
     if (gemm_index == 0) {
-      o.lower = gemm.global_scale[2 * o.tile.expert + 1];
+      o.lower = gemm.global_scale[scale_at(0, o.tile.expert) + (is_plain() ? 0 : 1)];
       if (p_.slot_scale != nullptr) o.scale = p_.slot_scale[o.slot];
     } else if (p_.topk_weights != nullptr && lane_ < p_.gemm[1].rows) {
       o.weight = p_.topk_weights[lane_];
@@ -315,6 +333,7 @@ class FewSlotsMlp {
     const bool has = lane_ < kWarps && begin < (i + 1) * k_blocks && begin + s.run > i * k_blocks;
     const unsigned runs = __ballot_sync(~0u, has);
     const float* sums = partial(__ffs(runs) - 1, i);
+    if (is_plain() && gemm_index == 0) return write_plain_hidden(sums, __popc(runs), o);
     if (gemm_index == 0) {
       write_hidden(sums, __popc(runs), o);
     } else {
@@ -336,11 +355,41 @@ class FewSlotsMlp {
       const int64_t to = __shfl_sync(~0u, o.slot, token % kWarp);
       const float scale = __shfl_sync(~0u, o.scale, token % kWarp) * kDecodeFactor;
       if (token >= o.tile.count || column >= columns) continue;
-      const float2 g = scaled(reduce(sums, stride, ways, token, row), o.upper * scale);
-      const float2 u = scaled(reduce(sums, stride, ways, token, row + 8), o.lower * scale);
-      const float2 v = make_float2(apply_gate(p_.gate, g.x, u.x), apply_gate(p_.gate, g.y, u.y));
+      float2 g = scaled(reduce(sums, stride, ways, token, row), o.upper * scale);
+      float2 u = scaled(reduce(sums, stride, ways, token, row + 8), o.lower * scale);
+      if constexpr (kExtended) {
+        g = with_bias(g, 0, o, column);
+        u = with_bias(u, 0, o, columns + column);
+      }
+      const float2 v = make_float2(apply_gate<kExtended>(p_.gate, g.x, u.x), apply_gate<kExtended>(p_.gate, g.y, u.y));
       ptx::store_relaxed_32(static_cast<T*>(p_.hidden) + to * columns + column, pack2<T>(v.x, v.y));
     }
+  }
+
+  // The same of a w13 without gate rows.
+  __device__ __forceinline__ void write_plain_hidden(const float* sums, int ways, const Outcome& o) const {
+    const int stride = p_.width * kPartialRows;
+    const int columns = p_.gemm[1].k;
+    constexpr int kLanes = kItemRows / 2;  // of a token
+    const int row = lane_ % kLanes * 2;
+    const int column = o.panel * kItemRows + row;
+    for (int base = 0; base < o.tile.count; base += kWarp / kLanes) {
+      const int token = base + lane_ / kLanes;
+      const int64_t to = __shfl_sync(~0u, o.slot, token % kWarp);
+      const float scale = __shfl_sync(~0u, o.scale, token % kWarp) * kDecodeFactor;
+      if (token >= o.tile.count || column >= columns) continue;
+      const float2 v = with_bias(scaled(reduce(sums, stride, ways, token, row), o.upper * scale), 0, o, column);
+      ptx::store_relaxed_32(static_cast<T*>(p_.hidden) + to * columns + column,
+                            pack2<T>(apply_activation(p_.gate, v.x), apply_activation(p_.gate, v.y)));
+    }
+  }
+
+  // Rows `row` and `row + 1` with what the tile's expert adds to them.
+  __device__ __forceinline__ float2 with_bias(float2 v, int gemm_index, const Outcome& o, int row) const {
+    if constexpr (!kExtended) return v;
+    const int n = p_.gemm[gemm_index].n;
+    return make_float2(v.x + bias_of(p_.bias[gemm_index], o.tile.expert, n, row),
+                       v.y + bias_of(p_.bias[gemm_index], o.tile.expert, n, row + 1));
   }
 
   __device__ __forceinline__ void write_expert_out(const float* sums, int ways, const Outcome& o) const {
@@ -353,7 +402,7 @@ class FewSlotsMlp {
       const int token = base + lane_ / kLanes;
       const int64_t to = __shfl_sync(~0u, o.slot, token % kWarp);
       if (token >= o.tile.count || column >= n) continue;
-      const float2 v = scaled(reduce(sums, stride, ways, token, row), o.upper * kDecodeFactor);
+      const float2 v = with_bias(scaled(reduce(sums, stride, ways, token, row), o.upper * kDecodeFactor), 1, o, column);
       ptx::store_relaxed_64(p_.expert_out + to * n + column, make_uint2(__float_as_uint(v.x), __float_as_uint(v.y)));
     }
   }

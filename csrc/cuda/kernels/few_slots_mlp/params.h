@@ -40,6 +40,10 @@ struct FewSlotsParams {
   int token_bytes;
   Divider by_width;
   Divider by_grid;
+  // Of extended kernels alone, and behind the rest: the others' code does not change with them.
+  bool extended;         // is_extended() of either GEMM
+  bool gated;            // w13 has gate and up rows
+  const float* bias[2];  // of w13 and w2, [experts, n] or null
 };
 
 // What follows from the weight and from x [rows, k], of which slot s reads row s / slots_per_row.

@@ -46,7 +46,8 @@ __device__ __forceinline__ BatchTiles batch_tiles(const StreamGemmParams& p) {
   return BatchTiles(p.tile_table, __ldcg(p.gemm_index == 0 ? &p.tile_table->y : &p.tile_table->z));
 }
 
-template <class T, class Ring, class Tiles, int kMaxTiles, int kWarps>
+// kExtended: with experts' biases, activations without a gate and SiTU.
+template <class T, class Ring, class Tiles, int kMaxTiles, int kWarps, bool kExtended>
 class StreamGemm {
   static_assert(Ring::kStages % kTurnBlocks == 0);
 
@@ -282,10 +283,15 @@ class StreamGemm {
         const int64_t to = __shfl_sync(~0u, slot, source);
         const float scale = __shfl_sync(~0u, scales.slot, source);
         if (token >= tokens || column >= p_.n / 2) continue;
-        const float2 g = scaled(reduce(partial, k_ways(), token, row), scale, scales.upper);
-        const float2 u = scaled(reduce(partial, k_ways(), token, row + 8), scale, scales.lower);
+        float2 g = scaled(reduce(partial, k_ways(), token, row), scale, scales.upper);
+        float2 u = scaled(reduce(partial, k_ways(), token, row + 8), scale, scales.lower);
+        if constexpr (kExtended) {
+          g = with_expert_bias(g, tile, column);
+          u = with_expert_bias(u, tile, p_.n / 2 + column);
+        }
         if (p_.has_gate) {
-          const float2 v = make_float2(apply_gate(p_.gate, g.x, u.x), apply_gate(p_.gate, g.y, u.y));
+          const float2 v =
+              make_float2(apply_gate<kExtended>(p_.gate, g.x, u.x), apply_gate<kExtended>(p_.gate, g.y, u.y));
           store_pair<T>(p_.out, to * (p_.n / 2) + column, v);
         } else {
           store_pair<T>(p_.out, to * p_.n + column, with_bias(g, column));
@@ -299,7 +305,11 @@ class StreamGemm {
         const int64_t to = __shfl_sync(~0u, slot, source);
         const float scale = __shfl_sync(~0u, scales.slot, source);
         if (column >= p_.n) continue;
-        const float2 v = scaled(reduce(partial, k_ways(), token, 2 * lane_), scale, scales.upper);
+        float2 v = scaled(reduce(partial, k_ways(), token, 2 * lane_), scale, scales.upper);
+        if constexpr (kExtended) {
+          v = with_expert_bias(v, tile, column);
+          if (p_.has_gate) v = make_float2(apply_activation(p_.gate, v.x), apply_activation(p_.gate, v.y));
+        }
         store_pair<T>(p_.out, to * p_.n + column, with_bias(v, column));
       }
     }
@@ -308,6 +318,11 @@ class StreamGemm {
   // The slot's scale first, then the weight's, as in wgmma_experts.
   static __device__ __forceinline__ float2 scaled(float2 sum, float slot_scale, float weight_scale) {
     return nvfp4::cuda::scaled(nvfp4::cuda::scaled(sum, slot_scale), weight_scale * kDecodeFactor);
+  }
+
+  __device__ __forceinline__ float2 with_expert_bias(float2 v, const ExpertTile& tile, int column) const {
+    return make_float2(v.x + bias_of(p_.expert_bias, tile.expert, p_.n, column),
+                       v.y + bias_of(p_.expert_bias, tile.expert, p_.n, column + 1));
   }
 
   __device__ __forceinline__ float2 with_bias(float2 v, int column) const {

@@ -24,16 +24,21 @@ struct StreamGemmParams {
   const int4* tile_table;  // tiles of at most the kernel's width; null: tiles of `rows` dense rows
   const int32_t* order;    // null: slot = position
   int rows;
-  bool sorting;             // SM90, narrow: tiles are those of `routing`, whatever the table; every CTA sorts them
-  Routing routing;          // only if sorting
-  bool batched;             // the table is begin_batch's, whose head holds the k_ways of both GEMMs
-  int gemm_index;           // only if batched
-  bool plan_is_older;       // what tiles come from was complete before the previous launch in the stream began
-  const float* slot_scale;  // or null
-  const void* bias;         // or null
+  bool sorting;              // SM90, narrow: tiles are those of `routing`, whatever the table; every CTA sorts them
+  Routing routing;           // only if sorting
+  bool batched;              // the table is begin_batch's, whose head holds the k_ways of both GEMMs
+  int gemm_index;            // only if batched
+  bool plan_is_older;        // what tiles come from was complete before the previous launch in the stream began
+  const float* slot_scale;   // or null
+  const void* bias;          // of a dense layer, in the dtype of x, or null
+  const float* expert_bias;  // [experts, n] or null
   bool has_gate;
   Gate gate;
-  void* out;  // [slots, n], or [slots, n / 2] with the gate
+  void* out;  // [slots, n], or [slots, features()] with the gate
+
+  bool extended() const {
+    return expert_bias != nullptr || (has_gate && (!gated || gate.activation == Activation::situ));
+  }
 };
 
 // What follows from the weight; rows are slots unless the caller says otherwise.
@@ -44,6 +49,7 @@ inline StreamGemmParams stream_gemm_params(const Weight& weight, int k_ways) {
   p.expert_bytes = weight.expert_bytes;
   p.global_scale = weight.global_scale;
   p.gated = weight.gated;
+  p.expert_bias = weight.bias;
   p.k = static_cast<int>(weight.k);
   p.n = static_cast<int>(weight.n);
   p.k_blocks = k_blocks_of(weight.k);

@@ -59,9 +59,15 @@ void launch_experts(Params params, const WgmmaPlan& plan, void* stream) {
   launch(kernel, dim3(device().multiprocessors), kThreads<S>, plan.shared_bytes, stream, "wgmma experts", params);
 }
 
+inline bool is_extended(const Params& params) {
+  return params.activates || params.bias[0] != nullptr || params.bias[1] != nullptr ||
+         (params.gate_applies && params.gate.activation == Activation::situ);
+}
+
 // Wide tiles are compiled for SiLU only: select() gives them to no other gate.
 template <class T>
 void launch_experts(const Params& params, const WgmmaPlan& plan, void* stream) {
+  if (is_extended(params)) return launch_experts<TallExtended, T, false>(params, plan, stream);
   const bool silu = !params.gate_applies || params.gate.activation == Activation::silu;
   if (!silu) return launch_experts<Tall, T, false>(params, plan, stream);
   plan.tiles == WgmmaTiles::wide ? launch_experts<Wide, T, true>(params, plan, stream)

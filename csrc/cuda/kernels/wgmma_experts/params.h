@@ -16,9 +16,9 @@ struct ExpertMlpArgs {
   DType dtype;    // bf16 or fp16
   const void* x;  // [rows, w13.k]
   int64_t rows;
-  int64_t slots;            // a multiple of rows
-  Weight w13;               // gated
-  Weight w2;                // k == w13.n / 2
+  int64_t slots;  // a multiple of rows
+  Weight w13;
+  Weight w2;                // k == w13.features()
   const int32_t* order;     // [slots]
   const int32_t* offsets;   // [experts + 1]
   const float* slot_scale;  // [slots] scales the pre-activations, or null

@@ -54,7 +54,15 @@ struct Tall {
   static constexpr int kConsumerRegisters = 104;
   static constexpr int kProducerRegisters = 64;
   static constexpr int kMaxWidth = 112;
+  static constexpr bool kExtended = false;
   static NVFP4_SHARED_INLINE constexpr int tile_width(int width) { return width; }
+};
+
+// With biases, activations without a gate and SiTU in the epilogue: several times the code of the others for each
+// width.
+struct TallExtended : Tall {
+  static constexpr bool kExtended = true;
+  static NVFP4_SHARED_INLINE constexpr int tile_width(int width) { return round_up(width, 2 * kTokenAtom); }
 };
 
 // 192 rows, up to 192 tokens: an expert of more tokens than Tall takes has its weights decoded once all the same. ptxas
@@ -64,6 +72,7 @@ struct Wide {
   static constexpr int kConsumerRegisters = 152;
   static constexpr int kProducerRegisters = 56;
   static constexpr int kMaxWidth = 192;
+  static constexpr bool kExtended = false;
   // Every width is another main loop, and few tokens are rare here.
   static NVFP4_SHARED_INLINE constexpr int tile_width(int width) { return width <= 96 ? round_up(width, 32) : width; }
 };

@@ -32,7 +32,7 @@ struct ExpertGemm {
 struct Params {
   ExpertGemm gemm[2];
   bool mlp;           // two GEMMs, `hidden` between them
-  bool gate_applies;  // gemm[0] applies the gate
+  bool gate_applies;  // gemm[0] applies the gate, to gate and up rows
   Gate gate;
   const uint8_t* x;  // [rows, gemm[0].k_blocks * 64], each block in permute_rows()'s order
   int slots_per_row;
@@ -48,6 +48,9 @@ struct Params {
   int stages;
   bool weights_leave_first;  // L2, before the results that they make
   int extra_claims;          // tiles of gemm[1] that are claimed before their turn
+  // Of extended kernels alone, and behind the rest: the others' code does not change with them.
+  bool activates;        // gemm[0] applies its activation, to rows without a gate
+  const float* bias[2];  // of both GEMMs, [experts, n] or null
 };
 
 // A position in the ring of stages, whose tokens lie behind the weights. The empty barriers lie behind the full ones.

@@ -22,14 +22,16 @@ Layout layout_of(const GroupedGemmArgs& args, void* workspace) {
 Params params_of(const ExpertMlpArgs& args) {
   return {.gemm = {expert_gemm(args.w13), expert_gemm(args.w2)},
           .mlp = true,
-          .gate_applies = true,
+          .gate_applies = args.w13.gated,
           .gate = args.gate,
           .slots_per_row = static_cast<int>(args.slots / args.rows),
           .order = args.order,
           .offsets = args.offsets,
           .experts = static_cast<int>(args.w13.experts),
           .slot_scale = args.slot_scale,
-          .out = args.out};
+          .out = args.out,
+          .activates = !args.w13.gated,
+          .bias = {args.w13.bias, args.w2.bias}};
 }
 
 }  // namespace
@@ -66,15 +68,17 @@ void wgmma_grouped_gemm(const GroupedGemmArgs& args, const WgmmaPlan& plan, void
   if (args.slots == 0) return;
   Params params{.gemm = {expert_gemm(args.weight), {}},
                 .mlp = false,
-                .gate_applies = args.gate != nullptr,
+                .gate_applies = args.gate != nullptr && args.weight.gated,
                 .gate = args.gate != nullptr ? *args.gate : Gate{},
                 .slots_per_row = static_cast<int>(args.slots / args.rows),
                 .order = args.order,
                 .offsets = args.offsets,
                 .experts = static_cast<int>(args.weight.experts),
                 .slot_scale = args.slot_scale,
-                .out = args.out};
-  const int64_t columns = args.gate != nullptr ? args.weight.n / 2 : args.weight.n;
+                .out = args.out,
+                .activates = args.gate != nullptr && !args.weight.gated,
+                .bias = {args.weight.bias, nullptr}};
+  const int64_t columns = args.gate != nullptr ? args.weight.features() : args.weight.n;
   PrepareParams prepare{.x = static_cast<const uint16_t*>(args.x),
                         .rows = args.rows,
                         .k = args.weight.k,
