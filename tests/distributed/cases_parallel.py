@@ -32,6 +32,8 @@ from torch_nvfp4.testing import TOLERANCE, random_routing, random_weight, relati
 
 DEVICE = os.environ["RANKS_DEVICE"]
 DTYPE = torch.float32 if DEVICE == "cpu" else torch.float16
+# Parts of a sum are rounded to 16 bits on each rank, and so is the sum of each two.
+ERROR = TOLERANCE[DTYPE] * (1 if DEVICE == "cpu" else 2)
 WORLD = int(os.environ["WORLD_SIZE"])
 RANK = int(os.environ["RANK"])
 K, INNER, TOP_K = 64, 128, 3
@@ -70,7 +72,7 @@ def tokens(count: int, experts: int, seed: int = 0) -> tuple[Tensor, Tensor, Ten
 def close(result: Tensor, expected: Tensor) -> None:
     assert result.dtype == DTYPE
     error = relative_l2(result, expected)
-    assert error < TOLERANCE[DTYPE], error
+    assert error < ERROR, error
 
 
 def case_every_plan_computes_what_one_rank_does() -> None:

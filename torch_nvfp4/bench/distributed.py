@@ -61,10 +61,12 @@ class Split:
 
 @dataclass
 class Row:
-    """Seconds of one call. local: of the slowest rank's experts alone, None where tokens are sent."""
+    """Seconds of one call. local: of the slowest rank's experts alone, None where tokens are sent. layers: how many
+    the calls take turns among."""
 
     split: str
     ranks: int
+    layers: int
     tokens: int
     seconds: float
     one: float
@@ -73,10 +75,10 @@ class Row:
     def __str__(self) -> str:
         share = "" if self.local is None else f"{max(0.0, 1 - self.local / self.seconds):14.0%}"
         times = f"{self.seconds * 1e6:10.1f}{self.one * 1e6:12.1f}{self.one / self.seconds:9.2f}"
-        return f"{self.split:22}{self.ranks:6}{self.tokens:8}{times}{share}"
+        return f"{self.split:22}{self.ranks:6}{self.layers:7}{self.tokens:8}{times}{share}"
 
 
-_HEAD = f"{'':22}{'ranks':>6}{'tokens':>8}{'us':>10}{'one, us':>12}{'faster':>9}{'communication':>14}"
+_HEAD = f"{'':22}{'ranks':>6}{'layers':>7}{'tokens':>8}{'us':>10}{'one, us':>12}{'faster':>9}{'communication':>14}"
 
 
 def splits(device: str, ranks: int) -> Iterator[Split]:
@@ -151,10 +153,16 @@ class Bench:
         ]
 
     def load(self, split: Split) -> list[ParallelExperts]:
+        """This rank's part of every layer, or of the first ones where not all fit on every rank's device."""
+        fit = torch.tensor(float(self.sizes.layers), device=self.device)
+        if self.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self.device)
+            fit.clamp_(max=0.8 * free * split.ranks / (self.shape.experts * self.shape.expert_bytes))
+        distributed.all_reduce(fit, op=distributed.ReduceOp.MIN)
         started = time.perf_counter()
         layers = [
             load_experts(self.checkpoint, layer, split.mesh, split.plan, device=self.device)
-            for layer in range(self.sizes.layers)
+            for layer in range(max(1, int(fit)))
         ]
         self.load_seconds[f"{split.name} {split.ranks}"] = (time.perf_counter() - started) / len(layers)
         return layers
@@ -214,7 +222,9 @@ class Bench:
         medians = medians.float().to(self.device)
         distributed.all_reduce(medians, op=distributed.ReduceOp.MAX)
         slowest = dict(zip(measured, medians.tolist(), strict=True))
-        return Row(split.name, split.ranks, tokens, slowest["split"], slowest["one"], slowest.get("local"))
+        return Row(
+            split.name, split.ranks, len(layers), tokens, slowest["split"], slowest["one"], slowest.get("local")
+        )  # fmt: skip
 
     def _graph(self, run: Callable[[], object]) -> Callable[[], object]:
         """``run`` as a CUDA graph; on a CPU ``run`` itself."""
@@ -267,6 +277,9 @@ def measure(args: argparse.Namespace, device: torch.device, path: Path) -> dict[
             rows.append(bench.time(split, parts, tokens))
             if first:
                 print(rows[-1], flush=True)
+        del parts  # before the next ones are loaded
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
     if first:
         for name, error in bench.errors.items():
             print(f"error of {name}: {error:.2e}")

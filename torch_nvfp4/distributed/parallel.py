@@ -100,8 +100,8 @@ def slice_experts(
     )  # fmt: skip
 
 
-def _slice_biases(module: NVFP4Experts, experts: range, place: _Place) -> dict[str, Tensor | None]:
-    """The rank's part of the biases. w2's belongs to the first of the tensor parallel ranks, as results are added."""
+def _slice_biases(module: NVFP4Experts, experts: range, place: _Place) -> tuple[Tensor | None, Tensor | None]:
+    """The rank's part of w13_bias and w2_bias. w2's belongs to the first of the tensor parallel ranks, as results are added."""
     part = _checked_part(module.intermediate_size, place.tp_rank, place.tp_size)
     w13_bias, w2_bias = module.w13_bias, module.w2_bias
     if w13_bias is not None:
@@ -110,7 +110,7 @@ def _slice_biases(module: NVFP4Experts, experts: range, place: _Place) -> dict[s
     if w2_bias is not None:
         w2_bias = w2_bias[experts.start : experts.stop].clone()
         w2_bias = w2_bias if place.tp_rank == 0 else torch.zeros_like(w2_bias)
-    return {"w13_bias": w13_bias, "w2_bias": w2_bias}
+    return w13_bias, w2_bias
 
 
 def _checked_part(intermediate_size: int, rank: int, size: int) -> range:
@@ -224,9 +224,9 @@ class ParallelExperts(nn.Module):
                 "expected no gradient through experts whose tokens are sharded, got one that is wanted: call them "
                 "under torch.no_grad(), or use ExpertsPlan(tokens='replicated')"
             )
-        matrices = [tensor.reshape(-1, tensor.shape[-1]) for tensor in (hidden_states, topk_weights, topk_ids)]
+        x, weights, ids = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (hidden_states, topk_weights, topk_ids))
         (group,) = self._groups("ep")
-        output = sent_to_experts(self.local, *matrices, self._owner, group)
+        output = sent_to_experts(self.local, x, weights, ids, self._owner, group)
         return summed(output, self._groups("tp"), self.plan.reduce_dtype).view(hidden_states.shape)
 
     def _groups(self, *names: str) -> list[Any]:
@@ -330,10 +330,12 @@ def _parallel(module: NVFP4Experts, mesh: DeviceMesh, plan: ExpertsPlan) -> Para
 
     def make(part: range, place: _Place, expert_map: Tensor | None) -> NVFP4Experts:
         w13, w2 = slice_experts(*module.unpacked_weights(), part, place.tp_rank, place.tp_size)
+        w13_bias, w2_bias = _slice_biases(module, part, place)
         return NVFP4Experts.from_weights(
             w13,
             w2,
-            **_slice_biases(module, part, place),
+            w13_bias=w13_bias,
+            w2_bias=w2_bias,
             quant_config=module.quant_config,
             expert_map=expert_map,
             apply_router_weight_on_input=module.apply_router_weight_on_input,
