@@ -101,7 +101,10 @@ def slice_experts(
 
 
 def _slice_biases(module: NVFP4Experts, experts: range, place: _Place) -> tuple[Tensor | None, Tensor | None]:
-    """The rank's part of w13_bias and w2_bias. w2's belongs to the first of the tensor parallel ranks, as results are added."""
+    """The rank's part of w13_bias and w2_bias.
+
+    w2's belongs to the first of the tensor parallel ranks, since the ranks' results are added.
+    """
     part = _checked_part(module.intermediate_size, place.tp_rank, place.tp_size)
     w13_bias, w2_bias = module.w13_bias, module.w2_bias
     if w13_bias is not None:
