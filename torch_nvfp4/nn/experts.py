@@ -12,7 +12,7 @@ from torch import Tensor
 
 from torch_nvfp4.backends import MoEBackendConfig, moe_backend, select_moe_backend
 from torch_nvfp4.checkpoint import Checkpoint
-from torch_nvfp4.format import NVFP4Weight, has_gate_rows, is_gated_pair, quantize, validate_layout
+from torch_nvfp4.format import NVFP4Weight, has_gate_rows, has_values, is_gated_pair, quantize, validate_layout
 from torch_nvfp4.gate import Gate, parse_activation
 from torch_nvfp4.nn.packed_module import PackedModule, WeightShape
 from torch_nvfp4.quant_config import MoEQuantConfig
@@ -310,7 +310,8 @@ class NVFP4Experts(PackedModule):
                 gate=self.quant_config.gate,
                 expert_map=self.expert_map is not None,
                 apply_router_weight_on_input=self.apply_router_weight_on_input,
-                equal_gate_up_scales=scale.dim() == 1 or bool((scale[:, 0] == scale[:, 1]).all()),
+                equal_gate_up_scales=scale.dim() == 1
+                or (has_values(scale) and bool((scale[:, 0] == scale[:, 1]).all())),
                 biases=bool(self._exact_names),
             )
             chosen = select_moe_backend(config, self.requested_backend)
