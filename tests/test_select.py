@@ -32,6 +32,8 @@ def brief(tokens: int, device: CudaDevice = H100, **changes: Any) -> str:
     [
         (1, {}, "few_slots_mlp 64 rows x at most 1 tokens"),
         (5, {}, "few_slots_mlp 64 rows x at most 5 tokens"),
+        (3, {"dtype": torch.float16}, "few_slots_mlp 64 rows x at most 3 tokens"),  # each is two columns
+        (5, {"dtype": torch.float16}, "few_slots_mlp 64 rows x at most 2 tokens"),
         (6, {}, "stream_gemm 64 rows x at most 16 tokens (narrow)"),
         (298, {}, "stream_gemm 64 rows x at most 16 tokens (narrow)"),
         (299, {}, "wgmma_experts 256 rows x at most 64 tokens (tall)"),
@@ -52,6 +54,7 @@ def brief(tokens: int, device: CudaDevice = H100, **changes: Any) -> str:
         (1, {"device": A100}, "few_slots_mlp 64 rows x at most 1 tokens"),
         (32, {"experts": 1, "top_k": 1}, "few_slots_mlp 64 rows x at most 2 tokens"),
         (32, {"experts": 1, "top_k": 1, "hidden": 1024}, "few_slots_mlp 64 rows x at most 8 tokens"),
+        (5, {"hidden": 1024, "features": 512, "dtype": torch.float16}, "few_slots_mlp 64 rows x at most 4 tokens"),
         (33, {"experts": 1, "top_k": 1}, "wgmma_experts 256 rows x at most 112 tokens (tall)"),
         (2048, {"experts": 2048}, "stream_gemm 64 rows x at most 16 tokens (narrow)"),
         (2400, {"experts": 2048}, "wgmma_experts 256 rows x at most 64 tokens (tall)"),
