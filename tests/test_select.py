@@ -145,6 +145,22 @@ def test_who_sorts() -> None:
     assert "sort" not in ask(16, op="linear", experts=1, top_k=1)
 
 
+@pytest.mark.parametrize(
+    ("layer", "last"),
+    [(QWEN, 256), (GEMMA, 192), (QWEN | {"hidden": 1920}, 256)],  # 2048 slots, or 12 per expert
+)
+def test_who_sorts_for_wgmma(layer: dict[str, Any], last: int) -> None:
+    assert brief(last, **layer).startswith("wgmma_experts")
+    assert ask(last, **layer)["sort"] == "by every CTA"
+    assert ask(last + 1, **layer)["sort"] == "by a launch before"
+    assert "sort" not in ask(last, **layer, op="grouped_gemm")
+    assert ask(last, **layer | {"hidden": layer["hidden"] + 64})["sort"] == "by a launch before"  # half a stage of k
+
+
+def test_large_layers_sort_before_wgmma() -> None:
+    assert ask(300)["sort"] == ask(448, **KIMI)["sort"] == "by a launch before"
+
+
 def test_tables_of_many_experts_leave_room_for_three_stages() -> None:
     """Two would wait for each other for ever."""
     kimi = {"hidden": 3584, "features": 384, "top_k": 16}
