@@ -26,14 +26,14 @@ __device__ __forceinline__ void order_slots(const Routing& routing, int* offsets
   const int first = warp * run + lane;
   const int end = sorts ? min(slots, (warp + 1) * run) : 0;
   int bin[kPerLane];
-  int rank[kPerLane];  // among the slots of the bin in the run
+  int rank[kPerLane] = {};  // among the slots of the bin in the run
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
     const int slot = first + i * kWarp;
     const int expert = slot < end ? local_expert(routing, slot) : 0;
     bin[i] = slot >= end ? -1 : expert < 0 ? experts : expert;
   }
-  for (int i = threadIdx.x; i < kWarps * kOrderBins / 2; i += kThreads) count[0][i] = 0;
+  for (int i = threadIdx.x; i < kWarps * kOrderBins / 2; i += kThreads) static_cast<uint32_t*>(scratch)[i] = 0;
   __syncthreads();
   auto* mine = reinterpret_cast<uint16_t*>(count[sorts ? warp : 0]);
   if (sorts) {

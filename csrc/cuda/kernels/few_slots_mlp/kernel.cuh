@@ -28,8 +28,8 @@ class FewSlotsMlp {
   static constexpr bool kHalves = kRowTiles == 2;
   static constexpr int kItemRows = 16 * kRowTiles;
   static_assert(Ring::kStages % kTurnBlocks == 0);
-  // fp16 tokens are two columns of bf16: column c holds the high part of the tile's token c, column c + kSplitWidth the
-  // low part. In shared memory a row's low parts lie behind its high ones.
+  // fp16 tokens are two columns of bf16: column c holds the high part of the tile's token c, column c + kTokens the low
+  // part. In shared memory a row's low parts lie behind its high ones.
   static constexpr bool kSplit = std::is_same_v<T, fp16>;
   using Operand = std::conditional_t<kSplit, bf16, T>;
   static constexpr int kTokens = kSplit ? kFewSlotsSplitWidth : kFewSlotsMaxWidth;  // of a column tile

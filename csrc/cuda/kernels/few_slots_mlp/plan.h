@@ -54,8 +54,8 @@ inline FewSlotsPlan plan_few_slots(const Problem& problem, const Device& device,
     const int64_t tile_rows = cta_tiles * width;
     const int64_t row_chunks = k_blocks_of(problem.gemm[i].k) * int64_t{kBlockK * kElementBytes / kChunkBytes};
     const int64_t parts = problem.dtype == DType::fp16 ? 2 : 1;
-    const int64_t row_bytes =
-        (parts * row_chunks + 1) * kChunkBytes;  // one more, so that neighbouring rows differ in banks
+    // One chunk more, so that neighbouring rows differ in banks.
+    const int64_t row_bytes = (parts * row_chunks + 1) * kChunkBytes;
     plan.gemm[i] = {static_cast<int>(panels), rows <= tile_rows, static_cast<int>(row_chunks),
                     static_cast<int>(row_bytes)};
     token_bytes = std::max(token_bytes, std::min(rows, tile_rows) * row_bytes);

@@ -110,6 +110,7 @@ __global__ void __launch_bounds__(kThreads<S>, 1) expert_kernel(const __grid_con
   }
   if (p.sorting) {
     // The launch before, clear_kernel, began when the routing and x were there: the scheduler alone waits for it.
+    static_assert(kMinStages * stage_bytes<S>(kTokenAtom) >= kOrderScratch, "it sorts where the ring will be");
     ptx::dependency_release();
     order_slots<kThreads<S>>(p.routing, offsets, order, memory);
     ptx::fence_async_proxy_shared();
