@@ -10,10 +10,13 @@
 // of kNotYet before the launch, and a warp that wants a word reads it until it is something else.
 #pragma once
 
+#include <type_traits>
+
 #include "../../device/epilogue.cuh"
 #include "../../device/mma.cuh"
 #include "../../device/pipeline.cuh"
 #include "../../device/scheduler.cuh"
+#include "../../device/split.cuh"
 #include "params.h"
 
 namespace nvfp4::cuda {
@@ -25,6 +28,11 @@ class FewSlotsMlp {
   static constexpr bool kHalves = kRowTiles == 2;
   static constexpr int kItemRows = 16 * kRowTiles;
   static_assert(Ring::kStages % kTurnBlocks == 0);
+  // fp16 tokens are two columns of bf16: column c holds the high part of the tile's token c, column c + kTokens the low
+  // part. In shared memory a row's low parts lie behind its high ones.
+  static constexpr bool kSplit = std::is_same_v<T, fp16>;
+  using Operand = std::conditional_t<kSplit, bf16, T>;
+  static constexpr int kTokens = kSplit ? kFewSlotsSplitWidth : kFewSlotsMaxWidth;  // of a column tile
 
  public:
   static constexpr int kRingBytes = kWarps * sizeof(typename Ring::Storage);
@@ -81,6 +89,10 @@ class FewSlotsMlp {
       Outcome outcome = prepare(gemm_index, s, warp_);
       ptx::cp_async_wait<0>();
       __syncthreads();
+      if (kSplit && gemm_index == 0) {
+        split_rows(s);
+        __syncthreads();
+      }
       const int before = p_.gemm[gemm_index].by_k_blocks.quotient(s.begin);
       int k = s.begin - before * p_.gemm[gemm_index].k_blocks;
       for (int item = before, left = s.blocks; left > 0; ++item, k = 0) {
@@ -208,6 +220,23 @@ class FewSlotsMlp {
     }
   }
 
+  // The rows of w13's tokens, as they were copied, in place. By all threads of the CTA.
+  __device__ __forceinline__ void split_rows(const Share& s) const {
+    const FewSlotsGemm& gemm = p_.gemm[0];
+    int rows = gemm.rows;
+    if (!gemm.all_rows) {
+      const int first = gemm.by_items_per_tile.quotient(s.first_item);
+      const int last = gemm.by_items_per_tile.quotient(s.first_item + s.items - 1);
+      rows = s.items == 0 ? 0 : (last - first + 1) * p_.width;
+    }
+#pragma unroll 1
+    for (int i = threadIdx.x; i < rows * gemm.row_chunks; i += kWarps * kWarp) {
+      const int row = gemm.by_row_chunks.quotient(i);
+      uint8_t* at = tokens_ + row * gemm.row_bytes + (i - row * gemm.row_chunks) * kChunkBytes;
+      store_split(*reinterpret_cast<const uint4*>(at), at, at + gemm.row_chunks * kChunkBytes);
+    }
+  }
+
   // 16 bytes of a row; zeros beyond its end.
   template <bool kHandedOver>
   static __device__ __forceinline__ void copy_chunk(const FewSlotsGemm& gemm, int from, uint8_t* to, int chunk) {
@@ -220,7 +249,11 @@ class FewSlotsMlp {
           v = ptx::load_relaxed_128(row + chunk * 16);
         } while (v.x == kNotYet || v.y == kNotYet || v.z == kNotYet || v.w == kNotYet);
       }
-      *reinterpret_cast<uint4*>(to + chunk * 16) = v;
+      if constexpr (kSplit) {
+        store_split(v, to + chunk * kChunkBytes, to + (gemm.row_chunks + chunk) * kChunkBytes);
+      } else {
+        *reinterpret_cast<uint4*>(to + chunk * 16) = v;
+      }
     } else {
       ptx::cp_async_16_or_zero(to + chunk * 16, inside ? row + chunk * 16 : row, inside);
     }
@@ -232,11 +265,12 @@ class FewSlotsMlp {
     const FewSlotsGemm& gemm = p_.gemm[gemm_index];
     const int tile_index = gemm.by_items_per_tile.quotient(s.first_item + item);
     const ExpertTile tile = tiles_.tile(tile_index);
-    const int token = lane_ / 4;
+    const int token = lane_ / 4 % kTokens;
     const bool used = token < tile.count;
     const int row = token_row(gemm_index, s, tile_index, __shfl_sync(~0u, tiles_.slot(tile), token), used ? token : 0);
     uint32_t x_at =
         ptx::shared_address(tokens_) + row * gemm.row_bytes + k * (kBlockK * kElementBytes) + lane_ % 4 * 32;
+    if (kSplit && lane_ / 4 >= kTokens) x_at += gemm.row_chunks * kChunkBytes;
     TokenBlock<1> x = {};
     const int first_tile = kHalves ? (s.first_item + item - tile_index * gemm.items_per_tile) % 2 * kRowTiles : 0;
     float sum[kRowTiles][1][4] = {};
@@ -255,7 +289,7 @@ class FewSlotsMlp {
           __syncwarp();
           refill(stage_, i);
         }
-        if (here) multiply<T>(w, x, sum);
+        if (here) multiply<Operand>(w, x, sum);
         if constexpr (!Ring::kFillQueues) {  // only now: what has been multiplied has been loaded
           __syncwarp();
           refill(stage_, i);
@@ -266,6 +300,13 @@ class FewSlotsMlp {
       if ((stage_ += kTurnBlocks) == Ring::kStages) {
         stage_ = 0;
         parity_ ^= 1;
+      }
+    }
+    if constexpr (kSplit) {  // lane (r, t) has columns 2 t and 2 t + 1
+#pragma unroll
+      for (auto& tile : sum) {
+#pragma unroll
+        for (float& v : tile[0]) v += __shfl_down_sync(~0u, v, kTokens / 2);
       }
     }
     store_partial(partial(warp_, item), p_.width, sum);
