@@ -69,6 +69,7 @@ def write_dense(path: Path, tensors: dict[str, Tensor], config: dict[str, Any]) 
         {
             name: tensor.float().contiguous() if tensor.is_floating_point() else tensor
             for name, tensor in tensors.items()
+            if tensor is not None
         },
         path / "model.safetensors",
         metadata={"format": "pt"},
