@@ -41,6 +41,10 @@ class NVFP4Weight(NamedTuple):
     scale: Tensor  # float8_e4m3fn [..., N, K/16]
     global_scale: Tensor  # float32 [...] or [..., 2]; ModelOpt's weight_scale_2
 
+    def to(self, device: torch.device | str) -> NVFP4Weight:
+        """The same values on a device; the tensors that are there already are taken as they are."""
+        return NVFP4Weight(*(part.to(device) for part in self))
+
 
 def has_values(tensor: Tensor) -> bool:
     """False for tensors that only stand for some: on the meta device, or under FakeTensorMode."""

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch_nvfp4 import reference
 from torch_nvfp4.checkpoint import Checkpoint
 from torch_nvfp4.errors import CheckpointError, refusal
-from torch_nvfp4.format import NVFP4Weight
 from torch_nvfp4.nn import NVFP4Experts
 from torch_nvfp4.testing import TOLERANCE, random_routing, relative_l2
 
@@ -184,17 +183,15 @@ def _reference(
     checkpoint: Checkpoint, layer: int, x: Tensor, topk_weights: Tensor, topk_ids: Tensor
 ) -> reference.MoEResult:
     """The layer in fp64, from the checkpoint alone: what ``NVFP4Experts`` made of the config is not looked at."""
-    loaded = checkpoint.experts(layer)
-    w13, w2 = (NVFP4Weight(*(part.to(x.device) for part in weight)) for weight in (loaded.w13, loaded.w2))
-    biases = (None if bias is None else bias.to(x.device) for bias in (loaded.w13_bias, loaded.w2_bias))
+    weights = checkpoint.experts(layer).to(x.device)
     return reference.moe_with_clamped_share(
         x,
-        w13,
-        w2,
+        weights.w13,
+        weights.w2,
         topk_weights,
         topk_ids,
-        None,
-        *biases,
+        w13_bias=weights.w13_bias,
+        w2_bias=weights.w2_bias,
         **checkpoint.gate(layer).kwargs(),
         apply_router_weight_on_input=checkpoint.apply_router_weight_on_input(layer),
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from torch_nvfp4.checkpoint.contents import Category
@@ -37,6 +38,11 @@ class ExpertWeights:
     w13_bias: Tensor | None = None
     w2_bias: Tensor | None = None
     gated: bool = True
+
+    def to(self, device: torch.device | str) -> ExpertWeights:
+        """The same experts on a device; the tensors that are there already are taken as they are."""
+        w13_bias, w2_bias = (None if bias is None else bias.to(device) for bias in (self.w13_bias, self.w2_bias))
+        return ExpertWeights(self.w13.to(device), self.w2.to(device), w13_bias, w2_bias, self.gated)
 
     def __iter__(self) -> Iterator[NVFP4Weight]:
         biases = [name for name in ("w13_bias", "w2_bias") if getattr(self, name) is not None]

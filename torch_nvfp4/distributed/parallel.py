@@ -367,12 +367,11 @@ def load_experts(
     config = source.layer_config(layer)
 
     def make(part: range, place: _Place, expert_map: Tensor | None) -> NVFP4Experts:
-        weights = source.experts(layer, tp_rank=place.tp_rank, tp_size=place.tp_size, experts=part)
-        w13, w2 = (NVFP4Weight(*(tensor.to(device) for tensor in weight)) for weight in (weights.w13, weights.w2))
+        weights = source.experts(layer, tp_rank=place.tp_rank, tp_size=place.tp_size, experts=part).to(device)
         quant = MoEQuantConfig(config.gate, apply_router_weight_on_input=config.apply_router_weight_on_input)
         return NVFP4Experts.from_weights(
-            w13,
-            w2,
+            weights.w13,
+            weights.w2,
             w13_bias=weights.w13_bias,
             w2_bias=weights.w2_bias,
             quant_config=quant,

@@ -229,11 +229,11 @@ class NVFP4Experts(PackedModule):
         weights = checkpoint.experts(
             layer, tp_rank=tp_rank, tp_size=tp_size, ep_rank=ep_rank, ep_size=ep_size, progress=progress
         )
-        w13, w2 = (NVFP4Weight(*(part.to(device) for part in weight)) for weight in (weights.w13, weights.w2))
+        weights = weights.to(device)
         expert_map = checkpoint.expert_map(ep_rank, ep_size, layer=layer) if ep_size > 1 else None
         return cls.from_weights(
-            w13,
-            w2,
+            weights.w13,
+            weights.w2,
             w13_bias=weights.w13_bias,
             w2_bias=weights.w2_bias,
             quant_config=quant_config,

@@ -83,7 +83,7 @@ class NVFP4Linear(PackedModule):
         """
         if not isinstance(checkpoint, Checkpoint):
             checkpoint = Checkpoint.open(checkpoint)
-        weight = NVFP4Weight(*(part.to(device) for part in checkpoint.linear(name)))
+        weight = checkpoint.linear(name).to(device)
         bias = checkpoint.tensor(f"{name}.bias").to(device) if f"{name}.bias" in checkpoint.tensors else None
         return cls.from_weight(weight, bias)
 

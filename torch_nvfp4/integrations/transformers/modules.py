@@ -120,9 +120,7 @@ class PackedExperts(Shell):
         Raises CheckpointError as ``Checkpoint.experts``, and NotImplementedError as ``expert_parts``.
         """
         part: dict[str, Any] = expert_parts(self._part("gate_up_proj"), self._part("down_proj"))
-        weights = checkpoint.experts(self.layer, progress=None, **part)
-        w13, w2 = (NVFP4Weight(*(tensor.to(device) for tensor in weight)) for weight in weights)
-        del weights
+        w13, w2 = checkpoint.experts(self.layer, progress=None, **part).to(device)
         self._drop_placeholders()
         self.packed = NVFP4Experts.from_weights(w13, w2, quant_config=self.quant_config, backend=self.backend)
 
