@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_type_hints
+from typing import get_args, get_type_hints
 
 import pytest
 import safetensors.torch
@@ -17,6 +17,8 @@ from typer.testing import CliRunner
 
 import torch_nvfp4
 from torch_nvfp4 import bench
+from torch_nvfp4.checkpoint import synthetic
+from torch_nvfp4.checkpoint.synthetic import LayoutName
 from torch_nvfp4.cli import app, demo
 from torch_nvfp4.cli.select import FEW_TOKENS, TILE_TOKENS, cpu_choices
 from torch_nvfp4.demo import write_checkpoint
@@ -302,6 +304,23 @@ def test_demo_of_layers_that_differ(tmp_path, monkeypatch):
             for experts in (32, 2)
         )
         assert row["touched_bytes"] == hit * (3 * HIDDEN * INTERMEDIATE * 9 // 16 + 12) // 2
+
+
+@pytest.mark.parametrize("layout", get_args(LayoutName))
+def test_demo_of_every_layout(layout, tmp_path, monkeypatch):
+    """Also of experts without a gate, with biases, and with Kimi-K3's gate."""
+    path = synthetic.write_checkpoint(
+        tmp_path, layout=layout, hidden_size=HIDDEN, moe_intermediate_size=INTERMEDIATE, n_routed_experts=4,
+        num_experts_per_tok=2, num_hidden_layers=2, swiglu_limit=LIMIT,
+    )  # fmt: skip
+    monkeypatch.setattr(demo, "DEMO_TOKENS", (5,))
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **options: compile(model, backend="aot_eager", **options))
+    result = run("demo", "--checkpoint", path, "--device", "cpu", "--json", tmp_path / "demo.json")
+    assert result.exit_code == 0, result.output
+    for row in json.loads((tmp_path / "demo.json").read_text())["rows"]:
+        assert 0 < row["relative_l2"] <= 4e-3
+    assert "demo passed: 2 layers, eager and compiled, within 0.004 of fp64" in result.stdout
 
 
 def test_demo_fails_when_a_layer_is_wrong(checkpoint, monkeypatch):

@@ -26,7 +26,7 @@ LAYERS = {
     "qwen3-30b": (SHAPES["qwen3-30b"], TOKENS),
     "deepseek-r1": (SHAPES["deepseek-r1"], TOKENS),
     "qwen3.6": (SHAPES["qwen3.6"], (*TOKENS, 128)),
-    "gemma-4": (SHAPES["gemma-4"], TOKENS),
+    "gemma-4": (SHAPES["gemma-4"], (*TOKENS, 128)),
     "kimi-k3-tp8": (SHAPES["kimi-k3-tp8"], (1, 3, 16, 64, 200, 1024, 4096, 8192)),
 }
 

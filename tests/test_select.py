@@ -32,6 +32,8 @@ def brief(tokens: int, device: CudaDevice = H100, **changes: Any) -> str:
     [
         (1, {}, "few_slots_mlp 64 rows x at most 1 tokens"),
         (5, {}, "few_slots_mlp 64 rows x at most 5 tokens"),
+        (3, {"dtype": torch.float16}, "few_slots_mlp 64 rows x at most 3 tokens"),  # each is two columns
+        (5, {"dtype": torch.float16}, "few_slots_mlp 64 rows x at most 2 tokens"),
         (6, {}, "stream_gemm 64 rows x at most 16 tokens (narrow)"),
         (298, {}, "stream_gemm 64 rows x at most 16 tokens (narrow)"),
         (299, {}, "wgmma_experts 256 rows x at most 64 tokens (tall)"),
@@ -52,6 +54,7 @@ def brief(tokens: int, device: CudaDevice = H100, **changes: Any) -> str:
         (1, {"device": A100}, "few_slots_mlp 64 rows x at most 1 tokens"),
         (32, {"experts": 1, "top_k": 1}, "few_slots_mlp 64 rows x at most 2 tokens"),
         (32, {"experts": 1, "top_k": 1, "hidden": 1024}, "few_slots_mlp 64 rows x at most 8 tokens"),
+        (5, {"hidden": 1024, "features": 512, "dtype": torch.float16}, "few_slots_mlp 64 rows x at most 4 tokens"),
         (33, {"experts": 1, "top_k": 1}, "wgmma_experts 256 rows x at most 112 tokens (tall)"),
         (2048, {"experts": 2048}, "stream_gemm 64 rows x at most 16 tokens (narrow)"),
         (2400, {"experts": 2048}, "wgmma_experts 256 rows x at most 64 tokens (tall)"),
@@ -140,6 +143,22 @@ def test_who_sorts() -> None:
     assert ask(128, **small | {"features": 128}, experts=1023)["sort"] == "by every CTA"
     assert ask(128, **small | {"features": 128}, experts=1024)["sort"] == "by a launch before"
     assert "sort" not in ask(16, op="linear", experts=1, top_k=1)
+
+
+@pytest.mark.parametrize(
+    ("layer", "last"),
+    [(QWEN, 256), (GEMMA, 192), (QWEN | {"hidden": 1920}, 256)],  # 2048 slots, or 12 per expert
+)
+def test_who_sorts_for_wgmma(layer: dict[str, Any], last: int) -> None:
+    assert brief(last, **layer).startswith("wgmma_experts")
+    assert ask(last, **layer)["sort"] == "by every CTA"
+    assert ask(last + 1, **layer)["sort"] == "by a launch before"
+    assert "sort" not in ask(last, **layer, op="grouped_gemm")
+    assert ask(last, **layer | {"hidden": layer["hidden"] + 64})["sort"] == "by a launch before"  # half a stage of k
+
+
+def test_large_layers_sort_before_wgmma() -> None:
+    assert ask(300)["sort"] == ask(448, **KIMI)["sort"] == "by a launch before"
 
 
 def test_tables_of_many_experts_leave_room_for_three_stages() -> None:

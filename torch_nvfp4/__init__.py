@@ -14,6 +14,7 @@ from torch_nvfp4.gate import Activation, Gate
 from torch_nvfp4.nn import NVFP4Experts, NVFP4Linear
 from torch_nvfp4.ops import (
     batched_moe,
+    call_with_dtensor,
     combine,
     decompositions,
     grouped_gemm,
@@ -58,6 +59,13 @@ __all__ = [
     "swiglu",
     "unpack",
 ]
+
+
+@call_with_dtensor
+def _register_sharding_rules() -> None:
+    from torch_nvfp4.distributed.sharding import register_rules
+
+    register_rules()
 
 
 def __getattr__(name: str) -> Any:

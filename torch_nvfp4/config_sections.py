@@ -26,7 +26,7 @@ _NOT_THE_MODEL = {"quantization_config", "compression_config", "attribute_map", 
 _PLAIN = (str, bytes, int, float, complex, type(None))
 
 _GLU = {"swiglu", "geglu", "reglu", "glu", "silu"}
-_GATE = _GLU | {"act", "activation", "mlp", "ffn", "gemm1", "moe", "expert", "experts", "gate"}
+_GATE = _GLU | {"act", "activation", "situ", "mlp", "ffn", "gemm1", "moe", "expert", "experts", "gate"}
 _LIMIT = {"limit", "limits", "clamp", "clamps", "clip"}
 _SHARED = {"shared", "share"}
 _ACTIVATION = {"act", "activation"}
@@ -161,6 +161,6 @@ def _about(words: frozenset[str], around: frozenset[str], value: Any, is_decoder
         return None
     if words & {"zero", "identity", "copy"} and words & {"expert", "experts"}:
         return None if isinstance(value, str) else "experts without weights"
-    if words & {"alpha", "beta", "offset"} and words & (_GLU | _ACTIVATION | {"gemm1"}):
+    if words & {"alpha", "beta", "offset"} and words & (_GLU | _ACTIVATION | {"gemm1", "situ"}):
         return "constant"
     return "activation" if words & _ACTIVATION and words <= _IN_KEYS else None

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 GROUP_SIZE = 16
 """Consecutive values along the input dimension that share one block scale."""
@@ -40,6 +41,15 @@ class NVFP4Weight(NamedTuple):
     scale: Tensor  # float8_e4m3fn [..., N, K/16]
     global_scale: Tensor  # float32 [...] or [..., 2]; ModelOpt's weight_scale_2
 
+    def to(self, device: torch.device | str) -> NVFP4Weight:
+        """The same values on a device; the tensors that are there already are taken as they are."""
+        return NVFP4Weight(*(part.to(device) for part in self))
+
+
+def has_values(tensor: Tensor) -> bool:
+    """False for tensors that only stand for some: on the meta device, or under FakeTensorMode."""
+    return not (tensor.is_meta or is_fake(tensor))
+
 
 def _first_index(mask: Tensor) -> list[int]:
     """Index of the first true element of ``mask``, which has at least one."""
@@ -52,6 +62,8 @@ def _first_index(mask: Tensor) -> list[int]:
 
 
 def _require_finite(name: str, values: Tensor) -> None:
+    if not has_values(values):
+        return
     bad = ~torch.isfinite(values)
     if bool(bad.any()):
         index = _first_index(bad)
@@ -103,9 +115,12 @@ def validate_layout(weight: NVFP4Weight, *, gated: bool | None = None) -> None:
 def validate(weight: NVFP4Weight, *, gated: bool | None = None) -> None:
     """``validate_layout``, and the values: block scales without NaN, global scales finite.
 
-    Zero, negative and subnormal scales are valid. Reads the scales (synchronises with a GPU).
+    Zero, negative and subnormal scales are valid. Reads the scales (synchronises with a GPU); tensors without values,
+    meta and fake ones, pass.
     """
     validate_layout(weight, gated=gated)
+    if not has_values(weight.scale):
+        return
     scale_bytes = weight.scale.view(torch.uint8)
     bad = (scale_bytes & 0x7F) == 0x7F
     if bool(bad.any()):
@@ -174,7 +189,7 @@ def _checked_global_scale(global_scale: Tensor, shape: list[int]) -> Tensor:
         raise ValueError(f"global_scale: expected shape {shape}, got {list(global_scale.shape)}")
     global_scale = global_scale.to(torch.float32)
     _require_finite("global_scale", global_scale)
-    if bool((global_scale <= 0).any()):
+    if has_values(global_scale) and bool((global_scale <= 0).any()):
         index = _first_index(global_scale <= 0)
         raise ValueError(
             f"global_scale: expected positive values, got {float(global_scale[tuple(index)]):g} at index {index}"
@@ -194,7 +209,8 @@ def quantize(dense: Tensor, *, global_scale: Tensor | None = None, gated: bool =
         global_scale: positive and finite, fp32 [...] (or [..., 2] if gated), instead of the one from amax.
         gated: rows are gate rows then up rows (N = 2I); each half takes its own global scale, [..., 2].
 
-    Raises ValueError, with the index of the first bad value where a value is not finite or not positive.
+    Raises ValueError, with the index of the first bad value where a value is not finite or not positive. Of tensors
+    without values (meta, fake) come weights without values.
     """
     if not dense.is_floating_point() or dense.itemsize < 2:
         raise TypeError(f"dense: expected dtype bfloat16, float16, float32 or float64, got {dense.dtype}")
@@ -217,7 +233,7 @@ def quantize(dense: Tensor, *, global_scale: Tensor | None = None, gated: bool =
     divisor = torch.tensor(E2M1_MAX * E4M3_MAX, dtype=torch.float32, device=device)
     # A few rows at a time, so that the temporaries stay in the caches and small beside a stack of experts.
     chunk = max(1, _CHUNK_VALUES // k)
-    for i, matrix in enumerate(matrices):
+    for i, matrix in enumerate(matrices if has_values(dense) else ()):
         low, high = matrix.aminmax()
         amax = torch.maximum(-low, high).to(torch.float32)
         if not bool(torch.isfinite(amax)):

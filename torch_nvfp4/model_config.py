@@ -210,9 +210,10 @@ class ModelConfig:
                 same = not _says_something(key.value)
                 expected, advice = "experts with weights alone", "experts that pass tokens through are not supported"
             elif key.about == "constant":
-                constant = alpha if "alpha" in key.name.lower() else beta
+                constant = alpha if _is_alpha(key.name) else beta
                 same = all(entry is None or self._as_float(entry) == constant for entry in _entries(key.value))
-                expected, advice = f"the gate's {constant}", "say it in swiglu_alpha and swiglu_beta"
+                keys = _SITU_CONSTANTS if hidden_act == "situ" else _CONSTANTS
+                expected, advice = f"the gate's {constant}", f"say it in {' and '.join(keys)}"
             else:
                 names = [entry for entry in _entries(key.value) if isinstance(entry, str)]
                 same = all(_formula(name) == _formula(hidden_act) for name in names)
@@ -239,10 +240,11 @@ class ModelConfig:
     def _situ_constants(self) -> tuple[float, float]:
         """alpha, and beta with 0 for an up that has no limit."""
         alpha, beta = self._situ
-        if alpha is None or alpha <= 0:
+        # What fp32 rounds to zero would divide by zero.
+        if alpha is None or alpha < _FLOAT32_TINY:
             got = "no such key" if alpha is None else f"{alpha:g}"
             raise self._refusal(_SITU_CONSTANTS[0], "a positive number beside hidden_act 'situ'", got)
-        if beta is not None and beta < 0:
+        if beta is not None and beta != 0 and beta < _FLOAT32_TINY:
             raise self._refusal(_SITU_CONSTANTS[1], "a positive number, or null or 0 for no limit", f"{beta:g}")
         for key, value in zip(_CONSTANTS, (self._alpha, self._beta), strict=True):
             if value is not None:
@@ -398,6 +400,11 @@ def _formula(activation: Any) -> Any:
     """What an activation's name stands for; the name where it is not known, or has constants of its own."""
     name = activation.lower() if isinstance(activation, str) else activation
     return name if name == "swigluoai" or not isinstance(name, str) else (_ACTIVATIONS | _GATED).get(name, name)
+
+
+def _is_alpha(name: str) -> bool:
+    """Whether a constant of the gate is the one that the ops call alpha; situ's names have beta for both."""
+    return "alpha" in name.lower() or ("situ" in name.lower() and "linear" not in name.lower())
 
 
 def _entries(value: Any) -> list[Any]:

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch_nvfp4 import reference
 from torch_nvfp4.checkpoint import Checkpoint
 from torch_nvfp4.errors import CheckpointError, refusal
-from torch_nvfp4.format import NVFP4Weight
 from torch_nvfp4.nn import NVFP4Experts
 from torch_nvfp4.testing import TOLERANCE, random_routing, relative_l2
 
@@ -34,7 +33,7 @@ class LayerCheck:
     """One layer's kernel against the fp64 reference.
 
     Attributes:
-        layer, backend, gate: what ran.
+        layer, backend, gate: what ran; the gate in words, which also say whether there are biases.
         tokens: M, the rows of the input.
         num_experts: of the layer.
         experts_unchecked: those that no token was routed to, so that nothing is known about them.
@@ -114,18 +113,18 @@ def verify_layer(
         del experts  # the reference needs the memory
         say(f"layer {layer} in fp64")
         expected = _reference(checkpoint, layer, x, topk_weights, topk_ids)
-    gate = checkpoint.gate(layer)
+    kind, limit = checkpoint.layer_config(layer).kind, checkpoint.gate(layer).clamp_limit
     local = reference.local_experts(topk_ids, None, num_experts)
     hit = set(local[local < num_experts].tolist())
     error, tolerance = relative_error(output, expected.output), TOLERANCE[dtype]
     return LayerCheck(
         layer=layer,
         backend=ran_on,
-        gate=str(gate),
+        gate=kind,
         tokens=tokens,
         num_experts=num_experts,
         experts_unchecked=tuple(expert for expert in range(num_experts) if expert not in hit),
-        clamped_share=None if gate.clamp_limit is None else expected.clamped_share,
+        clamped_share=None if limit is None else expected.clamped_share,
         relative_l2=error,
         tolerance=tolerance,
         problem=_problem(expected.output, len(hit), error, tolerance),
@@ -184,17 +183,15 @@ def _reference(
     checkpoint: Checkpoint, layer: int, x: Tensor, topk_weights: Tensor, topk_ids: Tensor
 ) -> reference.MoEResult:
     """The layer in fp64, from the checkpoint alone: what ``NVFP4Experts`` made of the config is not looked at."""
-    loaded = checkpoint.experts(layer)
-    w13, w2 = (NVFP4Weight(*(part.to(x.device) for part in weight)) for weight in (loaded.w13, loaded.w2))
-    biases = (None if bias is None else bias.to(x.device) for bias in (loaded.w13_bias, loaded.w2_bias))
+    weights = checkpoint.experts(layer).to(x.device)
     return reference.moe_with_clamped_share(
         x,
-        w13,
-        w2,
+        weights.w13,
+        weights.w2,
         topk_weights,
         topk_ids,
-        None,
-        *biases,
+        w13_bias=weights.w13_bias,
+        w2_bias=weights.w2_bias,
         **checkpoint.gate(layer).kwargs(),
         apply_router_weight_on_input=checkpoint.apply_router_weight_on_input(layer),
     )

@@ -19,7 +19,7 @@ struct Plan {
   void* aligned_x;   // [tokens, k of w13], for hidden_states that are not
   void* expert_out;  // [slots, n of w2], fp32 with few_slots_mlp
   void* hidden;      // [slots, k of w2], few_slots_mlp and stream_gemm
-  int32_t* order;    // these three sort: wgmma_experts, and stream_gemm unless its CTAs do
+  int32_t* order;    // these three sort, unless the kernel's CTAs do: wgmma_experts and stream_gemm
   int32_t* offsets;  //
   void* sort;        //
   int4* tile_table;  // stream_gemm unless its CTAs sort
@@ -58,6 +58,8 @@ ExpertMlpArgs wgmma_args(const MoeArgs& args, const Plan& plan) {
       .x_is_older = true,
       // Written by combine, after everything else. Tokens cannot be permuted where they lie.
       .x_image = args.out == args.hidden_states ? nullptr : args.out,
+      .sorting = plan.choice.wgmma.sorting,
+      .routing = args.routing,
   };
 }
 
@@ -76,7 +78,7 @@ Plan plan_of(const MoeArgs& args, const Context& context) {
   plan.expert_out = workspace.take<uint16_t>(plan.slots * args.w2.n);
   const bool streams = plan.choice.kernel == Kernel::stream_gemm;
   if (streams) plan.hidden = workspace.take<uint16_t>(plan.slots * args.w2.k);
-  if (!(streams && plan.choice.stream.sorting)) {
+  if (!(streams ? plan.choice.stream.sorting : plan.choice.wgmma.sorting)) {
     plan.order = workspace.take<int32_t>(plan.slots);
     plan.offsets = workspace.take<int32_t>(args.routing.experts + 1);
     plan.sort = workspace.take<void>(static_cast<int64_t>(sort_workspace(args.routing)));
@@ -168,7 +170,7 @@ void moe(const MoeArgs& original, const Context& context) {
       run_few_slots(args, plan, context.stream);
       break;
     case Kernel::wgmma_experts:
-      sort(args, plan, context.stream);
+      if (!plan.choice.wgmma.sorting) sort(args, plan, context.stream);
       wgmma_expert_mlp(wgmma_args(args, plan), plan.choice.wgmma, plan.wgmma, context.stream);
       sum(args, plan, context);
       break;

@@ -300,7 +300,9 @@ int64_t check_packed(const char* op, const char* name, const Tensor& packed, con
   if (n <= 0 || n / halves % kGroupSize != 0) {
     fail(op, name, "'s dimension ", row_dim, " must be a positive multiple of 16, got ", n / halves);
   }
-  if (size.batched && packed.size(0) == 0) fail(op, name, " must hold at least one expert, got 0");
+  if (size.batched && packed.size(0) == 0 && !size.may_be_empty) {
+    fail(op, name, " must hold at least one expert, got 0");
+  }
   if (size.batched && packed.size(0) >= kIndexLimit) {
     fail(op, name, " must hold fewer than 2**31 experts, got ", packed.size(0));
   }

@@ -64,8 +64,10 @@ std::tuple<Tensor, Tensor> unpack(const Tensor& packed, int64_t in_features, boo
   check_in_features(op, in_features);
   const int64_t plain_rank = (gated ? 2 : 1) + (kIsCuda ? 1 : 2);
   const bool batched = packed.dim() != plain_rank;
-  const int64_t n = check_packed(op, "packed", packed, "packed", packed,
-                                 {.batched = batched, .gated = gated, .experts = -1, .n = -1, .k = in_features});
+  // A stack of no experts has an inverse too, as pack makes one.
+  const PackedSize size{
+      .batched = batched, .gated = gated, .experts = -1, .n = -1, .k = in_features, .may_be_empty = true};
+  const int64_t n = check_packed(op, "packed", packed, "packed", packed, size);
 
   std::vector<int64_t> shape{n, in_features / 2};
   std::vector<int64_t> scale_shape{n, in_features / kGroupSize};

@@ -221,6 +221,19 @@ def test_threads_read_the_same_bytes(threads: int, original: Path, monkeypatch: 
             assert_equal(other, part)
 
 
+def test_threads_read_in_inference_mode(original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread of its own begins outside inference mode, and may not write what was allocated inside."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    checkpoint = Checkpoint.open(original)
+    expected = checkpoint.experts(0)
+    with torch.inference_mode():
+        weights = checkpoint.experts(0)
+    for weight, other in zip(weights, expected, strict=True):
+        for part, wanted in zip(weight, other, strict=True):
+            assert part.is_inference()
+            assert_equal(part, wanted)
+
+
 @pytest.mark.parametrize("threads", [1, 4])
 def test_the_first_expert_that_is_wrong_is_named(threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever thread finds its error first."""

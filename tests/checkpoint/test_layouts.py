@@ -123,6 +123,29 @@ def test_values_of_every_layout(layout: str, layer: int, tmp_path: Path) -> None
     check(tmp_path, layer, experts, limit=LIMIT, **SPECIAL.get(layout, {}))
 
 
+@pytest.mark.parametrize("biased", [("up_proj", "gate_proj", "down_proj"), ("up_proj", "gate_proj"), ("down_proj",)])
+def test_values_with_biases_of_nvfp4(biased: tuple[str, ...], tmp_path: Path) -> None:
+    """`.bias` beside the codes, as llm-compressor and ModelOpt write them; of both GEMMs or of one."""
+    make(tmp_path, "modelopt")
+    generator = torch.Generator().manual_seed(7)
+    added: dict[str, Tensor] = {}
+
+    def bias(module: str, codes: Tensor) -> Tensor | None:
+        if "layers.1.mlp.experts." not in module or not module.endswith(biased):
+            return None
+        added[module] = torch.randn(len(codes), generator=generator).to(torch.bfloat16)
+        return added[module]
+
+    variants.add_leaves(tmp_path, ".bias", bias)
+    experts = []
+    for index, expert in enumerate(experts_of(tmp_path, "modelopt", 1, EXPERTS[1], INTERMEDIATE[1])):
+        names = (f"model.layers.1.mlp.experts.{index}.{name}_proj" for name in ("gate", "up", "down"))
+        biases = (added[name].double() if name in added else None for name in names)
+        experts.append(Matrices(*expert[:3], *biases))
+    assert len(added) == len(biased) * EXPERTS[1]
+    check(tmp_path, 1, experts, limit=LIMIT)
+
+
 @pytest.mark.parametrize("layout", NAMES)
 def test_summary_of_every_layout(layout: str, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(make(tmp_path, layout))

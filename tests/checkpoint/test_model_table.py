@@ -57,7 +57,7 @@ MODELS = {
     "Step-3.7-Flash": Model("modelopt-stack", {}, "swiglustep, clamp_limit 2", sizes=(64, 160)),
     "Kimi-K3": Model("compressed-tensors-mxfp4", {}, "situ (alpha 4, beta 25), no clamp", sizes=(64, 96)),
     "gpt-oss-120b": Model(
-        "gpt-oss", {"swiglu_limit": 7.0, "hidden_act": "silu"}, "silu (alpha 1.702, beta 1), clamp_limit 7",
+        "gpt-oss", {"swiglu_limit": 7.0, "hidden_act": "silu"}, "silu (alpha 1.702, beta 1), clamp_limit 7, biases",
         sizes=(96, 96),
     ),
 }  # fmt: skip

@@ -49,7 +49,10 @@ class Nested:
         ({"blocks": [[{}, {"ffn": {"swiglu_limit": 7.0}}]]}, "blocks[0][1].ffn.swiglu_limit"),
         ({"blocks": ({"swiglu_limits": (0, 7.0)},)}, "blocks[0].swiglu_limits"),
         *(({key: 7.0}, key) for key in ("moe_clamp_limit", "expert_clamp", "silu_limit", "gate_limit", "geglu_limit")),
-        *(({key: 7.0}, key) for key in ("swigluLimit", "swiglu-limit", "swiglu_max", "swiglulimit", "GEMM1ClampLimit")),
+        *(
+            ({key: 7.0}, key)
+            for key in ("swigluLimit", "situ_limit", "swiglu-limit", "swiglu_max", "swiglulimit", "GEMM1ClampLimit")
+        ),
         ({"ffn_config": {"clamp": 7.0}}, "ffn_config.clamp"),
         ({"vision_config": {"swiglu_limit": 7.0}}, "vision_config.swiglu_limit"),
         (Config(moe=Config(swiglu_limit=7.0)), "moe.swiglu_limit"),
@@ -103,6 +106,9 @@ def test_objects_inside_each_other() -> None:
     assert gate(config) == Gate("gelu")
 
 
+SITU = {"hidden_act": "situ", "activation_situ_beta": 4.0, "activation_situ_linear_beta": 25.0}
+
+
 @pytest.mark.parametrize(
     ("config", "label"),
     [
@@ -121,6 +127,10 @@ def test_objects_inside_each_other() -> None:
             "zero_expert_num: expected experts with weights alone",
         ),
         ({"moe": Config(activation="gelu")}, "moe.activation: expected 'silu'"),
+        ({"moe": {"activation_situ_beta": 4.0}}, "moe.activation_situ_beta: expected the gate's 1.0, got 4.0"),
+        ({"situ_linear_beta": 25.0}, "situ_linear_beta: expected the gate's 0.0, got 25.0"),
+        (SITU | {"situ_beta": 5.0}, "situ_beta: expected the gate's 4.0, got 5.0"),
+        (SITU | {"moe": {"activation_situ_linear_beta": 4.0}}, "_linear_beta: expected the gate's 25.0, got 4.0"),
     ],
 )
 def test_another_gate_under_a_key_that_is_not_read(config: dict[str, Any], label: str) -> None:
@@ -137,6 +147,7 @@ def test_another_gate_under_a_key_that_is_not_read(config: dict[str, Any], label
             {"swiglu_alpha": 1.5, "swiglu_beta": 1.0, "gemm1_alpha": 1.5, "swiglu_offset": 1},
             Gate("silu", None, 1.5, 1.0),
         ),
+        (SITU | {"moe": SITU, "shared_expert_situ_beta": 9.0, "situation": 1.0}, Gate("situ", None, 4.0, 25.0)),
         ({"mamba_hidden_act": "gelu", "projector_hidden_act": "gelu", "moe_router_activation_func": "sigmoid"}, Gate()),
         ({"vision_config": {"hidden_act": "gelu"}, "audio_config": {"activation": "gelu"}}, Gate()),
         ({"talker_config": {"text_config": {"hidden_act": "gelu"}}, "backbone_config": {"hidden_act": "relu"}}, Gate()),

@@ -27,6 +27,12 @@ class Matrices(NamedTuple):
     up_bias: Tensor | None = None
     down_bias: Tensor | None = None
 
+    @property
+    def weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        """gate, up and down of an expert that has a gate."""
+        assert self.gate is not None
+        return self.gate, self.up, self.down
+
 
 def raw_tensors(path: Path) -> dict[str, Tensor]:
     """Every tensor that the index names, from the shard that it names."""

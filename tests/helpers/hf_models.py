@@ -101,7 +101,7 @@ def _dense_qwen(tensors: dict[str, Tensor], layout: str, sizes: dict[str, Any]) 
     for layer in range(sizes["num_hidden_layers"]):
         experts = experts_of(tensors, layout, layer, sizes["n_routed_experts"], sizes["moe_intermediate_size"])
         for index, expert in enumerate(experts):
-            for part, matrix in expert._asdict().items():
+            for part, matrix in zip(("gate", "up", "down"), expert.weights, strict=True):
                 result[f"model.layers.{layer}.mlp.experts.{index}.{part}_proj.weight"] = matrix
     return result
 
@@ -119,7 +119,7 @@ def _dense_deepseek(tensors: dict[str, Tensor], sizes: dict[str, Any]) -> dict[s
     for layer in range(sizes["num_hidden_layers"]):
         experts = experts_of(tensors, "deepseek", layer, sizes["n_routed_experts"], sizes["moe_intermediate_size"])
         for index, expert in enumerate(experts):
-            for part, matrix in zip(("w1", "w3", "w2"), expert, strict=True):
+            for part, matrix in zip(("w1", "w3", "w2"), expert.weights, strict=True):
                 result[f"layers.{layer}.ffn.experts.{index}.{part}.weight"] = matrix
     return result
 

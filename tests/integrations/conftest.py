@@ -1,9 +1,10 @@
-"""A plug-in inside a stand-in for its engine."""
+"""A plug-in inside a stand-in for its engine; transformers with the quantizer, and models for it."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -28,3 +29,23 @@ def make_plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Plugi
     yield make
     for name in ours:
         sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def registered() -> Iterator[None]:
+    """transformers knows the quantizer during the test. Only for modules that ask for transformers."""
+    from torch_nvfp4.integrations.transformers import register, unregister
+
+    register()
+    yield
+    unregister()
+
+
+@pytest.fixture(scope="module")
+def packed_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A checkpoint per layout, which tests leave as it is. Only for modules that ask for transformers."""
+    from helpers.hf_models import write_model
+
+    return {
+        layout: write_model(tmp_path_factory.mktemp(layout), layout) / "packed" for layout in ("deepseek", "modelopt")
+    }

@@ -6,7 +6,7 @@ import copy
 import functools
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers.hf_models import prompt, relative, write_model
+from helpers.hf_models import prompt, relative
 from torch_nvfp4 import quantize
 from torch_nvfp4.errors import CheckpointError
 
@@ -33,33 +33,22 @@ AutoModel = transformers.AutoModelForCausalLM
 Tensors = dict[str, torch.Tensor]
 
 
-@pytest.fixture(autouse=True)
-def _registered() -> Iterator[None]:
-    register()
-    yield
-    unregister()
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {
-        layout: write_model(tmp_path_factory.mktemp(layout), layout) / "packed" for layout in ("deepseek", "modelopt")
-    }
+pytestmark = pytest.mark.usefixtures("registered")
 
 
 @pytest.fixture
-def changed(models: dict[str, Path], tmp_path: Path) -> Callable[..., Path]:
+def changed(packed_models: dict[str, Path], tmp_path: Path) -> Callable[..., Path]:
     """A checkpoint in one file, with other tensors."""
 
     def make(change: Callable[[Tensors], None], layout: str = "modelopt") -> Path:
         path = tmp_path / "changed"
         path.mkdir()
         tensors: Tensors = {}
-        for shard in models[layout].glob("*.safetensors"):
+        for shard in packed_models[layout].glob("*.safetensors"):
             tensors |= load_file(shard)
         change(tensors)
         save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-        shutil.copy(models[layout] / "config.json", path)
+        shutil.copy(packed_models[layout] / "config.json", path)
         return path
 
     return make
@@ -123,26 +112,26 @@ def test_codes_of_other_formats_are_not_taken_for_values(
     ("modelopt", "self_attn.q_proj.weight"), ("deepseek", "self_attn.q_a_proj.weight"),
 ])  # fmt: skip
 def test_a_weight_that_transformers_rearranges(
-    models: dict[str, Path], layout: str, name: str, monkeypatch: pytest.MonkeyPatch
+    packed_models: dict[str, Path], layout: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As the rows of q and k of models with another order of RoPE's pairs: packed rows would stay as they lie."""
     loading, mapping = transformers.core_model_loading, placement.get_model_conversion_mapping
     converter = loading.WeightConverter([name], [name], [loading.Transpose(0, 1)])
     monkeypatch.setattr(placement, "get_model_conversion_mapping", lambda model: [*mapping(model), converter])
     with pytest.raises(CheckpointError, match="expected a weight that transformers loads as it is, got one that it"):
-        load(models[layout])
+        load(packed_models[layout])
 
 
-def test_an_fp8_weight_of_another_size(models: dict[str, Path]) -> None:
-    config = transformers.AutoConfig.from_pretrained(models["deepseek"])
+def test_an_fp8_weight_of_another_size(packed_models: dict[str, Path]) -> None:
+    config = transformers.AutoConfig.from_pretrained(packed_models["deepseek"])
     config.q_lora_rank = 64
     words = r"'layers.0.attn.wq_a.weight': expected shape \[64, 128\], as model.layers.0.self_attn.q_a_proj.weight has"
     with pytest.raises(CheckpointError, match=words):
-        load(models["deepseek"], config=config)
+        load(packed_models["deepseek"], config=config)
 
 
 @pytest.mark.parametrize(("layout", "head"), [("deepseek", "head"), ("modelopt", "lm_head")])
-def test_an_nvfp4_head(changed: Callable[..., Path], models: dict[str, Path], layout: str, head: str) -> None:
+def test_an_nvfp4_head(changed: Callable[..., Path], packed_models: dict[str, Path], layout: str, head: str) -> None:
     def pack(tensors: Tensors) -> None:
         weight = quantize(tensors[f"{head}.weight"].float())
         leaves = (".weight", ".weight_scale", ".weight_scale_2")
@@ -152,23 +141,23 @@ def test_an_nvfp4_head(changed: Callable[..., Path], models: dict[str, Path], la
     assert isinstance(model.lm_head, PackedLinear)
     assert not info["unexpected_keys"]
     assert not info["missing_keys"]
-    assert 0.05 < relative(logits(model.eval()), logits(load(models[layout]))) < 0.15
+    assert 0.05 < relative(logits(model.eval()), logits(load(packed_models[layout]))) < 0.15
 
 
-def test_two_models_in_a_directory(models: dict[str, Path], changed: Callable[..., Path]) -> None:
+def test_two_models_in_a_directory(packed_models: dict[str, Path], changed: Callable[..., Path]) -> None:
     """transformers takes model.safetensors, and readers of the index its shards: not half of each."""
     path = changed(lambda tensors: tensors["model.norm.weight"].mul_(2))
-    for file in models["modelopt"].glob("model*safetensors*"):
+    for file in packed_models["modelopt"].glob("model*safetensors*"):
         shutil.copy(file, path)
     words = "expected one model in a directory, got model.safetensors, which transformers reads, and an index"
     with pytest.raises(CheckpointError, match=words):
         load(path)
 
 
-def test_saving_in_place(models: dict[str, Path], tmp_path: Path) -> None:
+def test_saving_in_place(packed_models: dict[str, Path], tmp_path: Path) -> None:
     """transformers writes one file, removes the shards and leaves their index."""
     path = tmp_path / "copy"
-    shutil.copytree(models["modelopt"], path)
+    shutil.copytree(packed_models["modelopt"], path)
     model = load(path)
     model.save_pretrained(path)
     assert not list(path.glob("model-*.safetensors"))
@@ -177,8 +166,8 @@ def test_saving_in_place(models: dict[str, Path], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["deepseek", "modelopt"])
-def test_a_config_stays_as_it_is(models: dict[str, Path], layout: str) -> None:
-    path = models[layout]
+def test_a_config_stays_as_it_is(packed_models: dict[str, Path], layout: str) -> None:
+    path = packed_models[layout]
     config = transformers.AutoConfig.from_pretrained(path)
     before = copy.deepcopy(config.quantization_config)
     expected = logits(load(path))
@@ -189,26 +178,26 @@ def test_a_config_stays_as_it_is(models: dict[str, Path], layout: str) -> None:
 
 
 @pytest.mark.parametrize("loader", [AutoModel.from_pretrained, from_pretrained])
-def test_the_config_of_a_loaded_model(models: dict[str, Path], loader: Callable[..., Any]) -> None:
-    model = load(models["modelopt"], quantization_config=TorchNVFP4Config("reference"))
-    again = loader(models["modelopt"], config=model.config, dtype=torch.float32)
+def test_the_config_of_a_loaded_model(packed_models: dict[str, Path], loader: Callable[..., Any]) -> None:
+    model = load(packed_models["modelopt"], quantization_config=TorchNVFP4Config("reference"))
+    again = loader(packed_models["modelopt"], config=model.config, dtype=torch.float32)
     assert relative(logits(again), logits(model)) < 1e-5
     again.config.to_json_string()
-    expected = json.loads((models["modelopt"] / "config.json").read_text())["quantization_config"]
+    expected = json.loads((packed_models["modelopt"] / "config.json").read_text())["quantization_config"]
     assert again.config.to_dict()["quantization_config"] == expected
 
 
-def test_a_config_object_without_the_checkpoints_section(models: dict[str, Path], tmp_path: Path) -> None:
+def test_a_config_object_without_the_checkpoints_section(packed_models: dict[str, Path], tmp_path: Path) -> None:
     """What is saved says what it is all the same."""
-    config = transformers.AutoConfig.from_pretrained(models["modelopt"])
+    config = transformers.AutoConfig.from_pretrained(packed_models["modelopt"])
     config.quantization_config = TorchNVFP4Config()
-    load(models["modelopt"], config=config).save_pretrained(tmp_path)
-    expected = json.loads((models["modelopt"] / "config.json").read_text())["quantization_config"]
+    load(packed_models["modelopt"], config=config).save_pretrained(tmp_path)
+    expected = json.loads((packed_models["modelopt"] / "config.json").read_text())["quantization_config"]
     assert json.loads((tmp_path / "config.json").read_text())["quantization_config"] == expected
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]"])
-def test_a_damaged_hf_quant_config(models: dict[str, Path], changed: Callable[..., Path], content: str) -> None:
+def test_a_damaged_hf_quant_config(packed_models: dict[str, Path], changed: Callable[..., Path], content: str) -> None:
     path = changed(lambda tensors: None)
     config = json.loads((path / "config.json").read_text())
     del config["quantization_config"]
@@ -219,8 +208,8 @@ def test_a_damaged_hf_quant_config(models: dict[str, Path], changed: Callable[..
             loader(path)
 
 
-def test_keywords_of_from_pretrained(models: dict[str, Path]) -> None:
-    path = models["modelopt"]
+def test_keywords_of_from_pretrained(packed_models: dict[str, Path]) -> None:
+    path = packed_models["modelopt"]
     expected = logits(load(path))
     assert torch.equal(logits(from_pretrained(path, config=str(path), dtype=torch.float32)), expected)
     kind = transformers.AutoModelForSequenceClassification
@@ -229,12 +218,12 @@ def test_keywords_of_from_pretrained(models: dict[str, Path]) -> None:
     assert model.config._attn_implementation == "eager"
 
 
-def test_inside_another_default_device_and_dtype(models: dict[str, Path]) -> None:
-    expected = logits(load(models["deepseek"]))
+def test_inside_another_default_device_and_dtype(packed_models: dict[str, Path]) -> None:
+    expected = logits(load(packed_models["deepseek"]))
     torch.set_default_dtype(torch.float64)
     try:
         with torch.device("cpu"):
-            model = load(models["deepseek"])
+            model = load(packed_models["deepseek"])
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(logits(model), expected)
@@ -242,7 +231,7 @@ def test_inside_another_default_device_and_dtype(models: dict[str, Path]) -> Non
 
 @pytest.mark.parametrize("wraps", [functools.wraps, lambda _: lambda function: function])
 def test_another_library_wraps_the_choice(
-    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, wraps: Callable[..., Any]
+    packed_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, wraps: Callable[..., Any]
 ) -> None:
     """Registered twice or taken back in the middle, its function stays and ours does nothing."""
     unregister()
@@ -262,12 +251,12 @@ def test_another_library_wraps_the_choice(
         register()
         assert not [each for each in auto.AUTO_QUANTIZATION_CONFIG_MAPPING.values()
                     if type(getattr(each, "original", None)).__name__ == "_Dispatch"]  # fmt: skip
-        model = load(models["modelopt"])
+        model = load(packed_models["modelopt"])
         assert any(isinstance(module, PackedExperts) for module in model.modules())
         unregister()
         assert transformers.modeling_utils.get_hf_quantizer is other
         assert [dict(getattr(auto, name)) for name in names] == before
-        from_pretrained(models["modelopt"])
+        from_pretrained(packed_models["modelopt"])
         assert len(calls) == 2
     finally:
         monkeypatch.undo()

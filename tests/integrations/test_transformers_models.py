@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ transformers = pytest.importorskip("transformers", minversion="5.23")
 from torch_nvfp4.integrations.transformers import (  # noqa: E402
     TorchNVFP4Config,
     from_pretrained,
-    register,
     unregister,
 )
 from torch_nvfp4.integrations.transformers.modules import PackedExperts, PackedLinear  # noqa: E402
@@ -30,11 +29,7 @@ AutoModel = transformers.AutoModelForCausalLM
 LAYOUTS = ("deepseek", *QWEN_LAYOUTS)
 
 
-@pytest.fixture(autouse=True)
-def _registered() -> Iterator[None]:
-    register()
-    yield
-    unregister()
+pytestmark = pytest.mark.usefixtures("registered")
 
 
 @pytest.fixture(scope="module")

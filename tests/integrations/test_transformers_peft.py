@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +13,12 @@ from helpers.hf_models import prompt, relative, write_model
 transformers = pytest.importorskip("transformers", minversion="5.23")
 peft = pytest.importorskip("peft")
 
-from torch_nvfp4.integrations.transformers import register, unregister  # noqa: E402
 from torch_nvfp4.integrations.transformers.modules import PackedLinear  # noqa: E402
 
 AutoModel = transformers.AutoModelForCausalLM
 
 
-@pytest.fixture(autouse=True)
-def _registered() -> Iterator[None]:
-    register()
-    yield
-    unregister()
+pytestmark = pytest.mark.usefixtures("registered")
 
 
 @pytest.fixture(scope="module")

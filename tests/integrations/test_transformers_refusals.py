@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers.hf_models import prompt, write_model
+from helpers.hf_models import prompt
 from torch_nvfp4.errors import CheckpointError
 from torch_nvfp4.quant_config import MoEQuantConfig
 
@@ -32,27 +32,16 @@ AutoModel = transformers.AutoModelForCausalLM
 auto = transformers.quantizers.auto
 
 
-@pytest.fixture(autouse=True)
-def _registered() -> Iterator[None]:
-    register()
-    yield
-    unregister()
-
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {
-        layout: write_model(tmp_path_factory.mktemp(layout), layout) / "packed" for layout in ("deepseek", "modelopt")
-    }
+pytestmark = pytest.mark.usefixtures("registered")
 
 
 @pytest.fixture
-def copy(sources: dict[str, Path], tmp_path: Path) -> Callable[..., Path]:
+def copy(packed_models: dict[str, Path], tmp_path: Path) -> Callable[..., Path]:
     """A copy of a checkpoint whose config.json and tensors are changed; the index names what the shards then hold."""
 
     def make(layout: str, tensors: Callable[[dict[str, torch.Tensor]], None] | None = None, **config: Any) -> Path:
         path = tmp_path / "copy"
-        shutil.copytree(sources[layout], path)
+        shutil.copytree(packed_models[layout], path)
         file = path / "config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | config))
         weight_map = {}
@@ -176,7 +165,7 @@ def test_a_gate_that_the_model_does_not_compute(copy: Callable[..., Path]) -> No
         AutoModel.from_pretrained(copy("modelopt", swiglu_limit=7.0))
 
 
-def test_the_models_default_limit_counts(copy: Callable[..., Path], sources: dict[str, Path]) -> None:
+def test_the_models_default_limit_counts(copy: Callable[..., Path], packed_models: dict[str, Path]) -> None:
     path = copy("deepseek")
     config = json.loads((path / "config.json").read_text())
     del config["swiglu_limit"]
@@ -223,25 +212,27 @@ def test_a_linear_that_the_model_does_not_have(copy: Callable[..., Path]) -> Non
 @pytest.mark.parametrize("device_map", [
     {"": "disk"}, {"model": "cpu", "lm_head": "disk"}, {"model": 0, "lm_head": "cpu"}, {"model": 0, "lm_head": 1},
 ])  # fmt: skip
-def test_several_devices_and_offloading(sources: dict[str, Path], device_map: dict[str, Any], tmp_path: Path) -> None:
+def test_several_devices_and_offloading(
+    packed_models: dict[str, Path], device_map: dict[str, Any], tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match=r"device_map: expected one device, got .*; pass device_map='cuda:0'.*tp_plan"):
-        AutoModel.from_pretrained(sources["modelopt"], device_map=device_map, offload_folder=tmp_path)
+        AutoModel.from_pretrained(packed_models["modelopt"], device_map=device_map, offload_folder=tmp_path)
 
 
 @pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}, torch.device("cpu")])
-def test_one_device(sources: dict[str, Path], device_map: Any) -> None:
+def test_one_device(packed_models: dict[str, Path], device_map: Any) -> None:
     if device_map == "auto" and torch.accelerator.is_available():
         return
-    model = AutoModel.from_pretrained(sources["modelopt"], device_map=device_map, dtype=torch.float32)
-    expected = AutoModel.from_pretrained(sources["modelopt"], dtype=torch.float32)
+    model = AutoModel.from_pretrained(packed_models["modelopt"], device_map=device_map, dtype=torch.float32)
+    expected = AutoModel.from_pretrained(packed_models["modelopt"], dtype=torch.float32)
     assert torch.equal(model(prompt()).logits, expected(prompt()).logits)
 
 
-def test_auto_over_several_gpus(monkeypatch: pytest.MonkeyPatch, sources: dict[str, Path]) -> None:
+def test_auto_over_several_gpus(monkeypatch: pytest.MonkeyPatch, packed_models: dict[str, Path]) -> None:
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     with pytest.raises(ValueError, match="expected one device, got 'auto' over 2 devices"):
-        AutoModel.from_pretrained(sources["modelopt"], device_map="auto")
+        AutoModel.from_pretrained(packed_models["modelopt"], device_map="auto")
 
 
 def test_from_pretrained_of_a_checkpoint_without_nvfp4(copy: Callable[..., Path]) -> None:
@@ -255,8 +246,8 @@ def test_a_backend_is_a_name() -> None:
         TorchNVFP4Config(backend=3)  # type: ignore[arg-type]
 
 
-def test_saving_changed_weights(sources: dict[str, Path], tmp_path: Path) -> None:
-    model = AutoModel.from_pretrained(sources["deepseek"], dtype=torch.bfloat16)
+def test_saving_changed_weights(packed_models: dict[str, Path], tmp_path: Path) -> None:
+    model = AutoModel.from_pretrained(packed_models["deepseek"], dtype=torch.bfloat16)
     linear = model.model.layers[1].self_attn.q_a_proj.weight
     with torch.no_grad():
         linear[0, 0] += 1.0
@@ -296,8 +287,8 @@ def test_fp8_blocks_at_an_edge() -> None:
         weight.dequantized(checkpoint, torch.float32)
 
 
-def test_a_packed_linear_has_no_dense_weight(sources: dict[str, Path]) -> None:
-    model = AutoModel.from_pretrained(sources["modelopt"])
+def test_a_packed_linear_has_no_dense_weight(packed_models: dict[str, Path]) -> None:
+    model = AutoModel.from_pretrained(packed_models["modelopt"])
     linear = next(module for module in model.modules() if isinstance(module, PackedLinear))
     assert (linear.weight.device, linear.weight.dtype) == (torch.device("cpu"), torch.uint8)
     with pytest.raises(ValueError, match="expected a linear with a dense weight to merge an adapter into"):

@@ -302,6 +302,7 @@ REFUSED: list[tuple[dict[str, Any], str, tuple[int, int] | None, str]] = [
     ({"activation": "SWIGLUOAI"}, "cpu", None, "expected an activation of SILU, SWIGLUOAI_UNINTERLEAVE"),
     ({"activation": "SITU"}, "cpu", None, ", got SITU"),
     ({"activation": "SILU_NO_MUL"}, "cpu", None, ", got SILU_NO_MUL"),
+    ({"activation": "RELU2_NO_MUL"}, "cpu", None, ", got RELU2_NO_MUL"),
     ({"swiglu_alpha": 1.702}, "cpu", None, "expected SILU without swiglu_alpha and swiglu_beta"),
     ({"activation": "GELU", "swiglu_limit": 7.0}, "cpu", None, "expected clamp_limit to be None for activation gelu"),
     ({"swiglu_limit": 0.0}, "cpu", None, "expected clamp_limit to be finite and positive"),

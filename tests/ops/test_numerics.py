@@ -124,6 +124,25 @@ def test_token_does_not_depend_on_its_batch(target: str, dtype: torch.dtype) -> 
 # Numerics
 
 
+@pytest.mark.parametrize("m", [1, 4, 5, 10, 40])
+@pytest.mark.parametrize("global_scale", [2.0**-9, 8.0], ids=["normal", "subnormal"])
+def test_fp16_activations_count_to_their_last_bit(m: int, global_scale: float, target: str) -> None:
+    """Some kernels multiply them as two bf16 numbers. Rounded to one they would be wrong by twice the tolerance."""
+    layer = make_layer(4, 256, 128, seed=30, global_scale=2.0**-9)
+    layer = layer._replace(
+        w13=random_weight((4, 256, 256), gated=True, global_scale=global_scale, generator=seeded(31))
+    )
+    x = torch.randn(m, 256, generator=seeded(32)) * preactivation_scale(layer.w13, 2.0)
+    x = x.to(FP16).double()
+    assert (global_scale == 8.0) == bool(x.std() < torch.finfo(FP16).smallest_normal)
+    routing = random_routing(m, 4, 3, generator=seeded(33))
+    expected = reference.moe(x, *layer, *routing)
+    assert_accurate(run_moe(layer, x, *routing, device=target, dtype=FP16), expected)
+    if global_scale != 8.0:
+        with pytest.raises(AssertionError, match="relative L2 error"):
+            assert_accurate(reference.moe(x.to(BF16).double(), *layer, *routing), expected, dtype=FP16)
+
+
 @pytest.mark.parametrize("m", [1, 5, 40])
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=["bf16", "fp32"])
 def test_scaling_activations_scales_the_output_exactly(m: int, dtype: torch.dtype, target: str) -> None:

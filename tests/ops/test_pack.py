@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import torch_nvfp4
 from helpers.layers import (
@@ -47,6 +48,18 @@ def test_pack_round_trip(shape: tuple[int, ...], gated: bool, target: str) -> No
     # From other strides, the same bytes.
     transposed = w._replace(data=w.data.mT.contiguous().mT)
     assert torch.equal(torch_nvfp4.pack(transposed, gated=gated), packed)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_stack_without_experts(gated: bool, device: str) -> None:
+    codes = torch.empty(0, 32, 24, dtype=torch.uint8, device=device)
+    scale = torch.empty(0, 32, 3, dtype=torch.uint8, device=device)
+    packed = torch.ops.nvfp4.pack(codes, scale, gated)
+    unpacked = torch.ops.nvfp4.unpack(packed, 48, gated)
+    assert [part.shape for part in unpacked] == [codes.shape, scale.shape]
+    with FakeTensorMode() as mode:
+        fake = torch.ops.nvfp4.unpack(mode.from_tensor(packed), 48, gated)
+    assert [part.shape for part in fake] == [codes.shape, scale.shape]
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])

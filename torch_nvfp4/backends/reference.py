@@ -13,7 +13,7 @@ from torch import Tensor
 
 from torch_nvfp4 import reference
 from torch_nvfp4.backends.config import MoEBackendConfig, dtype_error, size_error
-from torch_nvfp4.format import NVFP4Weight, has_gate_rows, validate, validate_layout
+from torch_nvfp4.format import NVFP4Weight, has_gate_rows, validate
 from torch_nvfp4.gate import CLAMP_ACTIVATIONS
 from torch_nvfp4.ops.batch_invariance import refuse_batch_invariance
 from torch_nvfp4.ops.optional import optional_arguments
@@ -30,9 +30,9 @@ def supports(config: MoEBackendConfig) -> str | None:
 
 
 def prepare(w13: NVFP4Weight, w2: NVFP4Weight) -> dict[str, Tensor]:
-    """The canonical weights themselves. Weights on the meta device are accepted: they have no values to check."""
+    """The canonical weights themselves. Those without values, on the meta device, have none to check."""
     for weight, gated in ((w13, has_gate_rows(w13, w2)), (w2, False)):
-        (validate_layout if weight.data.is_meta else validate)(weight, gated=gated)
+        validate(weight, gated=gated)
     weights = {"w13": w13, "w2": w2}
     return {
         f"{prefix}_{leaf}": part.contiguous()

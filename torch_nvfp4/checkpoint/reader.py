@@ -189,6 +189,7 @@ class Checkpoint:
         tp_size: int = 1,
         ep_rank: int = 0,
         ep_size: int = 1,
+        experts: range | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> ExpertWeights:
         """Reads the experts of one layer, or one rank's part; no byte of another layer is read.
@@ -199,6 +200,7 @@ class Checkpoint:
             layer: one of `layers`.
             tp_rank, tp_size: slice I: rows of gate and up, columns of down. I / tp_size must be a multiple of 16.
             ep_rank, ep_size: slice the experts. ep_size must divide their number.
+            experts: the consecutive experts to read, at least one, instead of ep_rank and ep_size.
             progress: called with (experts read, experts to read) after each expert. Without it as many threads read
                 as torch has, up to 8.
 
@@ -215,10 +217,13 @@ class Checkpoint:
         """
         content = self._layer(layer)
         rows = self._rank_part("tp", tp_rank, tp_size, "intermediate size", content.intermediate_size, GROUP_SIZE)
-        experts = content.experts[self._rank_part("ep", ep_rank, ep_size, "number of experts", len(content.experts))]
+        part = self._rank_part("ep", ep_rank, ep_size, "number of experts", len(content.experts))
+        if experts is not None:
+            part = self._expert_part(experts, len(content.experts), ep_size)
+        chosen = content.experts[part]
         with Shards() as shards:
-            self._check_leaves(shards, content, experts)
-            return read_experts(shards, content, experts, rows, tp_rank == 0, progress)
+            self._check_leaves(shards, content, chosen)
+            return read_experts(shards, content, chosen, rows, tp_rank == 0, progress)
 
     def expert_map(self, ep_rank: int = 0, ep_size: int = 1, *, layer: int | None = None) -> Tensor:
         """int32 [E]: a global expert's index in `experts(layer, ep_rank=..., ep_size=...)`, or -1 elsewhere.
@@ -337,6 +342,12 @@ class Checkpoint:
         for expert in content.kinds(experts):
             for others in dict.fromkeys(matrix.stored.others for matrix in expert.matrices):
                 check_other_leaves(shards, others, allowed=BIAS_LEAVES)
+
+    def _expert_part(self, experts: range, total: int, ep_size: int) -> slice:
+        if ep_size != 1 or experts.step != 1 or not 0 <= experts.start < experts.stop <= total:
+            expected = f"experts as a range of consecutive ones below {total}, without an ep_size"
+            raise CheckpointError(refusal(self.path, expected, f"{experts}, ep_size {ep_size}"))
+        return slice(experts.start, experts.stop)
 
     def _rank_part(self, kind: str, rank: int, size: int, what: str, total: int, multiple: int = 1) -> slice:
         if size < 1 or not 0 <= rank < size:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from torch_nvfp4.checkpoint.contents import Category
@@ -38,6 +39,11 @@ class ExpertWeights:
     w2_bias: Tensor | None = None
     gated: bool = True
 
+    def to(self, device: torch.device | str) -> ExpertWeights:
+        """The same experts on a device; the tensors that are there already are taken as they are."""
+        w13_bias, w2_bias = (None if bias is None else bias.to(device) for bias in (self.w13_bias, self.w2_bias))
+        return ExpertWeights(self.w13.to(device), self.w2.to(device), w13_bias, w2_bias, self.gated)
+
     def __iter__(self) -> Iterator[NVFP4Weight]:
         biases = [name for name in ("w13_bias", "w2_bias") if getattr(self, name) is not None]
         if biases:
@@ -63,6 +69,12 @@ class LayerConfig(NamedTuple):
     gated: bool = True
     has_w13_bias: bool = False
     has_w2_bias: bool = False
+
+    @property
+    def kind(self) -> str:
+        """What the experts compute, in words: the gate, and which biases there are."""
+        biases = [name for name, has in (("w13_bias", self.has_w13_bias), ("w2_bias", self.has_w2_bias)) if has]
+        return f"{self.gate}{', biases' if len(biases) == 2 else ''.join(f', {name} alone' for name in biases)}"
 
 
 class Refusal(NamedTuple):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch_nvfp4.checkpoint.writer import ROWS, WRITTEN
 from torch_nvfp4.format import GROUP_SIZE
 
-__all__ = ["Sizes", "config_of", "has_hf_quant_config", "hf_quant_config", "is_plain"]
+__all__ = ["Sizes", "config_of", "deepseek_quantization", "has_hf_quant_config", "hf_quant_config", "is_plain"]
 
 VOCAB_SIZE = 384
 HEADS = 4
@@ -80,7 +81,6 @@ def _one_or_list(values: tuple[int, ...]) -> int | list[int]:
     return values[0] if len(set(values)) == 1 else list(values)
 
 
-# Over 60 lines: one literal, the config of the published checkpoint.
 def _deepseek_config(sizes: Sizes) -> dict[str, Any]:
     ratios = [COMPRESS_RATIOS[layer % len(COMPRESS_RATIOS)] for layer in range(sizes.num_layers)]
     return {
@@ -122,25 +122,32 @@ def _deepseek_config(sizes: Sizes) -> dict[str, Any]:
         "topk_method": "noaux_tc",
         "torch_dtype": "bfloat16",
         "vocab_size": VOCAB_SIZE,
-        "quantization_config": {
-            "quant_method": "fp8",
-            "activation_scheme": "dynamic",
-            "fmt": "e4m3",
-            "scale_fmt": "ue8m0",
-            "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
-            "quant_algo": "MIXED_PRECISION",
-            "moe_quant_algo": "NVFP4",
-            "expert_dtype": "fp4",
-            "group_size": GROUP_SIZE,
-            "kv_cache_quant_algo": None,
-            "config_groups": _config_groups(),
-            "quantized_layers": {
-                f"layers.{layer}.ffn.experts": {"quant_algo": "NVFP4", "group_size": GROUP_SIZE}
-                for layer in range(sizes.num_layers)
-            },
-            "ignore": ["*.attn.*", "*.ffn.shared_experts.*", "head", "mtp.*"],
-            "producer": {"name": "modelopt"},
+        "quantization_config": deepseek_quantization(sizes.num_layers, ignore=["mtp.*"]),
+    }
+
+
+def deepseek_quantization(layers: int, ignore: Sequence[str] = ()) -> dict[str, Any]:
+    """The section of config.json of the published DeepSeek-V4-Flash-NVFP4, for a number of MoE layers.
+
+    ``ignore``: patterns of further modules without NVFP4.
+    """
+    return {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "scale_fmt": "ue8m0",
+        "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
+        "quant_algo": "MIXED_PRECISION",
+        "moe_quant_algo": "NVFP4",
+        "expert_dtype": "fp4",
+        "group_size": GROUP_SIZE,
+        "kv_cache_quant_algo": None,
+        "config_groups": _config_groups(),
+        "quantized_layers": {
+            f"layers.{layer}.ffn.experts": {"quant_algo": "NVFP4", "group_size": GROUP_SIZE} for layer in range(layers)
         },
+        "ignore": ["*.attn.*", "*.ffn.shared_experts.*", "head", *ignore],
+        "producer": {"name": "modelopt"},
     }
 
 

@@ -155,7 +155,14 @@ def read_each(shards: Shards, read: Callable[[Shards, int], None], count: int, *
             read(shards, index)
         return
 
+    # Each thread has a mode of its own, and outside inference mode may not write what was allocated inside.
+    inference = torch.is_inference_mode_enabled()
+
     def read_part(part: int) -> None:
+        with torch.inference_mode(inference):
+            read_indices(part)
+
+    def read_indices(part: int) -> None:
         for index in range(count * part // threads, count * (part + 1) // threads):
             read(sources[part], index)
 

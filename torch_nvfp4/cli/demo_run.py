@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch_nvfp4 import bench, reference
 from torch_nvfp4.checkpoint import Checkpoint, ExpertWeights
 from torch_nvfp4.cli.terminal import Terminal
-from torch_nvfp4.format import NVFP4Weight, dequantize
+from torch_nvfp4.format import dequantize
 from torch_nvfp4.gate import Gate
 from torch_nvfp4.nn import NVFP4Experts
 from torch_nvfp4.verify import checked_top_k, relative_error
@@ -141,10 +141,7 @@ def run_demo(
 
 def _load(checkpoint: Checkpoint, layer: int, device: torch.device, backend: str | None) -> _Loaded:
     experts = NVFP4Experts.from_checkpoint(checkpoint, layer, device=device, backend=backend)
-    canonical = checkpoint.experts(layer)
-    w13, w2 = (NVFP4Weight(*(part.to(device) for part in weight)) for weight in (canonical.w13, canonical.w2))
-    w13_bias, w2_bias = (None if bias is None else bias.to(device) for bias in (canonical.w13_bias, canonical.w2_bias))
-    weights = ExpertWeights(w13, w2, w13_bias, w2_bias, canonical.gated)
+    weights = checkpoint.experts(layer).to(device)
     top_k = checked_top_k(checkpoint, experts.num_experts, layer)
     shape = bench.Shape(experts.num_experts, experts.hidden_size, experts.intermediate_size, top_k)
     on_input = checkpoint.apply_router_weight_on_input(layer)

@@ -58,7 +58,7 @@ def collect_checkpoint(checkpoint: Checkpoint, device: torch.device, backend: st
     for layer in checkpoint.layers:
         if f"layer {layer}" in refused:
             continue
-        gates.setdefault(str(checkpoint.gate(layer)), []).append(layer)
+        gates.setdefault(checkpoint.layer_config(layer).kind, []).append(layer)
     summary["gates"] = [{"gate": gate, "layers": layers} for gate, layers in gates.items()]
     summary["device"] = str(device)
     summary["backend"], summary["passed_over"] = None, {}

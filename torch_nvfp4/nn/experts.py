@@ -12,7 +12,7 @@ from torch import Tensor
 
 from torch_nvfp4.backends import MoEBackendConfig, moe_backend, select_moe_backend
 from torch_nvfp4.checkpoint import Checkpoint
-from torch_nvfp4.format import NVFP4Weight, has_gate_rows, is_gated_pair, quantize, validate_layout
+from torch_nvfp4.format import NVFP4Weight, has_gate_rows, has_values, is_gated_pair, quantize, validate_layout
 from torch_nvfp4.gate import Gate, parse_activation
 from torch_nvfp4.nn.packed_module import PackedModule, WeightShape
 from torch_nvfp4.quant_config import MoEQuantConfig
@@ -229,11 +229,11 @@ class NVFP4Experts(PackedModule):
         weights = checkpoint.experts(
             layer, tp_rank=tp_rank, tp_size=tp_size, ep_rank=ep_rank, ep_size=ep_size, progress=progress
         )
-        w13, w2 = (NVFP4Weight(*(part.to(device) for part in weight)) for weight in (weights.w13, weights.w2))
+        weights = weights.to(device)
         expert_map = checkpoint.expert_map(ep_rank, ep_size, layer=layer) if ep_size > 1 else None
         return cls.from_weights(
-            w13,
-            w2,
+            weights.w13,
+            weights.w2,
             w13_bias=weights.w13_bias,
             w2_bias=weights.w2_bias,
             quant_config=quant_config,
@@ -310,7 +310,8 @@ class NVFP4Experts(PackedModule):
                 gate=self.quant_config.gate,
                 expert_map=self.expert_map is not None,
                 apply_router_weight_on_input=self.apply_router_weight_on_input,
-                equal_gate_up_scales=scale.dim() == 1 or bool((scale[:, 0] == scale[:, 1]).all()),
+                equal_gate_up_scales=scale.dim() == 1
+                or (has_values(scale) and bool((scale[:, 0] == scale[:, 1]).all())),
                 biases=bool(self._exact_names),
             )
             chosen = select_moe_backend(config, self.requested_backend)

@@ -84,7 +84,7 @@ class NVFP4Linear(PackedModule):
         """
         if not isinstance(checkpoint, Checkpoint):
             checkpoint = Checkpoint.open(checkpoint)
-        weight = NVFP4Weight(*(part.to(device) for part in checkpoint.linear(name)))
+        weight = checkpoint.linear(name).to(device)
         bias = checkpoint.tensor(f"{name}.bias").to(device) if f"{name}.bias" in checkpoint.tensors else None
         return cls.from_weight(weight, bias)
 
@@ -120,7 +120,7 @@ class NVFP4Linear(PackedModule):
             "nvfp4::linear", device.upper()
         ):
             return "kernel", {"packed": pack(weight), "global_scale": weight.global_scale}
-        (validate_layout if device == "meta" else validate)(weight, gated=False)
+        validate(weight, gated=False)
         return "reference", {name: part.contiguous() for name, part in weight._asdict().items()}
 
     def _unpack(self) -> dict[str, NVFP4Weight]:

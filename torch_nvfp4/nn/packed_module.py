@@ -113,9 +113,7 @@ class PackedModule(nn.Module):
             # to_empty: zeros, since a byte left in memory may be a NaN scale.
             weights = {prefix: shape.zeros(new_device) for prefix, shape in self._weight_shapes().items()}
         elif moves:
-            weights = {
-                prefix: NVFP4Weight(*(part.to(new_device) for part in weight)) for prefix, weight in weights.items()
-            }
+            weights = {prefix: weight.to(new_device) for prefix, weight in weights.items()}
         if moves:
             self._place(weights)
         packed = {name: self._buffer(name) for name in self._packed_names}
@@ -176,7 +174,7 @@ class PackedModule(nn.Module):
         if len(loaded) < len(shapes):
             device = next(iter(loaded.values())).data.device
             kept = self._unpack()
-            loaded = {key: loaded.get(key, NVFP4Weight(*(part.to(device) for part in kept[key]))) for key in shapes}
+            loaded = {key: loaded.get(key, kept[key].to(device)) for key in shapes}
         try:
             self._place(loaded, in_place=not assign)
         except (ValueError, NotImplementedError) as error:

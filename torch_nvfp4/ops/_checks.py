@@ -153,9 +153,12 @@ def has_gate(w13: Tensor, global_scale: Tensor, like: Tensor) -> bool:
 
 def check_packed(
     op: str, name: str, packed: Tensor, like_name: str, like: Tensor, *, batched: bool, gated: bool,
-    experts: int | None = None, n: int | None = None, k: int,
+    experts: int | None = None, n: int | None = None, k: int, may_be_empty: bool = False,
 ) -> int:  # fmt: skip
-    """Checks pack()'s result against what is known of its size, and returns its output rows (2I when gated)."""
+    """Checks pack()'s result against what is known of its size, and returns its output rows (2I when gated).
+
+    may_be_empty: no experts will do.
+    """
     halves = 2 if gated else 1
     cuda = is_cuda(like)
     dims: list[Dim] = []
@@ -180,7 +183,7 @@ def check_packed(
     assert n is not None
     if n <= 0 or n // halves % GROUP_SIZE:
         fail(op, f"{name}'s dimension {row_dim} must be a positive multiple of 16, got {n // halves}")
-    if batched and packed.shape[0] == 0:
+    if batched and packed.shape[0] == 0 and not may_be_empty:
         fail(op, f"{name} must hold at least one expert, got 0")
     if batched and _too_many(packed.shape[0]):
         fail(op, f"{name} must hold fewer than 2**31 experts, got {packed.shape[0]}")

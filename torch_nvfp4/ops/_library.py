@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,8 +69,32 @@ def below_autograd(op: str) -> Callable[..., Any]:
     return call
 
 
+_with_dtensor: list[Callable[[], None]] = []
+
+
+def call_with_dtensor(action: Callable[[], None]) -> None:
+    """Calls ``action`` once, before the first op runs on DTensors.
+
+    DTensor asks an op's fake for the shape of the result before it looks for a sharding rule, so the first fake that
+    runs after DTensor was imported is early enough. Importing DTensor at once would take half as long as torch itself.
+    """
+    _with_dtensor.append(action)
+
+
 def register_fake(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    return torch.library.register_fake(f"nvfp4::{op}")
+    """Decorates the fake of ``nvfp4::<op>``."""
+
+    def register(fake: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(fake)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            while _with_dtensor and "torch.distributed.tensor" in sys.modules:
+                _with_dtensor.pop()()
+            return fake(*args, **kwargs)
+
+        torch.library.register_fake(f"nvfp4::{op}")(run)
+        return fake
+
+    return register
 
 
 _load()

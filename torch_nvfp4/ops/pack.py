@@ -73,6 +73,8 @@ def _(packed: Tensor, in_features: int, gated: bool = False) -> tuple[Tensor, Te
     _checks.check_in_features(op, in_features)
     plain_rank = (2 if gated else 1) + (1 if _checks.is_cuda(packed) else 2)
     batched = packed.dim() != plain_rank
-    n = _checks.check_packed(op, "packed", packed, "packed", packed, batched=batched, gated=gated, k=in_features)
+    n = _checks.check_packed(
+        op, "packed", packed, "packed", packed, batched=batched, gated=gated, k=in_features, may_be_empty=True
+    )
     lead = [packed.shape[0]] if batched else []
     return packed.new_empty([*lead, n, in_features // 2]), packed.new_empty([*lead, n, in_features // 16])

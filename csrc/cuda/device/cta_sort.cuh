@@ -52,24 +52,10 @@ class CtaSortedTiles {
     ready();
     int bin[kPerLane];
     int rank[kPerLane];  // among the slots of the bin in the run
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      const int slot = first + i * kWarp;
-      const int expert = slot < end ? local_expert(routing, slot) : 0;
-      bin[i] = slot >= end ? -1 : expert < 0 ? experts : expert;
-    }
+    find_bins(routing, first, end, bin);
     __syncthreads();
     auto* mine = reinterpret_cast<uint16_t*>(scratch.count[warp]);
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      if (warp * run + i * kWarp >= end) break;
-      const unsigned peers = __match_any_sync(~0u, bin[i]);
-      const int before = bin[i] >= 0 ? mine[bin[i]] : 0;
-      rank[i] = before + __popc(peers & ((1u << lane) - 1));
-      __syncwarp();
-      if (bin[i] >= 0 && rank[i] == before) mine[bin[i]] = static_cast<uint16_t>(before + __popc(peers));
-      __syncwarp();
-    }
+    rank_in_run(bin, warp * run, end, mine, rank);
     __syncthreads();
 
     // The two halves of a word, here and below, are two counts that never carry: there are at most kMaxSlots slots.

@@ -29,6 +29,37 @@ __device__ __forceinline__ int local_expert(const Routing& routing, int64_t slot
   return id >= 0 && id < routing.experts ? static_cast<int>(id) : -1;
 }
 
+// A warp sorts a run of neighbouring slots, of which a lane has every 32nd from `first` on: the bin of each of them,
+// its expert, the one behind the last expert where the slot is skipped, or -1 from `end` on.
+template <int kPerLane>
+__device__ __forceinline__ void find_bins(const Routing& routing, int first, int end, int (&bin)[kPerLane]) {
+  const int experts = static_cast<int>(routing.experts);
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    const int slot = first + i * kWarp;
+    const int expert = slot < end ? local_expert(routing, slot) : 0;
+    bin[i] = slot >= end ? -1 : expert < 0 ? experts : expert;
+  }
+}
+
+// The rank of each of these slots among those of its bin in the run from `begin` on, and the slots of each bin, which
+// are added to `count`, the warp's own.
+template <int kPerLane>
+__device__ __forceinline__ void rank_in_run(const int (&bin)[kPerLane], int begin, int end, uint16_t* count,
+                                            int (&rank)[kPerLane]) {
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    if (begin + i * kWarp >= end) break;
+    const unsigned peers = __match_any_sync(~0u, bin[i]);
+    const int before = bin[i] >= 0 ? count[bin[i]] : 0;
+    rank[i] = before + __popc(peers & ((1u << lane) - 1));
+    __syncwarp();
+    if (bin[i] >= 0 && rank[i] == before) count[bin[i]] = static_cast<uint16_t>(before + __popc(peers));
+    __syncwarp();
+  }
+}
+
 // Tiles from the table that route's kernel left in the workspace: entry 0 holds their number in x, the others are
 // tiles. Without a table (a dense layer) they are cut from `rows` and belong to expert 0, and slots are rows.
 class TileTable {

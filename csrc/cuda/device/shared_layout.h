@@ -23,4 +23,10 @@ constexpr int kPartialRows = kBlockRows + 4;
 
 constexpr int kTokenAtom = 8;  // rows of wgmma's swizzle
 
+// What order_slots() (cta_order.cuh) takes, and its scratch.
+constexpr int kOrderWarps = 16;
+constexpr int kOrderMaxSlots = 2048;
+constexpr int kOrderBins = 1024;  // experts, and one for skipped slots
+constexpr int kOrderScratch = kOrderWarps * (kOrderBins * 2 + 4);
+
 }  // namespace nvfp4::cuda

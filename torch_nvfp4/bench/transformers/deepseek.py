@@ -12,7 +12,6 @@ from torch import Tensor
 
 from torch_nvfp4.bench.random_model import (
     BRANCH,
-    FP8_BLOCK,
     LOGITS,
     ROUTER_LOGITS,
     fp8,
@@ -21,8 +20,8 @@ from torch_nvfp4.bench.random_model import (
     projections,
     write_once,
 )
+from torch_nvfp4.checkpoint.synthetic_config import deepseek_quantization
 from torch_nvfp4.checkpoint.writer import write_json, write_shards
-from torch_nvfp4.format import GROUP_SIZE
 
 __all__ = ["TINY", "Sizes", "config_of", "write_model"]
 
@@ -70,10 +69,8 @@ TINY = Sizes(
 )  # fmt: skip
 
 
-# Over 60 lines: one literal, the config of the published checkpoint.
 def config_of(sizes: Sizes) -> dict[str, Any]:
     """config.json, with the keys of the published one."""
-    scheme = {"num_bits": 4, "type": "float", "group_size": GROUP_SIZE, "dynamic": False}
     return {
         "architectures": ["DeepseekV4ForCausalLM"],
         "model_type": "deepseek_v4",
@@ -116,27 +113,7 @@ def config_of(sizes: Sizes) -> dict[str, Any]:
         "bos_token_id": 0,
         "eos_token_id": 1,
         "pad_token_id": 2,
-        "quantization_config": {
-            "quant_method": "fp8",
-            "activation_scheme": "dynamic",
-            "fmt": "e4m3",
-            "scale_fmt": "ue8m0",
-            "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
-            "quant_algo": "MIXED_PRECISION",
-            "moe_quant_algo": "NVFP4",
-            "expert_dtype": "fp4",
-            "group_size": GROUP_SIZE,
-            "kv_cache_quant_algo": None,
-            "config_groups": {
-                "group_0": {"targets": ["Linear"], "weights": scheme, "input_activations": scheme},
-            },
-            "quantized_layers": {
-                f"layers.{layer}.ffn.experts": {"quant_algo": "NVFP4", "group_size": GROUP_SIZE}
-                for layer in range(sizes.layers)
-            },
-            "ignore": ["*.attn.*", "*.ffn.shared_experts.*", "head"],
-            "producer": {"name": "modelopt"},
-        },
+        "quantization_config": deepseek_quantization(sizes.layers),
     }
 
 

@@ -7,14 +7,26 @@ from typing import Any
 import torch
 from torch import nn
 
+from torch_nvfp4.checkpoint import LayerConfig
 from torch_nvfp4.errors import CheckpointError, refusal
 from torch_nvfp4.gate import Gate
 from torch_nvfp4.quant_config import MoEQuantConfig
 
-__all__ = ["gate_of", "layout_error"]
+__all__ = ["checkpoint_error", "gate_of", "layout_error"]
 
 _POINTS = 257
 _RTOL = 1e-5
+
+
+def checkpoint_error(layer: LayerConfig) -> str | None:
+    """Why the experts that a checkpoint has in a layer do not run in transformers' classes here, or None."""
+    if layer.gated and not (layer.has_w13_bias or layer.has_w2_bias):
+        return None
+    got = layer.kind
+    return (
+        f"expected experts with gate and up and without biases, got {got}; from_pretrained does not take others yet: "
+        "NVFP4Experts.from_checkpoint runs the layer"
+    )
 
 
 def layout_error(module: nn.Module) -> str | None:

@@ -37,7 +37,7 @@ class Part(NamedTuple):
 WHOLE = Part()
 
 
-def expert_parts(gate_up: Part, down: Part) -> dict[str, int]:
+def expert_parts(gate_up: Part, down: Part) -> dict[str, Any]:
     """The keywords of ``Checkpoint.experts`` for a rank's part of gate_up_proj [E, 2I, K] and down_proj [E, K, I].
 
     Raises NotImplementedError for anything but whole experts, or rows of gate and of up with columns of down.
@@ -119,10 +119,8 @@ class PackedExperts(Shell):
 
         Raises CheckpointError as ``Checkpoint.experts``, and NotImplementedError as ``expert_parts``.
         """
-        part = expert_parts(self._part("gate_up_proj"), self._part("down_proj"))
-        weights = checkpoint.experts(self.layer, progress=None, **part)
-        w13, w2 = (NVFP4Weight(*(tensor.to(device) for tensor in weight)) for weight in weights)
-        del weights
+        part: dict[str, Any] = expert_parts(self._part("gate_up_proj"), self._part("down_proj"))
+        w13, w2 = checkpoint.experts(self.layer, progress=None, **part).to(device)
         self._drop_placeholders()
         self.packed = NVFP4Experts.from_weights(w13, w2, quant_config=self.quant_config, backend=self.backend)
 

@@ -14,7 +14,7 @@ from torch_nvfp4.checkpoint import Checkpoint
 from torch_nvfp4.checkpoint.layouts import expert_name, split_name
 from torch_nvfp4.errors import CheckpointError, refusal, shown
 from torch_nvfp4.integrations.transformers.fp8 import FP8Weight, fp8_weights
-from torch_nvfp4.integrations.transformers.gates import layout_error
+from torch_nvfp4.integrations.transformers.gates import checkpoint_error, layout_error
 
 __all__ = ["Placement", "place"]
 
@@ -138,6 +138,10 @@ def _expert_modules(model: Any, checkpoint: Checkpoint) -> dict[int, str]:
             candidates.setdefault(int(found_layer[1]), []).append(name)
     found = {}
     for layer in checkpoint.layers:
+        sizes = checkpoint.layer_config(layer)
+        unlike = checkpoint_error(sizes)
+        if unlike is not None:
+            raise CheckpointError(f"{checkpoint.path}: layer {layer}: {unlike}")
         names = candidates.get(layer, [])
         if len(names) != 1:
             got = f"{len(names)}: {', '.join(names)}" if names else "none"
@@ -148,7 +152,6 @@ def _expert_modules(model: Any, checkpoint: Checkpoint) -> dict[int, str]:
         if problem is not None:
             expected = "experts with concatenated gate and up [E, 2I, K], no bias"
             raise CheckpointError(refusal(f"{names[0]} ({type(module).__name__})", expected, problem))
-        sizes = checkpoint.layer_config(layer)
         num, rows, hidden = module.gate_up_proj.shape
         got_sizes = (num, hidden, rows // 2)
         if got_sizes != sizes[:3]:

@@ -20,6 +20,12 @@ __device__ __forceinline__ uint32_t blend(uint32_t a, uint32_t b, uint32_t mask)
   return d;
 }
 
+__device__ __forceinline__ uint32_t multiply_add(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("mad.lo.u32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
 __device__ __forceinline__ uint32_t rotate_left(uint32_t a, uint32_t n) {
   uint32_t d;
   asm("shf.l.wrap.b32 %0, %1, %1, %2;" : "=r"(d) : "r"(a), "r"(n));

@@ -19,6 +19,10 @@ __device__ __forceinline__ void cp_async_16(uint32_t to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 
+__device__ __forceinline__ void cp_async_4(uint32_t to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+}
+
 // 16 bytes of zeros if not wanted.
 __device__ __forceinline__ void cp_async_16_or_zero(void* shared, const void* global, bool wanted) {
   asm volatile(

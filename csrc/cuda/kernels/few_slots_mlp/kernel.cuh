@@ -10,10 +10,13 @@
 // of kNotYet before the launch, and a warp that wants a word reads it until it is something else.
 #pragma once
 
+#include <type_traits>
+
 #include "../../device/epilogue.cuh"
 #include "../../device/mma.cuh"
 #include "../../device/pipeline.cuh"
 #include "../../device/scheduler.cuh"
+#include "../../device/split.cuh"
 #include "params.h"
 
 namespace nvfp4::cuda {
@@ -25,6 +28,11 @@ class FewSlotsMlp {
   static constexpr bool kHalves = kRowTiles == 2;
   static constexpr int kItemRows = 16 * kRowTiles;
   static_assert(Ring::kStages % kTurnBlocks == 0);
+  // fp16 tokens are two columns of bf16: column c holds the high part of the tile's token c, column c + kTokens the low
+  // part. In shared memory a row's low parts lie behind its high ones.
+  static constexpr bool kSplit = std::is_same_v<T, fp16>;
+  using Operand = std::conditional_t<kSplit, bf16, T>;
+  static constexpr int kTokens = kSplit ? kFewSlotsSplitWidth : kFewSlotsMaxWidth;  // of a column tile
 
  public:
   static constexpr int kRingBytes = kWarps * sizeof(typename Ring::Storage);
@@ -81,6 +89,10 @@ class FewSlotsMlp {
       Outcome outcome = prepare(gemm_index, s, warp_);
       ptx::cp_async_wait<0>();
       __syncthreads();
+      if (kSplit && gemm_index == 0) {
+        split_rows(s);
+        __syncthreads();
+      }
       const int before = p_.gemm[gemm_index].by_k_blocks.quotient(s.begin);
       int k = s.begin - before * p_.gemm[gemm_index].k_blocks;
       for (int item = before, left = s.blocks; left > 0; ++item, k = 0) {
@@ -208,6 +220,23 @@ class FewSlotsMlp {
     }
   }
 
+  // The rows of w13's tokens, as they were copied, in place. By all threads of the CTA.
+  __device__ __forceinline__ void split_rows(const Share& s) const {
+    const FewSlotsGemm& gemm = p_.gemm[0];
+    int rows = gemm.rows;
+    if (!gemm.all_rows) {
+      const int first = gemm.by_items_per_tile.quotient(s.first_item);
+      const int last = gemm.by_items_per_tile.quotient(s.first_item + s.items - 1);
+      rows = s.items == 0 ? 0 : (last - first + 1) * p_.width;
+    }
+#pragma unroll 1
+    for (int i = threadIdx.x; i < rows * gemm.row_chunks; i += kWarps * kWarp) {
+      const int row = gemm.by_row_chunks.quotient(i);
+      uint8_t* at = tokens_ + row * gemm.row_bytes + (i - row * gemm.row_chunks) * kChunkBytes;
+      store_split(*reinterpret_cast<const uint4*>(at), at, at + gemm.row_chunks * kChunkBytes);
+    }
+  }
+
   // 16 bytes of a row; zeros beyond its end.
   template <bool kHandedOver>
   static __device__ __forceinline__ void copy_chunk(const FewSlotsGemm& gemm, int from, uint8_t* to, int chunk) {
@@ -220,7 +249,11 @@ class FewSlotsMlp {
           v = ptx::load_relaxed_128(row + chunk * 16);
         } while (v.x == kNotYet || v.y == kNotYet || v.z == kNotYet || v.w == kNotYet);
       }
-      *reinterpret_cast<uint4*>(to + chunk * 16) = v;
+      if constexpr (kSplit) {
+        store_split(v, to + chunk * kChunkBytes, to + (gemm.row_chunks + chunk) * kChunkBytes);
+      } else {
+        *reinterpret_cast<uint4*>(to + chunk * 16) = v;
+      }
     } else {
       ptx::cp_async_16_or_zero(to + chunk * 16, inside ? row + chunk * 16 : row, inside);
     }
@@ -232,11 +265,12 @@ class FewSlotsMlp {
     const FewSlotsGemm& gemm = p_.gemm[gemm_index];
     const int tile_index = gemm.by_items_per_tile.quotient(s.first_item + item);
     const ExpertTile tile = tiles_.tile(tile_index);
-    const int token = lane_ / 4;
+    const int token = lane_ / 4 % kTokens;
     const bool used = token < tile.count;
     const int row = token_row(gemm_index, s, tile_index, __shfl_sync(~0u, tiles_.slot(tile), token), used ? token : 0);
     uint32_t x_at =
         ptx::shared_address(tokens_) + row * gemm.row_bytes + k * (kBlockK * kElementBytes) + lane_ % 4 * 32;
+    if (kSplit && lane_ / 4 >= kTokens) x_at += gemm.row_chunks * kChunkBytes;
     TokenBlock<1> x = {};
     const int first_tile = kHalves ? (s.first_item + item - tile_index * gemm.items_per_tile) % 2 * kRowTiles : 0;
     float sum[kRowTiles][1][4] = {};
@@ -255,7 +289,7 @@ class FewSlotsMlp {
           __syncwarp();
           refill(stage_, i);
         }
-        if (here) multiply<T>(w, x, sum);
+        if (here) multiply<Operand>(w, x, sum);
         if constexpr (!Ring::kFillQueues) {  // only now: what has been multiplied has been loaded
           __syncwarp();
           refill(stage_, i);
@@ -266,6 +300,13 @@ class FewSlotsMlp {
       if ((stage_ += kTurnBlocks) == Ring::kStages) {
         stage_ = 0;
         parity_ ^= 1;
+      }
+    }
+    if constexpr (kSplit) {  // lane (r, t) has columns 2 t and 2 t + 1
+#pragma unroll
+      for (auto& tile : sum) {
+#pragma unroll
+        for (float& v : tile[0]) v += __shfl_down_sync(~0u, v, kTokens / 2);
       }
     }
     store_partial(partial(warp_, item), p_.width, sum);
@@ -290,23 +331,6 @@ class FewSlotsMlp {
     float weight;  // of slot number `lane`
   };
 
-  __device__ __forceinline__ bool is_plain() const {
-    if constexpr (kExtended) {
-      return !p_.gated;
-    } else {
-      return false;
-    }
-  }
-
-  // Where the first scale of an expert is.
-  __device__ __forceinline__ int scale_at(int gemm_index, int expert) const {
-    if constexpr (kExtended) {
-      return gemm_index == 0 && p_.gated ? 2 * expert : expert;
-    } else {
-      return gemm_index == 0 ? 2 * expert : expert;
-    }
-  }
-
   __device__ __forceinline__ Outcome prepare(int gemm_index, const Share& s, int i) const {
     Outcome o = {};
     if (i >= s.items) return o;
@@ -315,10 +339,16 @@ class FewSlotsMlp {
     o.tile = tiles_.tile(o.tile_index);
     o.panel = s.first_item + i - o.tile_index * gemm.items_per_tile;
     o.slot = tiles_.slot(o.tile);
-    o.upper = gemm.global_scale[scale_at(gemm_index, o.tile.expert)];
+    bool is_plain = false;  // of one scale
+    if constexpr (kExtended) is_plain = gemm_index == 0 && !p_.gated;
+    if (is_plain) {
+      o.upper = gemm.global_scale[o.tile.expert];
+    } else {
+      o.upper = gemm.global_scale[gemm_index == 0 ? 2 * o.tile.expert : o.tile.expert];
+    }
     o.scale = o.weight = 1.0f;
     if (gemm_index == 0) {
-      o.lower = gemm.global_scale[scale_at(0, o.tile.expert) + (is_plain() ? 0 : 1)];
+      if (!is_plain) o.lower = gemm.global_scale[2 * o.tile.expert + 1];
       if (p_.slot_scale != nullptr) o.scale = p_.slot_scale[o.slot];
     } else if (p_.topk_weights != nullptr && lane_ < p_.gemm[1].rows) {
       o.weight = p_.topk_weights[lane_];
@@ -333,7 +363,9 @@ class FewSlotsMlp {
     const bool has = lane_ < kWarps && begin < (i + 1) * k_blocks && begin + s.run > i * k_blocks;
     const unsigned runs = __ballot_sync(~0u, has);
     const float* sums = partial(__ffs(runs) - 1, i);
-    if (is_plain() && gemm_index == 0) return write_plain_hidden(sums, __popc(runs), o);
+    if constexpr (kExtended) {
+      if (gemm_index == 0 && !p_.gated) return write_plain_hidden(sums, __popc(runs), o);
+    }
     if (gemm_index == 0) {
       write_hidden(sums, __popc(runs), o);
     } else {
@@ -386,7 +418,6 @@ class FewSlotsMlp {
 
   // Rows `row` and `row + 1` with what the tile's expert adds to them.
   __device__ __forceinline__ float2 with_bias(float2 v, int gemm_index, const Outcome& o, int row) const {
-    if constexpr (!kExtended) return v;
     const int n = p_.gemm[gemm_index].n;
     return make_float2(v.x + bias_of(p_.bias[gemm_index], o.tile.expert, n, row),
                        v.y + bias_of(p_.bias[gemm_index], o.tile.expert, n, row + 1));
@@ -402,7 +433,8 @@ class FewSlotsMlp {
       const int token = base + lane_ / kLanes;
       const int64_t to = __shfl_sync(~0u, o.slot, token % kWarp);
       if (token >= o.tile.count || column >= n) continue;
-      const float2 v = with_bias(scaled(reduce(sums, stride, ways, token, row), o.upper * kDecodeFactor), 1, o, column);
+      float2 v = scaled(reduce(sums, stride, ways, token, row), o.upper * kDecodeFactor);
+      if constexpr (kExtended) v = with_bias(v, 1, o, column);
       ptx::store_relaxed_64(p_.expert_out + to * n + column, make_uint2(__float_as_uint(v.x), __float_as_uint(v.y)));
     }
   }

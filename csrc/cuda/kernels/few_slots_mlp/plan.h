@@ -13,7 +13,8 @@ constexpr int kInlineSlots = 32;  // which need no sorting: one per lane of a wa
 constexpr int kFewSlotsWarps = 16;
 constexpr int kFewSlotsStagesSm80 = 2;  // of a warp's ring
 constexpr int kFewSlotsStagesSm90 = 4;
-constexpr int kFewSlotsMaxWidth = 8;  // one column tile
+constexpr int kFewSlotsMaxWidth = 8;    // one column tile
+constexpr int kFewSlotsSplitWidth = 4;  // of fp16 tokens, which are two columns each (device/split.cuh)
 // So that divisions by multiplication (Divider) are exact: 32 tiles of 8192 panels, times 8192, stay below 2^32.
 constexpr int kFewSlotsMaxPanels = 8192;
 
@@ -52,7 +53,9 @@ inline FewSlotsPlan plan_few_slots(const Problem& problem, const Device& device,
     const int64_t cta_tiles = std::min(tiles, ceil_div(items - 1, panels) + 1);
     const int64_t tile_rows = cta_tiles * width;
     const int64_t row_chunks = k_blocks_of(problem.gemm[i].k) * int64_t{kBlockK * kElementBytes / kChunkBytes};
-    const int64_t row_bytes = (row_chunks + 1) * kChunkBytes;  // one more, so that neighbouring rows differ in banks
+    const int64_t parts = problem.dtype == DType::fp16 ? 2 : 1;
+    // One chunk more, so that neighbouring rows differ in banks.
+    const int64_t row_bytes = (parts * row_chunks + 1) * kChunkBytes;
     plan.gemm[i] = {static_cast<int>(panels), rows <= tile_rows, static_cast<int>(row_chunks),
                     static_cast<int>(row_bytes)};
     token_bytes = std::max(token_bytes, std::min(rows, tile_rows) * row_bytes);
@@ -89,7 +92,8 @@ inline bool halves_spread_better(const Problem& problem, const Device& device, i
 // With tiles as wide as fit.
 inline FewSlotsPlan plan_few_slots(const Problem& problem, const Device& device, Isa isa) {
   if (std::max(panels_of(problem.gemm[0].n), panels_of(problem.gemm[1].n)) > kFewSlotsMaxPanels) return {};
-  for (int64_t width = std::min<int64_t>(problem.tokens, kFewSlotsMaxWidth); width > 0; width /= 2) {
+  const int64_t most = problem.dtype == DType::fp16 ? kFewSlotsSplitWidth : kFewSlotsMaxWidth;
+  for (int64_t width = std::min(problem.tokens, most); width > 0; width /= 2) {
     const bool halves = isa == Isa::sm90 && halves_spread_better(problem, device, static_cast<int>(width));
     const FewSlotsPlan plan = plan_few_slots(problem, device, isa, static_cast<int>(width), halves);
     if (plan.width > 0) return plan;

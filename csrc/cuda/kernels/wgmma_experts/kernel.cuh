@@ -14,6 +14,7 @@
 // ones.
 #pragma once
 
+#include "../../device/cta_order.cuh"
 #include "epilogue.cuh"
 #include "multiply.cuh"
 #include "producers.cuh"
@@ -91,6 +92,7 @@ __global__ void __launch_bounds__(kThreads<S>, 1) expert_kernel(const __grid_con
   int* offsets = reinterpret_cast<int*>(&shared + 1);
   int* tiles = offsets + p.experts + 1;
   int* rows = tiles + p.experts + 1;
+  auto* order = reinterpret_cast<uint16_t*>(rows + p.experts + 1);
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < p.stages; ++i) {
@@ -106,9 +108,17 @@ __global__ void __launch_bounds__(kThreads<S>, 1) expert_kernel(const __grid_con
     ptx::mbarrier_init(ptx::shared_address(&shared.stored), kConsumerWarps<S> * kWarpArrivals);
     ptx::fence_mbarrier_init();
   }
-  ptx::dependency_wait();
-  ptx::dependency_release();
-  for (int i = threadIdx.x; i <= p.experts; i += kThreads<S>) offsets[i] = p.offsets[i];
+  if (p.sorting) {
+    // The launch before, clear_kernel, began when the routing and x were there: the scheduler alone waits for it.
+    static_assert(kMinStages * stage_bytes<S>(kTokenAtom) >= kOrderScratch, "it sorts where the ring will be");
+    ptx::dependency_release();
+    order_slots<kThreads<S>>(p.routing, offsets, order, memory);
+    ptx::fence_async_proxy_shared();
+  } else {
+    ptx::dependency_wait();
+    ptx::dependency_release();
+    for (int i = threadIdx.x; i <= p.experts; i += kThreads<S>) offsets[i] = p.offsets[i];
+  }
   __syncthreads();
 
   const Ring ring{ptx::shared_address(memory), ptx::shared_address(shared.full),
@@ -124,7 +134,7 @@ __global__ void __launch_bounds__(kThreads<S>, 1) expert_kernel(const __grid_con
     } else if (warp <= kConsumerWarps<S> + kGatherWarps) {
       fetch_tokens(p, shared, ring, threadIdx.x - (kConsumerWarps<S> + 1) * kWarp);
     } else {
-      schedule_tiles(p, shared, offsets, tiles, rows);
+      schedule_tiles(p, shared, offsets, order, tiles, rows);
     }
   }
 #endif

@@ -54,6 +54,7 @@ void launch_experts(Params params, const WgmmaPlan& plan, void* stream) {
   params.max_width = plan.max_width;
   params.stages = plan.stages;
   params.weights_leave_first = plan.weights_leave_first;
+  params.sorting = plan.sorting;
   params.extra_claims = params.mlp && is_short(params.gemm[1].k_blocks) ? 1 : 0;
   allow_shared_memory(reinterpret_cast<const void*>(kernel));
   launch(kernel, dim3(device().multiprocessors), kThreads<S>, plan.shared_bytes, stream, "wgmma experts", params);
@@ -82,16 +83,20 @@ inline void run(DType dtype, Params& params, PrepareParams& prepare, int64_t slo
     throw std::invalid_argument("wgmma experts: expected at most " + std::to_string(kWgmmaMaxExperts) +
                                 " experts, got " + std::to_string(params.experts));
   }
-  uint8_t* permuted = x_image != nullptr ? static_cast<uint8_t*>(x_image) : layout.x;
-  params.x = permuted;
   params.control = layout.control;
   params.hidden = layout.hidden;
   params.hidden_rows = padded_rows(slots, params.experts);
-  prepare.permuted = reinterpret_cast<uint4*>(permuted);
   prepare.control = params.control;
   prepare.control_size = 1 + params.experts;
-  launch(prepare_kernel, dim3(device().multiprocessors * 8), kPrepareThreads, 0, stream, "wgmma prepare", prepare);
-
+  if (plan.sorting) {
+    params.x = reinterpret_cast<const uint8_t*>(prepare.x);
+    launch(clear_kernel, dim3(1), kPrepareThreads, 0, stream, "wgmma clear", prepare.control, prepare.control_size);
+  } else {
+    uint8_t* permuted = x_image != nullptr ? static_cast<uint8_t*>(x_image) : layout.x;
+    params.x = permuted;
+    prepare.permuted = reinterpret_cast<uint4*>(permuted);
+    launch(prepare_kernel, dim3(device().multiprocessors * 8), kPrepareThreads, 0, stream, "wgmma prepare", prepare);
+  }
   dtype == DType::bf16 ? launch_experts<bf16>(params, plan, stream) : launch_experts<fp16>(params, plan, stream);
 }
 

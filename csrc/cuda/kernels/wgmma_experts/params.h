@@ -28,6 +28,8 @@ struct ExpertMlpArgs {
   // [rows, w13.k], 16-byte aligned, or null. Where w13.k is a multiple of 128 it holds the permuted tokens, which then
   // take no workspace; like the workspace it is overwritten.
   void* x_image = nullptr;
+  bool sorting = false;  // the plan's: x is 16-byte aligned and takes no workspace; no order and no offsets
+  Routing routing{};     // if sorting
 };
 
 size_t wgmma_expert_mlp_workspace(const ExpertMlpArgs& args);

@@ -23,6 +23,7 @@ struct WgmmaPlan {
   int stages;
   int shared_bytes;
   bool weights_leave_first;  // L2, before the results, which combine reads next
+  bool sorting;              // CTAs sort for themselves, and gather tokens that nobody has permuted
 };
 
 namespace wgmma_experts {
@@ -40,6 +41,7 @@ constexpr int kPanelBytes = kStageBlocks * kBlockBytes;
 constexpr int kSwizzleAtom = 1024;   // a token tile is aligned to it
 constexpr int kStagingBytes = 8192;  // for each consumer
 constexpr int kTileRing = 4;
+constexpr int kOrderBytes = kOrderMaxSlots * static_cast<int>(sizeof(uint16_t));  // of CTAs that sort
 constexpr int kClaimAhead = 8;  // stages before the end of a tile's weights at which the next tile is claimed
 // A tile of w2 that is shorter than that: its claim comes with its first stage, too late for the next tile's weights to
 // be there in time. So another tile is claimed ahead.
@@ -95,8 +97,9 @@ struct Tile {
   float gate_scale;   // of rows r of a warp's 16, and
   float up_scale;     // of rows r + 8, what decoding leaves out included
   int prerequisites;  // finished GEMM1 tiles of the expert that a GEMM2 tile waits for
-  // [i % 8][i / 8] of token i: its row's first block of x
-  alignas(16) uint32_t x_block[kTokenAtom][round_up(S::kMaxWidth / kTokenAtom, 4)];
+  // Of token i, its row's first block of x: at [i % 8 * kAtoms + i / 8], or at [i] if CTAs sort.
+  static constexpr int kAtoms = round_up(S::kMaxWidth / kTokenAtom, 4);
+  alignas(16) uint32_t x_block[kTokenAtom * kAtoms];
   int slot[S::kMaxWidth];
   alignas(8) float scale[S::kMaxWidth];
 };
@@ -127,22 +130,23 @@ NVFP4_SHARED_INLINE constexpr int fixed_bytes(int experts) {
 // Tiles of at most max_width tokens; of fewer where the tables of many experts leave no room for kMinStages such
 // stages. No stages if no width leaves it.
 template <class S>
-WgmmaPlan plan(WgmmaTiles tiles, int max_width, int64_t experts, const Device& device) {
-  const int fixed = fixed_bytes<S>(static_cast<int>(experts));
+WgmmaPlan plan(WgmmaTiles tiles, int max_width, int64_t experts, const Device& device, bool sorting) {
+  const int fixed = fixed_bytes<S>(static_cast<int>(experts)) + (sorting ? kOrderBytes : 0);
   for (int width = max_width; width > 0; width -= kTokenAtom) {
     const int stage = stage_bytes<S>(width);
     const int stages = std::min(kMaxStages, (device.shared_memory_per_cta - fixed) / stage);
-    if (stages >= kMinStages) return {tiles, width, stages, fixed + stages * stage, false};
+    if (stages >= kMinStages) return {tiles, width, stages, fixed + stages * stage, false, sorting};
   }
-  return {tiles, 0, 0, 0, false};
+  return {tiles, 0, 0, 0, false, sorting};
 }
 
 }  // namespace wgmma_experts
 
-inline WgmmaPlan plan_wgmma(WgmmaTiles tiles, int max_width, int64_t experts, const Device& device) {
+inline WgmmaPlan plan_wgmma(WgmmaTiles tiles, int max_width, int64_t experts, const Device& device,
+                            bool sorting = false) {
   using namespace wgmma_experts;
-  return tiles == WgmmaTiles::tall ? plan<Tall>(tiles, max_width, experts, device)
-                                   : plan<Wide>(tiles, max_width, experts, device);
+  return tiles == WgmmaTiles::tall ? plan<Tall>(tiles, max_width, experts, device, sorting)
+                                   : plan<Wide>(tiles, max_width, experts, device, sorting);
 }
 
 }  // namespace nvfp4::cuda

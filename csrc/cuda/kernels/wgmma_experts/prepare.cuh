@@ -28,6 +28,14 @@ struct PrepareParams {
   int64_t out_chunks;  // of kChunkBytes per row
 };
 
+// All that CTAs which sort for themselves need. A dependent begins when the launch before this one is complete: what
+// that wrote may be read without another wait.
+static __global__ void __launch_bounds__(kPrepareThreads) clear_kernel(int* control, int control_size) {
+  ptx::dependency_wait();
+  ptx::dependency_release();
+  for (int i = threadIdx.x; i < control_size; i += kPrepareThreads) control[i] = 0;
+}
+
 static __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(const __grid_constant__ PrepareParams p) {
   const int64_t thread = blockIdx.x * int64_t{kPrepareThreads} + threadIdx.x;
   const int64_t threads = gridDim.x * int64_t{kPrepareThreads};

@@ -9,8 +9,8 @@ namespace nvfp4::cuda::wgmma_experts {
 // ---- the last warp
 
 template <class S>
-__device__ __forceinline__ void describe_tile(const Params& p, const int* offsets, const int* tiles, const int* rows,
-                                              int claimed, Tile<S>& tile) {
+__device__ __forceinline__ void describe_tile(const Params& p, const int* offsets, const uint16_t* order,
+                                              const int* tiles, const int* rows, int claimed, Tile<S>& tile) {
   const int lane = threadIdx.x % kWarp;
   const int column_tiles = tiles[p.experts];
   int gemm_index = 0;
@@ -35,9 +35,11 @@ __device__ __forceinline__ void describe_tile(const Params& p, const int* offset
   const float gate_scale = scales[p.gemm[gemm_index].gated ? 2 * expert : expert];
   const float up_scale = p.gemm[gemm_index].gated ? scales[2 * expert + 1] : gate_scale;
   for (int i = lane; i < round_up(tokens, kTokenAtom); i += kWarp) {
-    const int slot = p.order[first_slot + first_token + min(i, tokens - 1)];
+    const int at = first_slot + first_token + min(i, tokens - 1);
+    const int slot = p.sorting ? order[at] : p.order[at];
+    const uint32_t block = slot / p.slots_per_row * p.gemm[0].k_blocks;
     tile.slot[i] = slot;
-    tile.x_block[i % kTokenAtom][i / kTokenAtom] = slot / p.slots_per_row * p.gemm[0].k_blocks;
+    tile.x_block[p.sorting ? i : i % kTokenAtom * Tile<S>::kAtoms + i / kTokenAtom] = block;
     if (p.slot_scale != nullptr) tile.scale[i] = p.slot_scale[slot];
   }
   if (lane == 0) {
@@ -54,10 +56,11 @@ __device__ __forceinline__ void describe_tile(const Params& p, const int* offset
 }
 
 template <class S>
-__device__ __forceinline__ void schedule_tiles(const Params& p, Shared<S>& shared, const int* offsets, int* tiles,
-                                               int* rows) {
+__device__ __forceinline__ void schedule_tiles(const Params& p, Shared<S>& shared, const int* offsets,
+                                               const uint16_t* order, int* tiles, int* rows) {
   const int lane = threadIdx.x % kWarp;
   sum_tiles(offsets, p.experts, p.max_width, tiles, rows);
+  if (p.sorting) ptx::dependency_wait();  // for the counters
   int stored = 0;
   int previous_expert = -1;  // of a GEMM1 tile whose end is not published yet
   for (int i = 0;; ++i) {
@@ -66,7 +69,7 @@ __device__ __forceinline__ void schedule_tiles(const Params& p, Shared<S>& share
     int claimed = 0;
     if (lane == 0) claimed = atomicAdd(p.control, 1);
     claimed = __shfl_sync(~0u, claimed, 0);
-    describe_tile(p, offsets, tiles, rows, claimed, tile);
+    describe_tile(p, offsets, order, tiles, rows, claimed, tile);
     __syncwarp();
     const int gemm_index = tile.gemm_index;
     const int expert = tile.expert;
@@ -130,7 +133,8 @@ __device__ __forceinline__ void gather_tokens(const Params& p, const Tile<S>& ti
   const int copies = ceil_div(tile.tokens, kTokenAtom);
   uint32_t block[S::kMaxWidth / kTokenAtom];
 #pragma unroll
-  for (int i = 0; i < S::kMaxWidth / kTokenAtom; ++i) block[i] = tile.x_block[first][min(i, copies - 1)];
+  for (int i = 0; i < S::kMaxWidth / kTokenAtom; ++i)
+    block[i] = tile.x_block[first * Tile<S>::kAtoms + min(i, copies - 1)];
   const uint32_t offset = swizzled(first, chunk);
   const uint8_t* source = p.x + chunk * 16;
   Ring landed = ring;
@@ -155,6 +159,54 @@ __device__ __forceinline__ void gather_tokens(const Params& p, const Tile<S>& ti
         const uint8_t* from = source + uint64_t{block[atom]} * kTokenBytes;
         ptx::cp_async_16(to + atom * kTokenAtom * kTokenBytes, from);
         ptx::cp_async_16(to + second + atom * kTokenAtom * kTokenBytes, from + kTokenBytes);
+      }
+    }
+    ptx::cp_async_commit();
+    if (s >= kGatherLag) {
+      ptx::cp_async_wait<kGatherLag>();
+      announce();
+    }
+  }
+  ptx::cp_async_wait<0>();
+  for (int s = min(stages, kGatherLag); s > 0; --s) announce();
+}
+
+// The same from rows whose blocks are in the order of k: a lane copies one word of each block to where permute_rows()
+// would have it.
+template <class S>
+__device__ __forceinline__ void gather_rows(const Params& p, const Tile<S>& tile, Ring& ring, int thread) {
+  constexpr int kTokens = kTokenAtom / kGatherWarps;  // of each atom, for a warp
+  const int lane = thread % kWarp;
+  const int first = thread / kWarp * kTokens;
+  const int chunk = lane % 8;
+  uint32_t at[kTokens];
+#pragma unroll
+  for (int i = 0; i < kTokens; ++i) at[i] = swizzled(first + i, chunk) + lane / 8 * 4;
+  const int stages = ceil_div(p.gemm[0].k_blocks, kStageBlocks);
+  const int atoms = ceil_div(tile.tokens, kTokenAtom);
+  const uint32_t second = token_block_bytes(tile.width);
+  const uint32_t* rows = tile.x_block + first;
+  const uint8_t* source = p.x + lane * 4;
+  Ring landed = ring;
+  const auto announce = [&] {
+    ptx::fence_async_proxy_shared();
+    __syncwarp();
+    warp_arrive(landed.full_barrier(), lane);
+    landed.advance();
+  };
+  for (int s = 0; s < stages; ++s, source += kStageBlocks * kTokenBytes, ring.advance()) {
+    ring.wait_empty();
+    uint32_t to = ring.stage + kWeightBytes<S>;
+#pragma unroll 2
+    for (int atom = 0; atom < atoms; ++atom, to += kTokenAtom * kTokenBytes) {
+      uint32_t block[kTokens];
+#pragma unroll
+      for (int i = 0; i < kTokens; ++i) block[i] = rows[atom * kTokenAtom + i];
+#pragma unroll
+      for (int i = 0; i < kTokens; ++i) {
+        const uint8_t* from = source + uint64_t{block[i]} * kTokenBytes;
+        ptx::cp_async_4(to + at[i], from);
+        ptx::cp_async_4(to + at[i] + second, from + kTokenBytes);
       }
     }
     ptx::cp_async_commit();
@@ -192,7 +244,7 @@ __device__ __forceinline__ void fetch_tokens(const Params& p, Shared<S>& shared,
   TileReader<S> reader{shared};
   while (const Tile<S>* tile = reader.next()) {
     if (tile->gemm_index == 0) {
-      gather_tokens(p, *tile, ring, thread);
+      p.sorting ? gather_rows(p, *tile, ring, thread) : gather_tokens(p, *tile, ring, thread);
     } else if (thread == 0) {
       load_hidden(p, *tile, ring);
     }

@@ -34,10 +34,10 @@ struct Params {
   bool mlp;           // two GEMMs, `hidden` between them
   bool gate_applies;  // gemm[0] applies the gate, to gate and up rows
   Gate gate;
-  const uint8_t* x;  // [rows, gemm[0].k_blocks * 64], each block in permute_rows()'s order
+  const uint8_t* x;  // [rows, gemm[0].k_blocks * 64], each block in permute_rows()'s order; if sorting, in that of k
   int slots_per_row;
-  const int* order;    // [slots]
-  const int* offsets;  // [experts + 1]
+  const int* order;    // [slots], and
+  const int* offsets;  // [experts + 1], unless sorting
   int experts;
   const float* slot_scale;  // [slots] or null; applies to gemm[0]
   uint8_t* hidden;          // [gemm[1].k_blocks][hidden_rows][kTokenBytes], images of shared-memory token tiles
@@ -48,6 +48,8 @@ struct Params {
   int stages;
   bool weights_leave_first;  // L2, before the results that they make
   int extra_claims;          // tiles of gemm[1] that are claimed before their turn
+  bool sorting;
+  Routing routing;  // if sorting
   // Of extended kernels alone, and behind the rest: the others' code does not change with them.
   bool activates;        // gemm[0] applies its activation, to rows without a gate
   const float* bias[2];  // of both GEMMs, [experts, n] or null

@@ -12,7 +12,8 @@ void* usable_x_image(const ExpertMlpArgs& args) {
 }
 
 Layout layout_of(const ExpertMlpArgs& args, void* workspace) {
-  return lay_out(workspace, args.w13, &args.w2, args.rows, args.slots, usable_x_image(args) == nullptr);
+  return lay_out(workspace, args.w13, &args.w2, args.rows, args.slots,
+                 !args.sorting && usable_x_image(args) == nullptr);
 }
 
 Layout layout_of(const GroupedGemmArgs& args, void* workspace) {
@@ -30,6 +31,7 @@ Params params_of(const ExpertMlpArgs& args) {
           .experts = static_cast<int>(args.w13.experts),
           .slot_scale = args.slot_scale,
           .out = args.out,
+          .routing = args.routing,
           .activates = !args.w13.gated,
           .bias = {args.w13.bias, args.w2.bias}};
 }

@@ -1,0 +1,325 @@
+"""Experts split over ranks, against the whole layer on one; see helpers/ranks.py."""
+
+from __future__ import annotations
+
+import copy
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+import torch_nvfp4
+from torch_nvfp4 import Gate, NVFP4Experts, NVFP4Weight, reference
+from torch_nvfp4.checkpoint import Checkpoint
+from torch_nvfp4.checkpoint.synthetic import write_checkpoint
+from torch_nvfp4.distributed import (
+    ExpertsPlan,
+    ParallelExperts,
+    expert_range,
+    load_experts,
+    parallelize_experts,
+    slice_experts,
+)
+from torch_nvfp4.quant_config import MoEQuantConfig
+from torch_nvfp4.testing import TOLERANCE, random_routing, random_weight, relative_l2
+
+DEVICE = os.environ["RANKS_DEVICE"]
+DTYPE = torch.float32 if DEVICE == "cpu" else torch.float16
+# Parts of a sum are rounded to 16 bits on each rank, and so is the sum of each two.
+ERROR = TOLERANCE[DTYPE] * (1 if DEVICE == "cpu" else 2)
+WORLD = int(os.environ["WORLD_SIZE"])
+RANK = int(os.environ["RANK"])
+K, INNER, TOP_K = 64, 128, 3
+GATES = (Gate("silu", 0.5), Gate("silu", 0.7, 1.702, 1.0), Gate("swiglustep", 0.3), Gate("gelu_tanh"))
+
+
+def meshes() -> Iterator[tuple[DeviceMesh, dict[str, Any]]]:
+    """Every way to split over these ranks, as a mesh and tp and ep of a plan."""
+    line = init_device_mesh(DEVICE, (WORLD,), mesh_dim_names=("ranks",))
+    yield line, {"tp": "ranks"}
+    yield line, {"ep": 0}
+    if WORLD == 4:
+        square = init_device_mesh(DEVICE, (2, 2), mesh_dim_names=("a", "b"))
+        yield square, {"tp": "a", "ep": "b"}
+        yield square, {"tp": "b", "ep": "a"}
+        yield square, {"ep": "b"}  # along a all do the same
+
+
+def weights(experts: int) -> tuple[NVFP4Weight, NVFP4Weight]:
+    generator = torch.Generator().manual_seed(experts)
+    w13 = random_weight((experts, 2 * INNER, K), gated=True, generator=generator, device=DEVICE)
+    return w13, random_weight((experts, K, INNER), generator=generator, device=DEVICE)
+
+
+def tokens(count: int, experts: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Some ids belong to no expert, some experts are there twice in a token."""
+    generator = torch.Generator().manual_seed(1000 * seed + count)
+    x = torch.randn(count, K, generator=generator).to(DEVICE, DTYPE)
+    topk_weights, ids = random_routing(count, experts, TOP_K, generator=generator, device=DEVICE)
+    ids[::3, 0] = -1
+    ids[1::3, 0] = experts + 5
+    ids[2::3, 1] = ids[2::3, 2]
+    return x, topk_weights, ids
+
+
+def close(result: Tensor, expected: Tensor) -> None:
+    assert result.dtype == DTYPE
+    error = relative_l2(result, expected)
+    assert error < ERROR, error
+
+
+def case_every_plan_computes_what_one_rank_does() -> None:
+    for mesh, split in meshes():
+        for number, gate in enumerate(GATES):
+            experts = (5, 3, 8, 1)[number]  # uneven; 3 and 1 leave ranks without experts
+            on_input = number == 1
+            w13, w2 = weights(experts)
+            quant = MoEQuantConfig(gate, apply_router_weight_on_input=on_input)
+            whole = NVFP4Experts.from_weights(w13, w2, quant_config=quant)
+            parallel = parallelize_experts(whole, mesh, ExpertsPlan(**split))
+            for count in (1, 6, 0):
+                arguments = tokens(count, experts)
+                exact = reference.moe(
+                    arguments[0], w13, w2, *arguments[1:], **gate.kwargs(), apply_router_weight_on_input=on_input
+                )
+                close(parallel(*arguments), exact)
+            batch = [tensor.view(2, 3, -1) for tensor in tokens(6, experts)]
+            close(parallel(*batch), whole(*batch))
+
+
+def case_biases_and_experts_without_a_gate() -> None:
+    generator = torch.Generator().manual_seed(7)
+    for gate, rows in ((Gate("silu", 0.7, 1.702, 1.0), 2 * INNER), (Gate("relu2", gated=False), INNER)):
+        w13 = random_weight((5, rows, K), gated=gate.gated, generator=generator, device=DEVICE)
+        w2 = random_weight((5, K, INNER), generator=generator, device=DEVICE)
+        biases = [torch.randn(5, size, generator=generator).to(DEVICE) for size in (rows, K)]
+        whole = NVFP4Experts.from_weights(
+            w13, w2, w13_bias=biases[0], w2_bias=biases[1], quant_config=MoEQuantConfig(gate)
+        )
+        arguments = tokens(6, 5)
+        exact = reference.moe(arguments[0], w13, w2, *arguments[1:], None, *biases, **gate.kwargs())
+        close(whole(*arguments), exact)
+        for mesh, split in meshes():
+            close(parallelize_experts(whole, mesh, ExpertsPlan(**split))(*arguments), exact)
+
+
+def case_uneven_experts() -> None:
+    assert [len(expert_range(5, rank, 4)) for rank in range(4)] == [2, 1, 1, 1]
+    assert [list(expert_range(2, rank, 4)) for rank in range(4)] == [[0], [1], [], []]
+    mesh = init_device_mesh(DEVICE, (WORLD,))
+    parallel = parallelize_experts(NVFP4Experts.from_weights(*weights(1)), mesh, ExpertsPlan(ep=0))
+    assert (parallel.experts is None) == (RANK > 0)
+    assert list(parallel.expert_range) == ([0] if RANK == 0 else [])
+    parallel = parallelize_experts(NVFP4Experts.from_weights(*weights(WORLD + 1)), mesh, ExpertsPlan(ep=0))
+    assert parallel.experts is not None
+    assert parallel.experts.num_experts == (2 if RANK == 0 else 1)
+
+
+def case_sums_in_fp32() -> None:
+    mesh = init_device_mesh(DEVICE, (WORLD,))
+    w13, w2 = weights(4)
+    whole = NVFP4Experts.from_weights(w13, w2, clamp_limit=0.5)
+    x, topk_weights, ids = tokens(64, 4)
+    x = x.bfloat16()
+    exact = reference.moe(x, w13, w2, topk_weights, ids, clamp_limit=0.5)
+    for dtype in (torch.float32, None):
+        result = parallelize_experts(whole, mesh, ExpertsPlan(tp=0, reduce_dtype=dtype))(x, topk_weights, ids)
+        assert result.dtype == torch.bfloat16
+        assert relative_l2(result, exact) < TOLERANCE[torch.bfloat16]
+
+
+def case_slices_are_packed_after() -> None:
+    """A slice of the packed bytes passes every check of shapes, and is garbage: the reason for the order."""
+    w13, w2 = weights(2)
+    for part in range(2):
+        s13, s2 = slice_experts(w13, w2, range(1, 2), part, 2)
+        gate_up = torch_nvfp4.dequantize(w13)[1].view(2, 2, INNER // 2, K)[:, part].flatten(0, 1)
+        assert torch.equal(torch_nvfp4.dequantize(s13)[0], gate_up)
+        columns = torch_nvfp4.dequantize(w2)[1, :, part * INNER // 2 : (part + 1) * INNER // 2]
+        assert torch.equal(torch_nvfp4.dequantize(s2)[0], columns)
+
+
+def case_sharded_tokens() -> None:
+    for mesh, split in meshes():
+        if "ep" not in split:
+            continue
+        for experts, counts in ((5, (4, 0, 7, 1)), (2, (3, 5, 1, 2)), (8, (0, 0, 0, 0)), (1, (2, 3, 4, 1))):
+            w13, w2 = weights(experts)
+            whole = NVFP4Experts.from_weights(w13, w2, clamp_limit=0.5)
+            parallel = parallelize_experts(whole, mesh, ExpertsPlan(**split, tokens="sharded"))
+            place = (
+                mesh.get_local_rank(split["ep"]) if isinstance(split["ep"], int) else mesh[split["ep"]].get_local_rank()
+            )
+            arguments = tokens(counts[place], experts, seed=place)  # the same along tp
+            exact = reference.moe(arguments[0], w13, w2, *arguments[1:], clamp_limit=0.5)
+            close(parallel(*arguments), exact)
+            assert torch.equal(parallel(*arguments), parallel(*arguments))
+        all_to_one = tokens(9, 5)[:2]
+        ids = torch.zeros(9, TOP_K, dtype=torch.int32, device=DEVICE)
+        whole = NVFP4Experts.from_weights(*weights(5), clamp_limit=0.5)
+        parallel = parallelize_experts(whole, mesh, ExpertsPlan(**split, tokens="sharded"))
+        close(parallel(*all_to_one, ids), whole(*all_to_one, ids))
+        batch = [tensor.view(1, 9, -1) for tensor in (*all_to_one, ids)]
+        close(parallel(*batch), whole(*batch))
+
+
+@contextmanager
+def checkpoint() -> Iterator[Path]:
+    """A small checkpoint that rank 0 writes, whose experts two ranks, but not four, share evenly."""
+    folder = [tempfile.mkdtemp() if RANK == 0 else None]
+    distributed.broadcast_object_list(folder, src=0)
+    path = Path(str(folder[0]))
+    if RANK == 0:
+        write_checkpoint(
+            path, num_hidden_layers=1, n_routed_experts=6, num_experts_per_tok=TOP_K, hidden_size=K,
+            moe_intermediate_size=INNER,
+        )  # fmt: skip
+    distributed.barrier()
+    yield path
+    distributed.barrier()
+
+
+def case_ranks_read_their_part() -> None:
+    with checkpoint() as path:
+        layer = Checkpoint.open(path).layers[0]
+        whole = NVFP4Experts.from_checkpoint(path, layer, device=DEVICE)
+        arguments = tokens(7, 6)
+        expected = whole(*arguments)
+        for mesh, split in meshes():
+            loaded = load_experts(path, layer, mesh, ExpertsPlan(**split), device=DEVICE)
+            sliced = parallelize_experts(whole, mesh, ExpertsPlan(**split))
+            assert loaded.experts is not None
+            assert sliced.experts is not None
+            states = [part.experts.state_dict() for part in (loaded, sliced)]
+            assert states[0].keys() == states[1].keys()
+            assert all(torch.equal(states[0][key].cpu(), states[1][key].cpu()) for key in states[0])
+            assert loaded.experts.clamp_limit == whole.clamp_limit
+            close(loaded(*arguments), expected)
+        with pytest.raises(ValueError, match=r"expected experts as a range of consecutive ones below 6.*range\(5, 7\)"):
+            Checkpoint.open(path).experts(layer, experts=range(5, 7))
+        with pytest.raises(ValueError, match=r"expected experts as a range .*ep_size 2"):
+            Checkpoint.open(path).experts(layer, experts=range(3), ep_size=2)
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        experts = NVFP4Experts.from_weights(*weights(5), clamp_limit=0.5)
+        self.layers = nn.ModuleList([nn.ModuleDict({"experts": experts}), nn.ModuleDict({"experts": experts})])
+        self.last = NVFP4Experts.from_weights(*weights(4), gate=Gate("gelu"))
+
+    def forward(self, x: Tensor, topk_weights: Tensor, ids: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer["experts"](x, topk_weights, ids) * 0.01
+        result: Tensor = self.last(x, topk_weights, ids.clamp(max=3))
+        return result
+
+
+def case_a_model() -> None:
+    mesh = init_device_mesh(DEVICE, (WORLD,))
+    model, arguments = Model(), tokens(5, 5)
+    expected = model(*arguments)
+    assert parallelize_experts(model, mesh, ExpertsPlan(ep=0)) is model
+    assert isinstance(model.last, ParallelExperts)
+    assert model.layers[0]["experts"] is model.layers[1]["experts"]
+    close(model(*arguments), expected)
+    assert f"of {WORLD}" in repr(model)
+    assert "tokens=replicated" in repr(model)
+    with pytest.raises(ValueError, match="expected NVFP4Experts in it, got Model without"):
+        parallelize_experts(model, mesh, ExpertsPlan(ep=0))
+
+
+def case_compiles_with_functional_collectives() -> None:
+    graphs: list[str] = []
+
+    def backend(module: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        from functorch.compile import make_boxed_func
+        from torch._dynamo.backends.common import aot_autograd
+
+        def keep(graph: torch.fx.GraphModule, _: list[Tensor]) -> Any:
+            graphs.append(str(graph.graph))
+            return make_boxed_func(graph.forward)
+
+        return aot_autograd(fw_compiler=keep)(module, inputs)
+
+    for mesh, split in meshes():
+        torch._dynamo.reset()
+        graphs.clear()
+        whole = NVFP4Experts.from_weights(*weights(5), clamp_limit=0.5)
+        parallel = parallelize_experts(whole, mesh, ExpertsPlan(**split))
+        compiled = torch.compile(parallel, fullgraph=True, dynamic=True, backend=backend)
+        with torch.no_grad():
+            for count in (4, 9):
+                arguments = tokens(count, 5)
+                close(compiled(*arguments), whole(*arguments))
+        assert len(graphs) == 1, len(graphs)
+        assert graphs[0].count("_c10d_functional.all_reduce") == len(split)
+        assert "nvfp4.moe" in graphs[0]
+
+
+class Differentiable(nn.Module):
+    """A rank's experts in fp64, in the place of the kernels, through whose gradients those of the layer are seen."""
+
+    def __init__(self, experts: NVFP4Experts) -> None:
+        super().__init__()
+        self.weights, self.gate, self.map = experts.unpacked_weights(), experts.quant_config.gate, experts.expert_map
+
+    def forward(self, x: Tensor, topk_weights: Tensor, ids: Tensor) -> Tensor:
+        return reference.moe(x, *self.weights, topk_weights, ids, self.map, **self.gate.kwargs())
+
+
+def case_gradients_are_those_of_the_layer() -> None:
+    whole = NVFP4Experts.from_weights(*weights(5), clamp_limit=0.5)
+    x, topk_weights, ids = tokens(6, 5)
+    x, topk_weights = x.double().requires_grad_(), topk_weights.double().requires_grad_()
+    direction = torch.randn(6, K, generator=torch.Generator().manual_seed(9)).to(DEVICE, torch.float64)
+    expected = torch.autograd.grad((Differentiable(whole)(x, topk_weights, ids) * direction).sum(), (x, topk_weights))
+    for mesh, split in meshes():
+        parallel = parallelize_experts(whole, mesh, ExpertsPlan(**split))
+        parallel.experts = Differentiable(parallel.experts) if parallel.experts is not None else None  # type: ignore
+        for wanted in (0, 1):  # one alone, too
+            inputs = [tensor if index == wanted else tensor.detach() for index, tensor in enumerate((x, topk_weights))]
+            output = parallel(*inputs, ids)
+            (grad,) = torch.autograd.grad((output * direction).sum(), (inputs[wanted],))
+            assert relative_l2(grad, expected[wanted]) < 1e-12
+    sharded = parallelize_experts(whole, init_device_mesh(DEVICE, (WORLD,)), ExpertsPlan(ep=0, tokens="sharded"))
+    with pytest.raises(NotImplementedError, match="expected no gradient through experts whose tokens are sharded"):
+        sharded(x, topk_weights, ids)
+
+
+def case_words_of_plans() -> None:
+    mesh = init_device_mesh(DEVICE, (WORLD,), mesh_dim_names=("ranks",))
+    whole = NVFP4Experts.from_weights(*weights(4))
+    rows = (
+        (lambda: ExpertsPlan(), "for tp, ep or both, got None for both"),
+        (lambda: ExpertsPlan(tp="a", ep="a"), "two dimensions of the mesh for tp and ep, got 'a' for both"),
+        (lambda: ExpertsPlan(tp=0, tokens="sharded"), "expected a dimension of the mesh for ep"),
+        (lambda: ExpertsPlan(tp=0, tokens="split"), "expected 'replicated' or 'sharded', got 'split'"),
+        (lambda: ExpertsPlan(tp=0, reduce_dtype=torch.int32), "expected a floating point dtype, got torch.int32"),
+        (lambda: parallelize_experts(whole, mesh, ExpertsPlan(tp="tp")), r"\('ranks', or an index below 1\), got 'tp'"),
+        (lambda: parallelize_experts(whole, mesh, ExpertsPlan(tp=1)), "an index below 1.*got 1"),
+        (lambda: parallelize_experts(nn.Linear(2, 2), mesh, ExpertsPlan(tp=0)), "expected NVFP4Experts .* got Linear"),
+        (lambda: slice_experts(*weights(2), range(2), 0, 3), "multiples of 16 .* got tp_size 3: 42.6667 each"),
+        (lambda: slice_experts(*weights(2), range(2), 2, 2), "got tp_rank 2, tp_size 2"),
+        (lambda: expert_range(4, 4, 4), "0 <= rank < size, got rank 4, size 4"),
+    )
+    for call, words in rows:
+        with pytest.raises(ValueError, match=words):
+            call()
+    mapped = NVFP4Experts.from_weights(*weights(4), expert_map=torch.arange(4, dtype=torch.int32))
+    with pytest.raises(ValueError, match="expected experts without an expert_map, got one"):
+        parallelize_experts(mapped, mesh, ExpertsPlan(ep=0))
+    with pytest.raises(ValueError, match="expected experts with weights, got them on the meta device"):
+        parallelize_experts(copy.deepcopy(whole).to("meta"), mesh, ExpertsPlan(ep=0))
+    if WORLD == 4:
+        small = DeviceMesh(DEVICE, [0, 1])
+        if RANK > 1:
+            with pytest.raises(ValueError, match=f"expected a mesh that this rank is in, got .* on rank {RANK}"):
+                parallelize_experts(whole, small, ExpertsPlan(ep=0))

@@ -1,0 +1,382 @@
+"""The experts of a layer split over the ranks of a DeviceMesh: tensor parallel, expert parallel, or both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, overload
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from torch_nvfp4.checkpoint import Checkpoint
+from torch_nvfp4.distributed.collectives import gradients_added, sent_to_experts, summed
+from torch_nvfp4.format import GROUP_SIZE, NVFP4Weight
+from torch_nvfp4.nn import NVFP4Experts
+from torch_nvfp4.quant_config import MoEQuantConfig
+
+__all__ = ["ExpertsPlan", "ParallelExperts", "expert_range", "load_experts", "parallelize_experts", "slice_experts"]
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class ExpertsPlan:
+    """How the experts of a layer are split over a mesh.
+
+    Attributes:
+        tp: the mesh's dimension (name or index) along which every expert's intermediate size is split, or None.
+        ep: the one along which whole experts are split, or None. Their number need not be a multiple of the ranks': the
+            first ranks have one more, and ranks behind the last expert have none.
+        tokens: "replicated", every rank has the same tokens and the partial results are added (all-reduce); or
+            "sharded", every rank along ``ep`` has tokens of its own, as many as it likes, which go to the ranks that
+            have their experts and come back (all-to-all). Sharded tokens are counted on the host: no CUDA graph.
+        reduce_dtype: in which partial results are added, None for that of hidden_states.
+    """
+
+    tp: str | int | None = None
+    ep: str | int | None = None
+    tokens: str = "replicated"
+    reduce_dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        if self.tokens not in ("replicated", "sharded"):
+            raise ValueError(f"tokens: expected 'replicated' or 'sharded', got {self.tokens!r}")
+        if self.tp is None and self.ep is None:
+            raise ValueError("expected a dimension of the mesh for tp, ep or both, got None for both")
+        if self.tp == self.ep:
+            raise ValueError(f"expected two dimensions of the mesh for tp and ep, got {self.tp!r} for both")
+        if self.tokens == "sharded" and self.ep is None:
+            raise ValueError(
+                "tokens 'sharded': expected a dimension of the mesh for ep, whose ranks have them, got None"
+            )
+        if self.reduce_dtype is not None and not self.reduce_dtype.is_floating_point:
+            raise ValueError(f"reduce_dtype: expected a floating point dtype, got {self.reduce_dtype}")
+
+
+def expert_range(num_experts: int, rank: int, size: int) -> range:
+    """The experts of one rank: as even as possible, those with one more first."""
+    if size < 1 or not 0 <= rank < size:
+        raise ValueError(f"expected size >= 1 and 0 <= rank < size, got rank {rank}, size {size}")
+    each, more = divmod(num_experts, size)
+    first = rank * each + min(rank, more)
+    return range(first, first + each + (rank < more))
+
+
+def slice_experts(
+    w13: NVFP4Weight, w2: NVFP4Weight, experts: range, tp_rank: int = 0, tp_size: int = 1
+) -> tuple[NVFP4Weight, NVFP4Weight]:
+    """One rank's part of canonical weights, contiguous: w13 [E, 2I, K] (or [E, I, K]) and w2 [E, K, I] give
+    [len(experts), 2I / tp_size, K] and [len(experts), K, I / tp_size].
+
+    Raises ValueError unless I / tp_size is a multiple of 16.
+    """
+    size = 2 * w2.data.shape[-1]
+    part = _checked_part(size, tp_rank, tp_size)
+    rows = slice(part.start, part.stop)
+    chosen = slice(experts.start, experts.stop)
+
+    def rows13(tensor: Tensor) -> Tensor:
+        """The rank's rows of gate and its rows of up."""
+        halves = tensor[chosen].unflatten(1, (-1, size))
+        return halves[:, :, rows].flatten(1, 2).contiguous()
+
+    def columns2(tensor: Tensor, values: int) -> Tensor:
+        return tensor[chosen, :, part.start // values : part.stop // values].contiguous()
+
+    # Bytes: indexing and contiguous() of float8 are not there on every device.
+    scale13, scale2 = w13.scale.view(torch.uint8), w2.scale.view(torch.uint8)
+    return (
+        NVFP4Weight(
+            rows13(w13.data), rows13(scale13).view(torch.float8_e4m3fn), w13.global_scale[chosen].contiguous()
+        ),
+        NVFP4Weight(
+            columns2(w2.data, 2),
+            columns2(scale2, GROUP_SIZE).view(torch.float8_e4m3fn),
+            w2.global_scale[chosen].contiguous(),
+        ),
+    )  # fmt: skip
+
+
+def _slice_biases(module: NVFP4Experts, experts: range, place: _Place) -> tuple[Tensor | None, Tensor | None]:
+    """The rank's part of w13_bias and w2_bias.
+
+    w2's belongs to the first of the tensor parallel ranks, since the ranks' results are added.
+    """
+    part = _checked_part(module.intermediate_size, place.tp_rank, place.tp_size)
+    w13_bias, w2_bias = module.w13_bias, module.w2_bias
+    if w13_bias is not None:
+        halves = w13_bias[experts.start : experts.stop].unflatten(1, (-1, module.intermediate_size))
+        w13_bias = halves[:, :, part.start : part.stop].flatten(1).contiguous()
+    if w2_bias is not None:
+        w2_bias = w2_bias[experts.start : experts.stop].clone()
+        w2_bias = w2_bias if place.tp_rank == 0 else torch.zeros_like(w2_bias)
+    return w13_bias, w2_bias
+
+
+def _checked_part(intermediate_size: int, rank: int, size: int) -> range:
+    if size < 1 or not 0 <= rank < size:
+        raise ValueError(f"expected tp_size >= 1 and 0 <= tp_rank < tp_size, got tp_rank {rank}, tp_size {size}")
+    if intermediate_size % (size * GROUP_SIZE):
+        raise ValueError(
+            f"expected a tp_size that splits the intermediate size {intermediate_size} into multiples of {GROUP_SIZE} "
+            f"(the group of an NVFP4 scale), got tp_size {size}: {intermediate_size / size:g} each"
+        )
+    part = intermediate_size // size
+    return range(rank * part, (rank + 1) * part)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a rank stands in a plan."""
+
+    tp_rank: int
+    tp_size: int
+    ep_rank: int
+    ep_size: int
+
+    @classmethod
+    def of(cls, mesh: DeviceMesh, plan: ExpertsPlan) -> _Place:
+        if mesh.get_coordinate() is None:
+            raise ValueError(f"expected a mesh that this rank is in, got {mesh} on rank {distributed.get_rank()}")
+        ranks = []
+        for name in (plan.tp, plan.ep):
+            dim = None if name is None else mesh_dim(mesh, name)
+            ranks += [0, 1] if dim is None else [mesh.get_local_rank(dim), mesh.size(dim)]
+        return cls(*ranks)
+
+
+def mesh_dim(mesh: DeviceMesh, name: str | int) -> int:
+    """The index of a dimension; ValueError says which there are."""
+    names = mesh.mesh_dim_names or ()
+    if isinstance(name, str) and name in names:
+        return names.index(name)
+    if isinstance(name, int) and 0 <= name < mesh.ndim:
+        return name
+    there = ", ".join(map(repr, names)) if names else "none with a name"
+    raise ValueError(f"expected a dimension of the mesh ({there}, or an index below {mesh.ndim}), got {name!r}")
+
+
+class ParallelExperts(nn.Module):
+    """One rank's part of a layer's experts, called as ``NVFP4Experts`` is and with the same result on every rank.
+
+    Made by ``parallelize_experts`` or ``load_experts``. Every rank of the mesh has to call it, also one without tokens
+    or without experts. torch.compile(fullgraph=True) traces the form with replicated tokens. Its state dict is that of
+    the rank's own part.
+
+    Attributes:
+        experts: this rank's ``NVFP4Experts``, None on a rank without.
+        expert_range: the global numbers of its experts.
+        num_experts, hidden_size, intermediate_size: E, K and I of the whole layer.
+    """
+
+    def __init__(
+        self,
+        experts: NVFP4Experts | None,
+        mesh: DeviceMesh,
+        plan: ExpertsPlan,
+        *,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.experts = experts
+        self.mesh = mesh
+        self.plan = plan
+        self.num_experts = num_experts
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self._place = place = _Place.of(mesh, plan)
+        self.expert_range = expert_range(num_experts, place.ep_rank, place.ep_size)
+        # The rank along ep that has an expert; behind the last, for ids of no expert, one that is not there.
+        owners = [rank for rank in range(place.ep_size) for _ in expert_range(num_experts, rank, place.ep_size)]
+        owner = torch.tensor([*owners, place.ep_size], dtype=torch.int64, device=device)
+        self.register_buffer("_owner", owner, persistent=False)
+        self._owner: Tensor
+
+    def forward(self, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+        """hidden_states [..., K], topk_weights and topk_ids [..., top_k] (global ids) -> [..., K].
+
+        Gradients with respect to hidden_states and topk_weights are those of the whole layer where tokens are
+        replicated. NotImplementedError where one is asked for with sharded tokens.
+        """
+        if self.plan.tokens == "sharded":
+            return self._sharded(hidden_states, topk_weights, topk_ids)
+        groups = self._groups("tp", "ep")
+        needs_grad = torch.is_grad_enabled() and (hidden_states.requires_grad or topk_weights.requires_grad)
+        if needs_grad:
+            hidden_states = gradients_added(hidden_states, groups)
+            topk_weights = gradients_added(topk_weights, groups)
+        output = self.local(hidden_states, topk_weights, topk_ids)
+        return summed(output, groups, self.plan.reduce_dtype)
+
+    def local(self, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+        """What this rank's experts add to the result, [M, K]; nothing is exchanged."""
+        if self.experts is None:
+            return torch.zeros_like(hidden_states)
+        result: Tensor = self.experts(hidden_states, topk_weights, topk_ids)
+        return result
+
+    def _sharded(self, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and (hidden_states.requires_grad or topk_weights.requires_grad):
+            raise NotImplementedError(
+                "expected no gradient through experts whose tokens are sharded, got one that is wanted: call them "
+                "under torch.no_grad(), or use ExpertsPlan(tokens='replicated')"
+            )
+        x, weights, ids = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (hidden_states, topk_weights, topk_ids))
+        (group,) = self._groups("ep")
+        output = sent_to_experts(self.local, x, weights, ids, self._owner, group)
+        return summed(output, self._groups("tp"), self.plan.reduce_dtype).view(hidden_states.shape)
+
+    def _groups(self, *names: str) -> list[Any]:
+        """The process groups of those dimensions of the plan that it names."""
+        dims = [getattr(self.plan, name) for name in names]
+        return [self.mesh.get_group(mesh_dim(self.mesh, dim)) for dim in dims if dim is not None]
+
+    def extra_repr(self) -> str:
+        """Sizes of the layer and the rank's place, for ``print(module)``."""
+        place, part = self._place, self.expert_range
+        return (
+            f"num_experts={self.num_experts}, hidden_size={self.hidden_size}, "
+            f"intermediate_size={self.intermediate_size}, experts {part.start}..{part.stop - 1} of rank "
+            f"{place.ep_rank} of {place.ep_size}, intermediate part {place.tp_rank} of {place.tp_size}, "
+            f"tokens={self.plan.tokens}"
+        )
+
+
+def _build(
+    mesh: DeviceMesh,
+    plan: ExpertsPlan,
+    sizes: tuple[int, int, int],
+    device: torch.device,
+    make: Callable[[range, _Place, Tensor | None], NVFP4Experts],
+) -> ParallelExperts:
+    """``make(experts, place, expert_map)`` where the rank has experts."""
+    place = _Place.of(mesh, plan)
+    num_experts, hidden_size, intermediate_size = sizes
+    _checked_part(intermediate_size, place.tp_rank, place.tp_size)
+    part = expert_range(num_experts, place.ep_rank, place.ep_size)
+    expert_map = None
+    if len(part) < num_experts:
+        expert_map = torch.full((num_experts,), -1, dtype=torch.int32, device="cpu")
+        expert_map[part.start : part.stop] = torch.arange(len(part), dtype=torch.int32, device="cpu")
+    experts = make(part, place, expert_map) if part else None
+    return ParallelExperts(
+        experts,
+        mesh,
+        plan,
+        num_experts=num_experts,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        device=device,
+    )
+
+
+@overload
+def parallelize_experts(module: NVFP4Experts, mesh: DeviceMesh, plan: ExpertsPlan) -> ParallelExperts: ...
+@overload
+def parallelize_experts(module: _Module, mesh: DeviceMesh, plan: ExpertsPlan) -> _Module: ...
+def parallelize_experts(module: nn.Module, mesh: DeviceMesh, plan: ExpertsPlan) -> nn.Module:
+    """Replaces every ``NVFP4Experts`` in ``module`` by this rank's part of it, sliced from the canonical weights and
+    then packed: packed bytes cannot be sliced along I.
+
+    Every rank holds the whole layer while its part is cut out, one layer at a time; ``load_experts`` reads the part
+    alone.
+
+    Args:
+        module: changed in place; ``NVFP4Experts`` itself is left as it is.
+        mesh: of one dimension, or of two for a plan with tp and ep, or of more, along which all ranks do the same.
+        plan: which dimension of the mesh splits what.
+
+    Returns ``module``, or the ``ParallelExperts`` that take the place of ``module`` itself. Raises ValueError for a
+    plan that does not fit the mesh or the sizes, for experts that have an expert_map (they are a part already), and for
+    a module without experts.
+    """
+    if isinstance(module, NVFP4Experts):
+        return _parallel(module, mesh, plan)
+    found = [
+        (parent, name, child)
+        for parent in module.modules()
+        if not isinstance(parent, ParallelExperts)
+        for name, child in parent.named_children()
+        if isinstance(child, NVFP4Experts)
+    ]
+    if not found:
+        raise ValueError(f"module: expected NVFP4Experts in it, got {type(module).__name__} without")
+    for _, _, child in found:  # before the first is replaced
+        _check_whole(child)
+        _checked_part(child.intermediate_size, 0, _Place.of(mesh, plan).tp_size)
+    new: dict[int, ParallelExperts] = {}
+    for parent, name, child in found:  # a layer may be there twice
+        if id(child) not in new:
+            new[id(child)] = _parallel(child, mesh, plan)
+        setattr(parent, name, new[id(child)])
+    return module
+
+
+def _check_whole(module: NVFP4Experts) -> None:
+    if module.expert_map is not None:
+        raise ValueError(
+            "expected experts without an expert_map, got one: they are one rank's part already; build the whole layer, "
+            "or load the part with torch_nvfp4.distributed.load_experts"
+        )
+    if module.device.type == "meta":
+        raise ValueError("expected experts with weights, got them on the meta device; load_experts reads a rank's part")
+
+
+def _parallel(module: NVFP4Experts, mesh: DeviceMesh, plan: ExpertsPlan) -> ParallelExperts:
+    _check_whole(module)
+
+    def make(part: range, place: _Place, expert_map: Tensor | None) -> NVFP4Experts:
+        w13, w2 = slice_experts(*module.unpacked_weights(), part, place.tp_rank, place.tp_size)
+        w13_bias, w2_bias = _slice_biases(module, part, place)
+        return NVFP4Experts.from_weights(
+            w13,
+            w2,
+            w13_bias=w13_bias,
+            w2_bias=w2_bias,
+            quant_config=module.quant_config,
+            expert_map=expert_map,
+            apply_router_weight_on_input=module.apply_router_weight_on_input,
+            backend=module.requested_backend,
+        )
+
+    sizes = (module.num_experts, module.hidden_size, module.intermediate_size)
+    return _build(mesh, plan, sizes, module.device, make)
+
+
+def load_experts(
+    checkpoint: str | Path | Checkpoint,
+    layer: int,
+    mesh: DeviceMesh,
+    plan: ExpertsPlan,
+    *,
+    device: torch.device | str = "cpu",
+    backend: str | None = None,
+) -> ParallelExperts:
+    """One layer of a checkpoint, of which each rank reads its own part and nothing else.
+
+    Gate, limit and where the router's weight acts come from the checkpoint's config, as in
+    ``NVFP4Experts.from_checkpoint``. Raises CheckpointError (a ValueError), and what ``parallelize_experts`` raises.
+    """
+    source = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
+    config = source.layer_config(layer)
+
+    def make(part: range, place: _Place, expert_map: Tensor | None) -> NVFP4Experts:
+        weights = source.experts(layer, tp_rank=place.tp_rank, tp_size=place.tp_size, experts=part).to(device)
+        quant = MoEQuantConfig(config.gate, apply_router_weight_on_input=config.apply_router_weight_on_input)
+        return NVFP4Experts.from_weights(
+            weights.w13,
+            weights.w2,
+            w13_bias=weights.w13_bias,
+            w2_bias=weights.w2_bias,
+            quant_config=quant,
+            expert_map=expert_map,
+            backend=backend,
+        )
+
+    return _build(mesh, plan, config[:3], torch.device(device), make)
