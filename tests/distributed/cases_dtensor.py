@@ -152,6 +152,59 @@ def case_moe_compiles() -> None:
     assert relative_l2(result, expected) < ERROR
 
 
+def case_moe_gradients() -> None:
+    mesh, w, routing = one_dimension(), layer(), tokens(5)
+    leaves = [tensor.requires_grad_() for tensor in routing[:2]]
+    direction = torch.randn(5, K, generator=torch.Generator().manual_seed(2)).to(DEVICE, DTYPE)
+    expected = torch.autograd.grad(torch_nvfp4.moe(leaves[0], *w.values(), *routing[1:], **CLAMP), leaves, direction)
+    maps = placed(expert_maps(E, WORLD).to(DEVICE), mesh, S0)
+    for by_expert, by_token in ((R, S0), (S0, R), (R, R)):
+        weights = [placed(w[name], mesh, by_expert) for name in WEIGHTS]
+        given = [placed(tensor.detach(), mesh, by_token).requires_grad_() for tensor in leaves]
+        expert_map = maps if by_expert is S0 else None
+        result = torch_nvfp4.moe(given[0], *weights, given[1], placed(routing[2], mesh, by_token), expert_map, **CLAMP)
+        whole: DTensor = result.redistribute(mesh, [R])
+        grads = torch.autograd.grad(whole.to_local(), given, direction)
+        for grad, exact in zip(grads, expected, strict=True):
+            check(grad, exact, Partial() if by_expert is S0 else by_token)
+
+
+def case_gradients_of_the_steps() -> None:
+    """Of linear and swiglu along what stays sharded; what is not is replicated."""
+    mesh, w, routing = one_dimension(), layer(), tokens(5)
+    generator = torch.Generator().manual_seed(3)
+    dense = random_weight((2 * INNER, K), gated=True, generator=generator, device=DEVICE)
+    packed, scale = torch_nvfp4.pack(dense, gated=True), dense.global_scale
+    bias = torch.randn(2 * INNER, generator=generator).to(DEVICE, DTYPE)
+    order, offsets = torch_nvfp4.route(routing[2], None, E)
+
+    def dense_layer(x: Tensor, bias: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        return torch_nvfp4.swiglu(torch_nvfp4.linear(x, weight, scale, bias), **CLAMP)
+
+    def grouped(x: Tensor, topk_weights: Tensor, weight: Tensor, scale: Tensor, *plan: Tensor) -> Tensor:
+        return torch_nvfp4.grouped_gemm_swiglu(x, weight, scale, *plan, topk_weights, **CLAMP)
+
+    def plain(x: Tensor, topk_weights: Tensor, weight: Tensor, scale: Tensor, *plan: Tensor) -> Tensor:
+        return torch_nvfp4.grouped_gemm(x, weight, scale, *plan, topk_weights)
+
+    experts = (w["w13"], w["w13_global_scale"], order, offsets)
+    for run, leaves, frozen, placement in (
+        (dense_layer, (routing[0], bias), (packed, scale), S0),
+        (grouped, routing[:2], experts, R),
+        (plain, routing[:2], experts, R),
+    ):
+        inputs = [leaf.detach().requires_grad_() for leaf in leaves]
+        output = run(*inputs, *frozen)
+        expected = torch.autograd.grad(output.square().sum(), inputs)
+        given = [placed(inputs[0].detach(), mesh, S0), placed(inputs[1].detach(), mesh, R)]
+        given = [leaf.requires_grad_() for leaf in given]
+        result = run(*given, *(placed(tensor, mesh, R) for tensor in frozen))
+        check(result, output, placement)
+        grads = torch.autograd.grad(result.square().sum().full_tensor(), given)
+        for grad, exact in zip(grads, expected, strict=True):
+            assert relative_l2(grad.full_tensor(), exact) < ERROR  # type: ignore[attr-defined]
+
+
 def case_words_of_refusals() -> None:
     mesh, w, routing = one_dimension(), layer(), tokens(4)
     maps = placed(expert_maps(E, WORLD).to(DEVICE), mesh, S0)

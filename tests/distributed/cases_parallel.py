@@ -264,34 +264,45 @@ def case_compiles_with_functional_collectives() -> None:
         assert "nvfp4.moe" in graphs[0]
 
 
-class Differentiable(nn.Module):
-    """A rank's experts in fp64, in the place of the kernels, through whose gradients those of the layer are seen."""
-
-    def __init__(self, experts: NVFP4Experts) -> None:
-        super().__init__()
-        self.weights, self.gate, self.map = experts.unpacked_weights(), experts.quant_config.gate, experts.expert_map
-
-    def forward(self, x: Tensor, topk_weights: Tensor, ids: Tensor) -> Tensor:
-        return reference.moe(x, *self.weights, topk_weights, ids, self.map, **self.gate.kwargs())
-
-
 def case_gradients_are_those_of_the_layer() -> None:
-    whole = NVFP4Experts.from_weights(*weights(5), clamp_limit=0.5)
-    x, topk_weights, ids = tokens(6, 5)
-    x, topk_weights = x.double().requires_grad_(), topk_weights.double().requires_grad_()
-    direction = torch.randn(6, K, generator=torch.Generator().manual_seed(9)).to(DEVICE, torch.float64)
-    expected = torch.autograd.grad((Differentiable(whole)(x, topk_weights, ids) * direction).sum(), (x, topk_weights))
-    for mesh, split in meshes():
-        parallel = parallelize_experts(whole, mesh, ExpertsPlan(**split))
-        parallel.experts = Differentiable(parallel.experts) if parallel.experts is not None else None  # type: ignore
-        for wanted in (0, 1):  # one alone, too
-            inputs = [tensor if index == wanted else tensor.detach() for index, tensor in enumerate((x, topk_weights))]
-            output = parallel(*inputs, ids)
-            (grad,) = torch.autograd.grad((output * direction).sum(), (inputs[wanted],))
-            assert relative_l2(grad, expected[wanted]) < 1e-12
+    generator = torch.Generator().manual_seed(9)
+    direction = torch.randn(6, K, generator=generator).to(DEVICE, torch.float64)
+    for experts, on_input in ((5, False), (1, True)):  # 1 leaves ranks without experts
+        w13, w2 = weights(experts)
+        biases = [torch.randn(experts, size, generator=generator).to(DEVICE) for size in (2 * INNER, K)]
+        quant = MoEQuantConfig(Gate("silu", 0.5), apply_router_weight_on_input=on_input)
+        whole = NVFP4Experts.from_weights(w13, w2, w13_bias=biases[0], w2_bias=biases[1], quant_config=quant)
+        *inputs, ids = tokens(6, experts)
+        exact = [tensor.double().requires_grad_() for tensor in inputs]
+        output = reference.moe(
+            exact[0], w13, w2, exact[1], ids, None, *biases, clamp_limit=0.5, apply_router_weight_on_input=on_input
+        )
+        expected = torch.autograd.grad((output * direction).sum(), exact)
+        for mesh, split in meshes():
+            parallel = parallelize_experts(whole, mesh, ExpertsPlan(**split))
+            for wanted in ((0,), (1,), (0, 1)):
+                leaves = [tensor.detach().requires_grad_(index in wanted) for index, tensor in enumerate(inputs)]
+                output = parallel(*leaves, ids)
+                grads = torch.autograd.grad(output, [leaves[index] for index in wanted], direction.to(output.dtype))
+                for index, grad in zip(wanted, grads, strict=True):
+                    assert relative_l2(grad, expected[index]) < ERROR
     sharded = parallelize_experts(whole, init_device_mesh(DEVICE, (WORLD,)), ExpertsPlan(ep=0, tokens="sharded"))
     with pytest.raises(NotImplementedError, match="expected no gradient through experts whose tokens are sharded"):
-        sharded(x, topk_weights, ids)
+        sharded(*leaves, ids)
+
+
+def case_compiled_gradients() -> None:
+    mesh = init_device_mesh(DEVICE, (WORLD,))
+    whole = NVFP4Experts.from_weights(*weights(2), clamp_limit=0.5)  # of four ranks two have no expert
+    parallel = parallelize_experts(whole, mesh, ExpertsPlan(ep=0))
+    torch._dynamo.reset()
+    compiled = torch.compile(parallel, fullgraph=True, backend="aot_eager")
+    *inputs, ids = tokens(6, 2)
+    leaves = [tensor.requires_grad_() for tensor in inputs]
+    direction = torch.randn(6, K, generator=torch.Generator().manual_seed(9)).to(DEVICE, DTYPE)
+    grads = [torch.autograd.grad(run(*leaves, ids), leaves, direction) for run in (compiled, whole)]
+    for grad, expected in zip(*grads, strict=True):
+        assert relative_l2(grad, expected) < ERROR
 
 
 def case_words_of_plans() -> None:

@@ -352,6 +352,33 @@ def test_saved_tensors_are_arguments(device: str) -> None:
     assert {t.data_ptr() for t in saved} <= given
 
 
+@pytest.mark.parametrize("op", ["linear", "grouped_gemm", "combine"])
+def test_x_is_saved_where_its_values_are_read(op: str, device: str) -> None:
+    """The gradient of x itself takes the weights alone; that of the router weights takes x."""
+    case = prepared("silu", 30, False)
+    w2, scale = case.experts.weights(device)[2:]
+    weights, ids = to(device, case.weights, case.ids)
+    order, offsets = torch_nvfp4.route(ids, None, E)
+    dense = random_weight((96, I), generator=seeded(1), device=device)
+    packed = torch_nvfp4.pack(dense)
+    run = {
+        "linear": lambda x, _: torch_nvfp4.linear(x, packed, dense.global_scale),
+        "grouped_gemm": lambda x, weights: torch_nvfp4.grouped_gemm(x, w2, scale, order, offsets, weights.view(-1, 1)),
+        "combine": lambda x, weights: torch_nvfp4.combine(x, weights, ids, None, E),
+    }[op]
+    saved: list[int] = []
+    grads = []
+    for wanted in (False, True):
+        x = activations(ids.numel(), I, seed=1).to(device, BF16).requires_grad_()
+        saved.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
+            out = run(x, weights.detach().requires_grad_(wanted))
+        assert (x.data_ptr() in saved) == (wanted and op != "linear")
+        out.sum().backward()
+        grads.append(x.grad)
+    assert torch.equal(grads[0], grads[1])  # type: ignore[arg-type]
+
+
 def test_activation_checkpointing(device: str) -> None:
     layer, x = _layer(device)
     layer(x).sum().backward()

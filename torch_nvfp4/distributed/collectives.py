@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-__all__ = ["gradients_added", "sent_to_experts", "summed"]
+__all__ = ["gradients_added", "nothing_added", "sent_to_experts", "summed"]
 
 Groups = Sequence[Any]
 """Process groups, one per dimension of the mesh; a sum over all of them is one over each after the other."""
@@ -28,6 +28,13 @@ def summed(partial: Tensor, groups: Groups, dtype: torch.dtype | None = None) ->
 def gradients_added(tensor: Tensor, groups: Groups) -> Tensor:
     """``tensor``, which every rank has and uses for its own part: its gradient is the sum of theirs."""
     result: Tensor = _GradientsAdded.apply(tensor, groups)
+    return result
+
+
+def nothing_added(hidden_states: Tensor, topk_weights: Tensor) -> Tensor:
+    """Zeros like hidden_states, of a rank without experts. Its backward passes zeros on to both: the other ranks wait
+    for it where gradients are added."""
+    result: Tensor = _NothingAdded.apply(hidden_states, topk_weights)
     return result
 
 
@@ -57,6 +64,18 @@ class _GradientsAdded(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return _all_reduce(grads[0].clone(), ctx.groups, None), None
+
+
+class _NothingAdded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_states: Tensor, topk_weights: Tensor) -> Tensor:
+        ctx.save_for_backward(topk_weights)
+        return torch.zeros_like(hidden_states)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        (topk_weights,) = ctx.saved_tensors
+        return torch.zeros_like(grads[0]), torch.zeros_like(topk_weights)
 
 
 def sent_to_experts(

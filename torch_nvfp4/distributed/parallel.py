@@ -12,7 +12,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from torch_nvfp4.checkpoint import Checkpoint
-from torch_nvfp4.distributed.collectives import gradients_added, sent_to_experts, summed
+from torch_nvfp4.distributed.collectives import gradients_added, nothing_added, sent_to_experts, summed
 from torch_nvfp4.format import GROUP_SIZE, NVFP4Weight
 from torch_nvfp4.nn import NVFP4Experts
 from torch_nvfp4.quant_config import MoEQuantConfig
@@ -217,7 +217,7 @@ class ParallelExperts(nn.Module):
     def local(self, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         """What this rank's experts add to the result, [M, K]; nothing is exchanged."""
         if self.experts is None:
-            return torch.zeros_like(hidden_states)
+            return nothing_added(hidden_states, topk_weights)
         result: Tensor = self.experts(hidden_states, topk_weights, topk_ids)
         return result
 

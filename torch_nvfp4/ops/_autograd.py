@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -18,7 +18,11 @@ _REASONS: list[str] = []
 """What ``nvfp4::no_gradient`` raises, by its argument ``reason``."""
 
 Backward = Callable[[Tensor, dict[str, Any], dict[str, bool]], dict[str, Tensor]]
-"""``backward(grad_output, arguments, needed)``: gradients by name of those arguments that are needed and have one."""
+"""``backward(grad_output, arguments, needed)``: gradients by name of those arguments that are needed and have one. In
+the place of an argument whose values it does not read (``Unread``) stands the shape."""
+
+Unread = Callable[[dict[str, bool]], Sequence[str]]
+"""``unread(needed)``: the arguments of which the backward for these needs no values, so that nothing is saved."""
 
 
 def _no_gradient(grad_output: Tensor, input: Tensor, reason: int) -> NoReturn:
@@ -50,7 +54,7 @@ def _in_forward_mode(tensors: list[Tensor]) -> bool:
 
 
 def _gradient(
-    overload: Any, names: list[str], reasons: dict[str, int], backward: Backward | None
+    overload: Any, names: list[str], reasons: dict[str, int], backward: Backward | None, unread: Unread | None
 ) -> type[torch.autograd.Function]:
     """The autograd function of an op with these positional arguments, called with its keywords as one dict first."""
 
@@ -66,9 +70,12 @@ def _gradient(
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             ctx.kwargs, *args = inputs
-            ctx.saved = [isinstance(arg, Tensor) for arg in args]
-            ctx.constants = [None if saved else arg for saved, arg in zip(ctx.saved, args, strict=True)]
-            ctx.save_for_backward(*[arg for arg in args if isinstance(arg, Tensor)])
+            needed = dict(zip(names, ctx.needs_input_grad[1:], strict=False))
+            shapes = () if unread is None else unread(needed)
+            kept = [arg.shape if name in shapes else arg for name, arg in zip(names, args, strict=False)]
+            ctx.saved = [isinstance(arg, Tensor) for arg in kept]
+            ctx.constants = [None if saved else arg for saved, arg in zip(ctx.saved, kept, strict=True)]
+            ctx.save_for_backward(*[arg for arg in kept if isinstance(arg, Tensor)])
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
@@ -95,7 +102,9 @@ def _below(overload: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return overload(*args, **kwargs)
 
 
-def register_autograd(op: str, alternative: str, backward: Backward | None = None) -> None:
+def register_autograd(
+    op: str, alternative: str, backward: Backward | None = None, unread: Unread | None = None
+) -> None:
     """Registers the gradients of ``nvfp4::<op>``, or, without ``backward``, that it has none.
 
     A gradient that does not exist raises NotImplementedError with ``alternative`` when it is computed, so that a
@@ -107,7 +116,7 @@ def register_autograd(op: str, alternative: str, backward: Backward | None = Non
     names = [argument.name for argument in overload._schema.arguments if not argument.kwarg_only]
     reasons = {name: _reason(op, f" with respect to {name}", alternative) for name in names}
     forward_mode = _reason(op, " in forward mode", alternative)
-    gradient = _gradient(overload, names, reasons, backward)
+    gradient = _gradient(overload, names, reasons, backward, unread)
 
     def autograd(*args: Any, **kwargs: Any) -> Any:
         tensors = [arg for arg in args if isinstance(arg, Tensor)]

@@ -144,6 +144,9 @@ def _grouped_gemm(with_gate: bool) -> Any:
     backward_op = getattr(torch.ops.nvfp4, name)
 
     def backward(grad_output: Tensor, arguments: dict[str, Any], needed: dict[str, bool]) -> dict[str, Tensor]:
+        x = arguments["x"]
+        if not isinstance(x, Tensor):  # nobody reads it
+            arguments["x"] = grad_output.new_empty(x)
         tensors = [arguments.pop(name, None) for name in _GEMM_TENSORS]
         wants = {f"needs_{name}": needed.get(name, False) for name in ("x", "topk_weights")}
         if not any(wants.values()):
@@ -154,6 +157,11 @@ def _grouped_gemm(with_gate: bool) -> Any:
         return {name: grad for name, grad in grads.items() if needed.get(name)}
 
     return backward
+
+
+def _unread_x(needed: dict[str, bool]) -> tuple[str, ...]:
+    """The gradient of x is made of the weights and of what flows back; only the slots' scales take x's values."""
+    return () if needed.get("topk_weights") else ("x",)
 
 
 def _combine(grad_output: Tensor, arguments: dict[str, Any], needed: dict[str, bool]) -> dict[str, Tensor]:
@@ -170,7 +178,8 @@ def _combine(grad_output: Tensor, arguments: dict[str, Any], needed: dict[str, b
     flow = grad_output.unsqueeze(1).to(torch.float32)  # [M, 1, N]
     grads = {}
     if needed["x"]:
-        grads["x"] = torch.where(kept, weights.unsqueeze(-1) * flow, 0.0).to(x.dtype).view(x.shape)
+        rows = torch.where(kept, weights.unsqueeze(-1) * flow, 0.0).to(grad_output.dtype)
+        grads["x"] = rows.flatten(0, 1)
     if needed["topk_weights"]:
         # where and not a product with 0: a skipped slot may hold NaN.
         rows = torch.where(kept, x.view(*ids.shape, x.shape[1]), 0.0)
@@ -199,7 +208,7 @@ def _linear(grad_output: Tensor, arguments: dict[str, Any], needed: dict[str, bo
     grads = {}
     if needed["x"]:
         weight, scale = arguments["weight"], arguments["global_scale"]
-        grads["x"] = torch.ops.nvfp4.linear_backward(grad_output, weight, scale, arguments["x"].shape[-1])
+        grads["x"] = torch.ops.nvfp4.linear_backward(grad_output, weight, scale, arguments["x"][-1])
     if needed.get("bias"):
         grads["bias"] = grad_output.flatten(0, -2).sum(0) if grad_output.dim() > 1 else grad_output
     return grads
@@ -239,12 +248,14 @@ def _register() -> None:
         "linear": _linear,
         "swiglu": _swiglu,
     }
+    unread: dict[str, Any] = dict.fromkeys(("grouped_gemm", "combine", "linear"), _unread_x)
     for op, function in backward.items():
         register_autograd(
             op,
             "Weights, scales and experts' biases are frozen, and activations and router weights have first derivatives "
             f"by reverse mode alone: detach the argument, or use torch_nvfp4.reference.{op} (plain torch).",
             function,
+            unread.get(op),
         )
     for op in ("moe", "grouped_gemm", "grouped_gemm_swiglu", "linear", "swiglu"):
         register_autograd(
