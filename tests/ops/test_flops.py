@@ -69,6 +69,33 @@ def test_linear(device: str, gated: bool) -> None:
     assert flops(lambda: torch_nvfp4.linear(x, packed, weight.global_scale)) == 2 * 6 * 96 * HIDDEN
 
 
+def test_derivatives(device: str) -> None:
+    """The forward op, what its derivative makes again, and the products with the stored rows."""
+    x, (w13, scale13, w2, scale2), topk_weights, ids = arguments(device)
+    order, offsets = torch_nvfp4.route(ids, None, EXPERTS)
+    slots, w13_products = TOKENS * TOP_K, 2 * 2 * INNER * HIDDEN
+    dense = random_weight((96, HIDDEN), generator=torch.Generator().manual_seed(1), device=device)
+    packed = torch_nvfp4.pack(dense)
+    calls = {
+        "moe": lambda x, w: torch_nvfp4.moe(x, w13, scale13, w2, scale2, w, ids),
+        "grouped_gemm": lambda x, w: torch_nvfp4.grouped_gemm(x, w13, scale13, order, offsets, w),
+        "grouped_gemm_swiglu": lambda x, w: torch_nvfp4.grouped_gemm_swiglu(x, w13, scale13, order, offsets, w),
+        "linear": lambda x, _: torch_nvfp4.linear(x, packed, dense.global_scale),
+    }
+    # Of one slot, or row: forward and backward with respect to x, to the router weights, and to both.
+    expected = {
+        "moe": (2 * MLP + w13_products, 2 * MLP, 2 * MLP + w13_products),
+        "grouped_gemm": (2 * w13_products, 2 * w13_products, 3 * w13_products),
+        "grouped_gemm_swiglu": (3 * w13_products, 2 * w13_products, 3 * w13_products),
+        "linear": (2 * 2 * 96 * HIDDEN,),
+    }
+    for op, call in calls.items():
+        rows = TOKENS if op == "linear" else slots
+        for needs, products in zip(((True, False), (False, True), (True, True)), expected[op], strict=False):
+            leaves = [leaf.detach().requires_grad_(need) for leaf, need in zip((x, topk_weights), needs, strict=True)]
+            assert flops(lambda call=call, leaves=leaves: call(*leaves).sum().backward()) == rows * products, op
+
+
 def test_modules_count_under_fake_tensors() -> None:
     with FakeTensorMode():
         experts = torch_nvfp4.NVFP4Experts(EXPERTS, HIDDEN, INNER, clamp_limit=7.0)

@@ -3,7 +3,7 @@
 The counter sees shapes alone, so every slot counts as if it had an expert, and every row of ``batched_moe`` as if it
 were one of those that the expert was given: an upper bound with ``expert_map``, ids of no expert, or fewer rows. A
 multiplication and an addition are two operations, as in torch's own formulas; gates, sums over slots and decoding of
-weights count nothing.
+weights count nothing. Backward ops count the products that they make again, as torch's attention does.
 """
 
 from __future__ import annotations
@@ -56,3 +56,35 @@ def _grouped_gemm_flop(
 @register_flop_formula(torch.ops.nvfp4.linear)
 def _linear_flop(x: Shape, weight: Shape, global_scale: Shape, *_: Any, **__: Any) -> int:
     return 2 * math.prod(x) * _rows(weight, global_scale, batched=False)
+
+
+@register_flop_formula(torch.ops.nvfp4.moe_backward)
+def _moe_backward_flop(
+    grad_output: Shape, hidden_states: Shape, w13: Shape, w13_global_scale: Shape, w2: Shape, w2_global_scale: Shape,
+    topk_weights: Shape, *_: Any, needs_hidden_states: bool = True, **__: Any,
+) -> int:  # fmt: skip
+    slots, k = math.prod(topk_weights), hidden_states[-1]
+    again = 2 * slots * k * _rows(w13, w13_global_scale, batched=True)
+    return _moe(slots, k, w13, w13_global_scale) + (again if needs_hidden_states else 0)
+
+
+@register_flop_formula(torch.ops.nvfp4.grouped_gemm_backward)
+def _grouped_gemm_backward_flop(
+    grad_output: Shape, x: Shape, *arguments: Any, needs_x: bool = True, needs_topk_weights: bool = False, **__: Any
+) -> int:
+    return math.prod(grad_output) * 2 * x[-1] * (needs_x + needs_topk_weights)
+
+
+@register_flop_formula(torch.ops.nvfp4.grouped_gemm_swiglu_backward)
+def _grouped_gemm_swiglu_backward_flop(
+    grad_output: Shape, x: Shape, weight: Shape, global_scale: Shape, order: Shape, *_: Any, needs_x: bool = True,
+    **__: Any,
+) -> int:  # fmt: skip
+    return _grouped_gemm_flop(x, weight, global_scale, order) * (1 + needs_x)
+
+
+@register_flop_formula(torch.ops.nvfp4.linear_backward)
+def _linear_backward_flop(
+    grad_output: Shape, weight: Shape, global_scale: Shape, in_features: int, *_: Any, **__: Any
+) -> int:
+    return 2 * math.prod(grad_output) * in_features
