@@ -108,15 +108,15 @@ def check_batched_moe(e: int, k: int, i: int, t: int, counts: list[int], dtype: 
             assert_accurate(rows[:count], wanted[:count])
 
 
-# E, K, I, top_k, M: tiles of 32 tokens, with and without one that is full, and of 64.
-GRADIENTS = [(8, 192, 96, 2, 3), (4, 144, 48, 2, 70), (2, 256, 160, 2, 150)]
+# E, K, I, top_k, M: tiles of 32 tokens, with and without one that is full, of 64, and of 128.
+GRADIENTS = [(8, 192, 96, 2, 3), (4, 144, 48, 2, 70), (2, 256, 160, 2, 150), (72, 320, 176, 2, 160)]
 
 
 def check_gradients(e: int, k: int, i: int, top_k: int, m: int, dtype: torch.dtype, device: str) -> None:
     generator = torch.Generator().manual_seed(m)
     flow = torch.randn(m, k, generator=generator).to(device, dtype)
     topk_weights, topk_ids = random_routing(m, e, top_k, generator=generator, device=device)
-    topk_ids[m // 2] = -1
+    topk_ids[: m // 2, 0], topk_ids[m // 2] = 1, -1
     w2 = random_weight((e, k, i), generator=generator, device=device)
     for gated, gate in ((True, {"clamp_limit": LIMIT}), (False, {"activation": "relu2"})):
         rows = 2 * i if gated else i

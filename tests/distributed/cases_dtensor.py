@@ -193,16 +193,17 @@ def case_gradients_of_the_steps() -> None:
         (grouped, routing[:2], experts, R),
         (plain, routing[:2], experts, R),
     ):
-        inputs = [leaf.detach().requires_grad_() for leaf in leaves]
-        output = run(*inputs, *frozen)
-        expected = torch.autograd.grad(output.square().sum(), inputs)
-        given = [placed(inputs[0].detach(), mesh, S0), placed(inputs[1].detach(), mesh, R)]
-        given = [leaf.requires_grad_() for leaf in given]
-        result = run(*given, *(placed(tensor, mesh, R) for tensor in frozen))
-        check(result, output, placement)
-        grads = torch.autograd.grad(result.square().sum().full_tensor(), given)
-        for grad, exact in zip(grads, expected, strict=True):
-            assert relative_l2(grad.full_tensor(), exact) < ERROR  # type: ignore[attr-defined]
+        for both in (True, False):
+            inputs = [leaf.detach().requires_grad_(both or index == 0) for index, leaf in enumerate(leaves)]
+            output = run(*inputs, *frozen)
+            expected = torch.autograd.grad(output.square().sum(), inputs if both else inputs[:1])
+            given = [placed(leaf.detach(), mesh, place) for leaf, place in zip(inputs, (S0, R), strict=True)]
+            given = [leaf.requires_grad_(both or index == 0) for index, leaf in enumerate(given)]
+            result = run(*given, *(placed(tensor, mesh, R) for tensor in frozen))
+            check(result, output, placement)
+            grads = torch.autograd.grad(result.square().sum().full_tensor(), given if both else given[:1])
+            for grad, exact in zip(grads, expected, strict=True):
+                assert relative_l2(grad.full_tensor(), exact) < ERROR  # type: ignore[attr-defined]
 
 
 def case_words_of_refusals() -> None:

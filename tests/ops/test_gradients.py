@@ -20,6 +20,7 @@ from torch_nvfp4.gate import activate, parse_activation
 from torch_nvfp4.testing import TOLERANCE, assert_accurate, random_routing, random_weight, relative_l2
 
 E, K, I, TOP_K = 16, 144, 48, 2  # noqa: E741 (three panels of 16 rows, and part of a block)
+MANY = 72  # experts: enough tiles for the kernels on wgmma
 ALL = {**{name: Kind(gate, True, False) for name, gate in GATES.items()}, **KINDS}
 kinds = pytest.mark.parametrize("name", ALL)
 
@@ -82,6 +83,29 @@ def test_router_weight_on_input(name: str, m: int, target: str) -> None:
         assert_accurate(grad_x, case.grads[0])
         assert_accurate(grad_weights, case.grads[1], dtype=dtype)
         assert not grad_weights[case.ids < 0].any()
+
+
+@pytest.mark.parametrize("k", [144, 320])
+@pytest.mark.parametrize("name", ["silu-clamped", "gpt-oss with biases", "relu2 without a gate", "situ"])
+def test_many_experts(name: str, k: int, target: str) -> None:
+    """Experts of few tokens, and of so many that a tile is full or not enough."""
+    kind, m, inner = ALL[name], 200, 176
+    experts = make_experts(kind, MANY, k, inner, seed=1)
+    hidden, flow = hidden_of(experts, m, seed=2), activations(m, k, seed=3)
+    topk_weights, ids = random_routing(m, MANY, 3, generator=seeded(4))
+    ids[:, 0] = 0
+    ids[:110, 1], ids[110:190, 1] = 1, 2
+    ids[:40, 2], ids[40:43, 2] = 3, -1
+    x, weights = leaf_of(hidden), leaf_of(topk_weights, dtype=torch.float64)
+    expected_moe(experts, x, weights, ids).backward(flow)
+    for dtype in dtypes_of(target):
+        leaf, router = leaf_of(hidden, target, dtype), leaf_of(topk_weights, target)
+        out = torch_nvfp4.moe(
+            leaf, *experts.weights(target), router, ids.to(target), **experts.biases(target), **kind.gate
+        )
+        out.backward(flow.to(target, dtype))
+        assert_accurate(leaf.grad.cpu(), x.grad)  # type: ignore[union-attr, arg-type]
+        assert_accurate(router.grad.cpu(), weights.grad, dtype=dtype)  # type: ignore[union-attr, arg-type]
 
 
 @pytest.mark.parametrize("m", [30, 500])
@@ -171,26 +195,30 @@ def test_no_tokens(target: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("gated", [False, True])
 def test_grouped_gemm(gated: bool, scaled: bool, m: int, target: str, dtype: torch.dtype) -> None:
     _check_grouped_gemm(gated, scaled, m, target, dtype, bias=None)
+    if m == 200 and dtype != FP32:
+        _check_grouped_gemm(gated, scaled, m, target, dtype, bias=None, experts=MANY)
 
 
-@pytest.mark.parametrize("m", [1, 30])
+@pytest.mark.parametrize(("m", "experts"), [(1, E), (30, E), (200, MANY)])
 @pytest.mark.parametrize("scaled", [False, True])
 @kinds
-def test_grouped_gemm_swiglu(name: str, scaled: bool, m: int, target: str) -> None:
+def test_grouped_gemm_swiglu(name: str, scaled: bool, m: int, experts: int, target: str) -> None:
+    kind = ALL[name]
     for dtype in dtypes_of(target):
-        _check_grouped_gemm(ALL[name].gated, scaled, m, target, dtype, bias=ALL[name].biased, kind=ALL[name])
+        _check_grouped_gemm(kind.gated, scaled, m, target, dtype, bias=kind.biased, kind=kind, experts=experts)
 
 
 def _check_grouped_gemm(
-    gated: bool, scaled: bool, m: int, target: str, dtype: torch.dtype, *, bias: bool | None, kind: Kind | None = None
-) -> None:
+    gated: bool, scaled: bool, m: int, target: str, dtype: torch.dtype, *, bias: bool | None, kind: Kind | None = None,
+    experts: int = E,
+) -> None:  # fmt: skip
     n, gate = 96 if gated else 80, {} if kind is None else kind.gate
     generator = seeded(m)
-    weight = random_weight((E, n, K), gated=gated, generator=generator)
-    added = torch.randn(E, n, generator=generator) if bias else None
-    topk_weights, ids = random_routing(m, E, 3, generator=generator)
+    weight = random_weight((experts, n, K), gated=gated, generator=generator)
+    added = torch.randn(experts, n, generator=generator) if bias else None
+    topk_weights, ids = random_routing(m, experts, 3, generator=generator)
     ids.view(-1)[::7] = -1
-    order, offsets = reference.route(ids, None, E)
+    order, offsets = reference.route(ids, None, experts)
     x = activations(m if scaled else m * 3, K, seed=m, scale=0.1)
     packed = torch_nvfp4.pack(NVFP4Weight(*to(target, *weight)), gated=gated)
     leaf, router = leaf_of(x, target, dtype), leaf_of(topk_weights, target)
@@ -241,6 +269,21 @@ def test_linear(gated: bool, shape: tuple[int, ...], target: str, dtype: torch.d
     reference.linear(exact, weight, exact_bias).backward(flow)
     assert_accurate(leaf.grad.cpu(), exact.grad)  # type: ignore[union-attr, arg-type]
     assert_accurate(bias.grad.cpu(), exact_bias.grad)  # type: ignore[union-attr, arg-type]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gated", [False, True])
+def test_linear_of_many_rows(gated: bool) -> None:
+    """Enough tiles for the kernels on wgmma."""
+    weight = random_weight((96, K), gated=gated, generator=seeded(1))
+    flow = activations(9000, 96, seed=3)
+    exact = leaf_of(torch.zeros(9000, K, dtype=torch.float64))
+    reference.linear(exact, weight).backward(flow)
+    packed = torch_nvfp4.pack(NVFP4Weight(*to("cuda", *weight)), gated=gated)
+    for dtype in dtypes_of("cuda"):
+        leaf = torch.zeros(9000, K, dtype=dtype, device="cuda", requires_grad=True)
+        torch_nvfp4.linear(leaf, packed, weight.global_scale.cuda()).backward(flow.to("cuda", dtype))
+        assert_accurate(leaf.grad.cpu(), exact.grad)  # type: ignore[union-attr, arg-type]
 
 
 @pytest.mark.parametrize("shape", [(1,), (3, 33), (2, 5, 256), (0, 8)], ids=str)
