@@ -84,7 +84,7 @@ def test_training_lowers_the_loss(path: Path) -> None:
         losses[kind] = []
         for _ in range(6):
             loss = loss_of(model)
-            losses[kind].append(float(loss))
+            losses[kind].append(float(loss.detach()))
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
