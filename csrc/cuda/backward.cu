@@ -25,14 +25,22 @@ PackedWeight packed_weight(const Weight& w) {
           .k_blocks = k_blocks_of(w.k)};
 }
 
-// A wide tile decodes a weight for twice as many tokens.
-BackwardTile tile_for(int64_t slots, int64_t experts) {
-  return slots > experts * static_cast<int>(BackwardTile::narrow) ? BackwardTile::wide : BackwardTile::narrow;
-}
-
 // At most so many tiles, whatever the routing.
 int most_tiles(int64_t slots, int64_t experts, BackwardTile tile) {
   return static_cast<int>(std::min(slots, experts) + slots / static_cast<int>(tile));
+}
+
+// Tall tiles where they are for half of the SMs; a wide tile decodes a weight for twice as many tokens as a narrow one.
+BackwardTile tile_for(const Context& context, int64_t slots, int64_t experts, int64_t columns) {
+  constexpr int64_t kTallColumns = 256;
+  const int64_t tall = most_tiles(slots, experts, BackwardTile::tall) * ceil_div(columns, kTallColumns);
+  if (static_cast<Isa>(context.level) == Isa::sm90 && 2 * tall >= device().multiprocessors) return BackwardTile::tall;
+  return slots > experts * static_cast<int>(BackwardTile::narrow) ? BackwardTile::wide : BackwardTile::narrow;
+}
+
+// Room for x with its k permuted, which tall tiles take.
+void* take_image(Workspace& workspace, BackwardTile tile, int64_t rows, int64_t k) {
+  return tile == BackwardTile::tall ? workspace.take<uint16_t>(rows * k_blocks_of(k) * kBlockK) : nullptr;
 }
 
 void clear(void* out, int64_t bytes, void* stream) {
@@ -46,6 +54,8 @@ struct MoePlan {
   int64_t slots;
   void* aligned_x;
   void* aligned_grad;
+  float* into;    // with tall tiles: [slots, k of w2]
+  void* x_image;  // with tall tiles
   int32_t* order;
   int32_t* offsets;
   void* sort;
@@ -66,6 +76,9 @@ ActivationBackwardParams activation_params(const MoeBackwardArgs& args, const Mo
       .slots_per_row = static_cast<int>(f.routing.top_k),
       .x = f.hidden_states,
       .grad_out = args.grad_out,
+      .into = plan.into,
+      .x_image = plan.x_image,
+      .x_rows = f.routing.tokens,
       .w13 = packed_weight(f.w13),
       .w2 = packed_weight(f.w2),
       .gate = f.gate,
@@ -81,9 +94,11 @@ MoePlan plan_of(const MoeBackwardArgs& args, const Context& context) {
   MoePlan plan{};
   Workspace workspace(context.workspace);
   plan.slots = f.routing.tokens * f.routing.top_k;
-  plan.tile = tile_for(plan.slots, f.w13.experts);
+  plan.tile = tile_for(context, plan.slots, f.w13.experts, f.w13.k);
   plan.aligned_x = take_copy(workspace, f.hidden_states, f.routing.tokens * f.w13.k);
   plan.aligned_grad = take_copy(workspace, args.grad_out, f.routing.tokens * f.w13.k);
+  plan.x_image = take_image(workspace, plan.tile, f.routing.tokens, f.w13.k);
+  if (plan.tile == BackwardTile::tall) plan.into = workspace.take<float>(plan.slots * f.w2.k);
   plan.order = workspace.take<int32_t>(plan.slots);
   plan.offsets = workspace.take<int32_t>(f.routing.experts + 1);
   plan.sort = workspace.take<void>(static_cast<int64_t>(sort_workspace(f.routing)));
@@ -129,6 +144,7 @@ struct GroupedPlan {
   CheckedRouting routing;
   void* aligned_x;
   void* aligned_grad;
+  void* x_image;  // with a gate and tall tiles
   int4* tile_table;
   void* flow;       // [slots, n], unless the gradient itself is multiplied
   void* slot_rows;  // [slots, k], if several slots share a row of x
@@ -154,6 +170,9 @@ ActivationBackwardParams activation_params(const GroupedGemmBackwardArgs& args, 
       .slots_per_row = static_cast<int>(f.slots / f.rows),
       .x = f.x,
       .grad_out = args.grad_out,
+      .into = nullptr,
+      .x_image = plan.x_image,
+      .x_rows = f.rows,
       .w13 = packed_weight(f.weight),
       .w2 = {},
       .gate = *f.gate,
@@ -177,11 +196,12 @@ GroupedPlan plan_of(const GroupedGemmBackwardArgs& args, const Context& context)
   const GroupedGemmArgs& f = args.forward;
   GroupedPlan plan{};
   Workspace workspace(context.workspace);
-  plan.tile = tile_for(f.slots, f.weight.experts);
+  plan.tile = tile_for(context, f.slots, f.weight.experts, f.weight.k);
   plan.routing = {workspace.take<int32_t>(f.slots), workspace.take<int32_t>(f.weight.experts + 2)};
   plan.aligned_x = take_copy(workspace, f.x, f.rows * f.weight.k);
   const int64_t grad_columns = f.gate == nullptr ? f.weight.n : f.weight.features();
   plan.aligned_grad = take_copy(workspace, args.grad_out, f.slots * grad_columns);
+  if (f.gate != nullptr) plan.x_image = take_image(workspace, plan.tile, f.rows, f.weight.k);
   plan.tile_table = static_cast<int4*>(workspace.take<void>(
       static_cast<int64_t>(tile_table_bytes(f.slots, f.weight.experts, static_cast<int>(plan.tile)))));
   if (!multiplies_gradient_itself(f)) plan.flow = workspace.take<uint16_t>(f.slots * f.weight.n);
@@ -238,7 +258,7 @@ void grouped_grad_x(const GroupedGemmBackwardArgs& args, const GroupedPlan& plan
   transposed_gemm(f.dtype, plan.tile,
                   {.rows = rows_of(f, plan),
                    .y = itself ? args.grad_out : plan.flow,
-                   .y_by_slot = itself,
+                   .slots_per_row = itself ? 1 : 0,
                    .weight = packed_weight(f.weight),
                    // With a gate the flow has it already.
                    .slot_scale = f.gate == nullptr ? f.slot_scale : nullptr,
@@ -261,7 +281,7 @@ struct LinearPlan {
 LinearPlan plan_of(const LinearBackwardArgs& args, const Context& context) {
   LinearPlan plan{};
   Workspace workspace(context.workspace);
-  plan.tile = tile_for(args.rows, 1);
+  plan.tile = tile_for(context, args.rows, 1, args.weight.k);
   plan.aligned_grad = take_copy(workspace, args.grad_out, args.rows * args.weight.n);
   if (args.weight.gated) plan.flow = workspace.take<uint16_t>(args.rows * args.weight.n);
   plan.bytes = workspace.bytes();
@@ -285,13 +305,24 @@ void moe_backward(const MoeBackwardArgs& original, const Context& context) {
   sort_slots(f.routing, plan.order, plan.offsets, plan.tile_table, static_cast<int>(plan.tile), plan.sort,
              context.stream);
   const ActivationBackwardParams activation = activation_params(args, plan);
+  if (plan.tile == BackwardTile::tall) {
+    transposed_gemm(f.dtype, plan.tile,
+                    {.rows = activation.rows,
+                     .y = args.grad_out,
+                     .slots_per_row = activation.slots_per_row,
+                     .weight = activation.w2,
+                     .slot_scale = nullptr,
+                     .out = nullptr,
+                     .sums = plan.into},
+                    context.stream);
+  }
   activation_backward(f.dtype, plan.tile, activation, context.stream);
   if (args.grad_topk_weights != nullptr) moe_scale_grad(args, plan, activation, context.stream);
   if (args.grad_hidden_states == nullptr) return;
   transposed_gemm(f.dtype, plan.tile,
                   {.rows = activation.rows,
                    .y = plan.flow,
-                   .y_by_slot = false,
+                   .slots_per_row = 0,
                    .weight = activation.w13,
                    .slot_scale = nullptr,
                    .out = plan.slot_rows},
@@ -352,7 +383,7 @@ void linear_backward(const LinearBackwardArgs& args, const Context& context) {
   transposed_gemm(args.dtype, plan.tile,
                   {.rows = rows,
                    .y = weight.gated ? plan.flow : grad,
-                   .y_by_slot = false,
+                   .slots_per_row = 0,
                    .weight = weight,
                    .slot_scale = nullptr,
                    .out = args.grad_x},

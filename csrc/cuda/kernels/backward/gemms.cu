@@ -50,14 +50,17 @@ void run_transposed(const TransposedGemmParams& p, void* stream) {
 }  // namespace
 
 int scale_parts(const ActivationBackwardParams& params, BackwardTile tile) {
+  if (tile == BackwardTile::tall) return tall_parts(params);
   return params.feature_tiles() * (kBackwardWarps * kWarpTokens / static_cast<int>(tile));
 }
 
 void activation_backward(DType dtype, BackwardTile tile, const ActivationBackwardParams& params, void* stream) {
+  if (tile == BackwardTile::tall) return activation_backward_sm90(dtype, params, stream);
   (dtype == DType::bf16 ? choose_activation<bf16> : choose_activation<fp16>)(tile, params, stream);
 }
 
 void transposed_gemm(DType dtype, BackwardTile tile, const TransposedGemmParams& params, void* stream) {
+  if (tile == BackwardTile::tall) return transposed_gemm_sm90(dtype, params, stream);
   const bool narrow = tile == BackwardTile::narrow;
   if (dtype == DType::bf16) return (narrow ? run_transposed<bf16, 32> : run_transposed<bf16, 64>)(params, stream);
   (narrow ? run_transposed<fp16, 32> : run_transposed<fp16, 64>)(params, stream);

@@ -12,7 +12,7 @@ struct int4;
 namespace nvfp4::cuda {
 
 // Rows are split into tiles of this many.
-enum class BackwardTile : int { narrow = 32, wide = 64 };
+enum class BackwardTile : int { narrow = 32, wide = 64, tall = 128 };  // tall: wgmma, SM90
 
 constexpr int kFlowFeatures = 64;        // features of one CTA of activation_backward
 constexpr int kTransposedColumns = 128;  // columns of one CTA of transposed_gemm
@@ -43,6 +43,9 @@ struct ActivationBackwardParams {
   int slots_per_row;
   const void* x;         // [rows, k of w13]
   const void* grad_out;  // with w2 [rows, n of w2], else [slots, features]
+  const float* into;     // of tall tiles with w2: [slots, features] by position, what flows into the values
+  void* x_image;         // of tall tiles: [rows, k of w13 in whole blocks] for the permuted x
+  int64_t x_rows;        // rows of x
   PackedWeight w13;
   PackedWeight w2;  // what the activation's values are multiplied with, or nothing
   Gate gate;
@@ -58,11 +61,12 @@ int scale_parts(const ActivationBackwardParams& params, BackwardTile tile);
 // out[row] = y[row] W times the expert's reference scale and the slot's scale.
 struct TransposedGemmParams {
   BackwardRows rows;
-  const void* y;   // [slots, n], by slot or by position
-  bool y_by_slot;  // else by position
+  const void* y;      // [slots, n] by position, or
+  int slots_per_row;  // not 0: [slots / slots_per_row, n]
   PackedWeight weight;
   const float* slot_scale;  // [slots] or null
   void* out;                // [slots, k] by slot
+  float* sums = nullptr;    // instead, of tall tiles: [slots, k] by position
 
   NVFP4_SHARED_INLINE int column_tiles() const { return ceil_div(weight.k, kTransposedColumns); }
 };
@@ -93,6 +97,11 @@ struct ScaleGradParams {
   int columns;
   float* grad;  // [slots]
 };
+
+// Calls with tall tiles go to these. `into` and `x_image` are set.
+void activation_backward_sm90(DType dtype, const ActivationBackwardParams& params, void* stream);
+void transposed_gemm_sm90(DType dtype, const TransposedGemmParams& params, void* stream);
+int tall_parts(const ActivationBackwardParams& params);  // what scale_parts() is
 
 void activation_backward(DType dtype, BackwardTile tile, const ActivationBackwardParams& params, void* stream);
 void transposed_gemm(DType dtype, BackwardTile tile, const TransposedGemmParams& params, void* stream);

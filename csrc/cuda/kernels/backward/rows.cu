@@ -106,7 +106,9 @@ unsigned blocks_for(int64_t total) {
 
 template <class T>
 void run_gated_flow(BackwardTile tile, const GatedFlowParams& p, void* stream) {
-  const auto kernel = tile == BackwardTile::narrow ? gated_flow_kernel<T, 32> : gated_flow_kernel<T, 64>;
+  const auto kernel = tile == BackwardTile::narrow ? gated_flow_kernel<T, 32>
+                      : tile == BackwardTile::wide ? gated_flow_kernel<T, 64>
+                                                   : gated_flow_kernel<T, 128>;
   launch(kernel, dim3(static_cast<unsigned>(p.rows.max_tiles)), kThreads, 0, stream, "gated_flow", p);
 }
 

@@ -6,6 +6,10 @@
 
 namespace nvfp4::cuda {
 
+__device__ __forceinline__ int row_of_y(const TransposedGemmParams& p, int position) {
+  return p.slots_per_row == 0 ? position : slot_of(p.rows, position) / p.slots_per_row;
+}
+
 template <class T, int kTileM>
 struct TransposedGemm {
   static constexpr int kRowWarps = kTileM / kWarpTokens;
@@ -89,8 +93,7 @@ struct TransposedGemm {
     ptx::dependency_wait();
     const ExpertTile tile = backward_tile<kTileM>(p.rows, blockIdx.x / column_tiles);
     if (tile.count == 0) return;
-    const RowLoader<kTileM> y(p.y, p.weight.n, tile.count,
-                              [&](int i) { return p.y_by_slot ? slot_of(p.rows, tile.begin + i) : tile.begin + i; });
+    const RowLoader<kTileM> y(p.y, p.weight.n, tile.count, [&](int i) { return row_of_y(p, tile.begin + i); });
     const int warp = threadIdx.x / kWarp;
     const int first_row = warp / kColumnWarps * kWarpTokens;
     const int first_group = warp % kColumnWarps * kGroups;
