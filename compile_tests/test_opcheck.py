@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -119,7 +120,7 @@ class Samples:
 
     def moe_backward(self) -> Iterator[Sample]:
         wants = ({"needs_topk_weights": False}, {"needs_hidden_states": False}, {})
-        for i, (args, kwargs) in enumerate(self.moe()):
+        for i, (args, kwargs) in enumerate(islice(self.moe(), 0, None, 3)):  # it checks what moe checks
             yield (torch.randn_like(args[0]), *args), kwargs | wants[i % 3]
 
     def _grouped_gemm_backward(self, samples: Iterator[Sample], with_gate: bool) -> Iterator[Sample]:
@@ -192,7 +193,7 @@ def test_opcheck_of_out(op: str, device: str) -> None:
 def test_opcheck_with_activations_that_require_grad(op: str, device: str) -> None:
     """AOT dispatch runs backward too, which batched_moe refuses."""
     utils = [name for name in UTILS if op != "batched_moe" or name != "test_aot_dispatch_dynamic"]
-    for (x, *rest), kwargs in getattr(Samples(device), op)():
+    for (x, *rest), kwargs in islice(getattr(Samples(device), op)(), 3):
         args = (x.requires_grad_(), *rest)
         result = torch.library.opcheck(getattr(torch.ops.nvfp4, op).default, args, kwargs, test_utils=utils)
         assert result == dict.fromkeys(utils, "SUCCESS")
