@@ -20,8 +20,8 @@ What was run is in three steps. Built: with torch-tensorrt-rtx 2.13 and TensorRT
 engines on both sides of the op, which stays in PyTorch (``make test-tensorrt``). Tested against the interfaces alone,
 with Torch-TensorRT 2.13 and the Python bindings of TensorRT 11.0 on libraries that do nothing: registration of plugin
 and converter, partitioning, the converter on a network that records, creation of the plugin object, and the plugin's
-implementation on CPU tensors. Never run: an engine that holds the plugin, and any engine on a GPU, because TensorRT's own
-libraries could not be had.
+implementation on CPU tensors. Never run: an engine that holds the plugin, and any engine on a GPU, because TensorRT's
+own libraries could not be had.
 
 Private APIs: ``torch._subclasses.fake_tensor.unset_fake_temporarily`` (run with torch 2.13), and of Torch-TensorRT
 ``torch_tensorrt._features``, ``dynamo.conversion.converter_utils`` (2.13).
