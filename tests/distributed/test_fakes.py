@@ -16,7 +16,7 @@ from torch_nvfp4 import distributed
 from torch_nvfp4.ops import _library
 from torch_nvfp4.ops._checks import packed_shape
 
-MOE = torch.ops.nvfp4.moe.default
+MOE, MOE_OUT = torch.ops.nvfp4.moe.default, torch.ops.nvfp4.moe.out
 EXPERTS, HIDDEN, INNER, TOKENS, TOP_K = 3, 64, 32, 5, 2
 
 
@@ -51,6 +51,10 @@ def test_packed_shapes_are_those_of_the_mesh(device: str, monkeypatch: pytest.Mo
     meta = propagator._propagate_tensor_meta_non_cached(schema)
     assert isinstance(meta, TensorMeta)
     assert (meta.shape, meta.dtype) == ((TOKENS, HIDDEN), torch.bfloat16)
+
+    # A buffer for the result is a keyword.
+    with_out = OpSchema(MOE_OUT, schema.args_schema, {"out": schema.args_schema[0]})
+    assert propagator._propagate_tensor_meta_non_cached(with_out) is None
 
     other: Any = SimpleNamespace(device=torch.device("cpu" if device == "cuda" else "cuda"))
     arguments[1] = (packed_shape(other, EXPERTS, 2 * INNER, HIDDEN, gated=True), torch.uint8)

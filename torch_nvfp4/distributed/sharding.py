@@ -44,6 +44,7 @@ from torch.distributed.tensor._op_schema import (
 )
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.distributed.tensor.placement_types import Placement
+from torch.utils._pytree import tree_map_only
 
 from torch_nvfp4.ops import call_before_fakes
 
@@ -278,7 +279,7 @@ def _refusal(name: str, schema: OpSchema) -> NoReturn:
     _fail(name, "an op with a sharding rule", name, advice)
 
 
-def _on_mesh_device(args: tuple[Any, ...]) -> tuple[Any, ...]:
+def _on_mesh_device(arguments: Any) -> Any:
     """The arguments of a fake on the mesh's device, where DTensor is who calls it.
 
     torch 2.11 asks for the result's shape with tensors on the CPU, whatever the mesh is of, and a packed weight has
@@ -288,14 +289,14 @@ def _on_mesh_device(args: tuple[Any, ...]) -> tuple[Any, ...]:
     while frame is not None and frame.f_code is not _PROPAGATE:
         frame = frame.f_back
     if frame is None:
-        return args
+        return arguments
     schema: OpSchema = frame.f_locals["op_schema"]
     device = next(spec.mesh.device_type for spec in schema.args_schema if isinstance(spec, DTensorSpec))
 
     def moved(tensor: Tensor) -> Tensor:
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
 
-    return tuple(moved(arg) if isinstance(arg, Tensor) else arg for arg in args)
+    return tree_map_only(Tensor, moved, arguments)
 
 
 def register_rules(ops: Sequence[Any] | None = None) -> None:

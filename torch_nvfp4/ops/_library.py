@@ -126,7 +126,7 @@ def below_autograd(op: str) -> Callable[..., Any]:
 
 
 _with_dtensor: list[Callable[[], None]] = []
-_before_fakes: list[Callable[[tuple[Any, ...]], tuple[Any, ...]]] = []
+_before_fakes: list[Callable[[Any], Any]] = []
 
 
 def call_with_dtensor(action: Callable[[], None]) -> None:
@@ -138,8 +138,8 @@ def call_with_dtensor(action: Callable[[], None]) -> None:
     _with_dtensor.append(action)
 
 
-def call_before_fakes(prepare: Callable[[tuple[Any, ...]], tuple[Any, ...]]) -> None:
-    """Every fake that runs once DTensor is imported gets ``prepare(args)`` as its positional arguments."""
+def call_before_fakes(prepare: Callable[[Any], Any]) -> None:
+    """Every fake that runs once DTensor is imported gets ``prepare((args, kwargs))`` as its arguments."""
     _before_fakes.append(prepare)
 
 
@@ -153,7 +153,7 @@ def register_fake(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]
                 while _with_dtensor:
                     _with_dtensor.pop()()
                 for prepare in _before_fakes:
-                    args = prepare(args)
+                    args, kwargs = prepare((args, kwargs))
             return fake(*args, **kwargs)
 
         torch.library.register_fake(f"nvfp4::{op}")(run)
