@@ -14,7 +14,9 @@ route, grouped_gemm...  nothing: ``order`` and ``offsets`` are those of all slot
 unpack                  nothing
 ======================  =============================================================================================
 
-Activations that are sharded otherwise, and partial sums, are redistributed first. Weights never are: packed bytes that
+Activations that are sharded otherwise, and partial sums, are redistributed first; where that leaves a tensor that is not
+contiguous (NCCL, ``Shard(1)`` of a tensor of three dimensions) the op refuses it, and the caller redistributes it and
+calls ``contiguous()``. Weights never are redistributed: packed bytes that
 are sliced along N or K pass every check of shapes and are garbage, and experts that are gathered for every call cost
 more than they save. A placement that would need it is an error. Rules hold per dimension of the mesh: tokens can be
 sharded along one and experts along another.
