@@ -15,6 +15,7 @@ from transformers.quantizers.base import HfQuantizer
 from torch_nvfp4.checkpoint import Checkpoint
 from torch_nvfp4.errors import CheckpointError, refusal
 from torch_nvfp4.integrations.transformers.config import TorchNVFP4Config
+from torch_nvfp4.integrations.transformers.expert_layout import layout_of
 from torch_nvfp4.integrations.transformers.gates import gate_of
 from torch_nvfp4.integrations.transformers.modules import PackedExperts, PackedLinear
 from torch_nvfp4.integrations.transformers.placement import Placement, place
@@ -81,10 +82,12 @@ class TorchNVFP4Quantizer(HfQuantizer):  # type: ignore[misc]
         config = model.config.get_text_config(decoder=True)
         for layer, name in self._placement.experts.items():
             experts = model.get_submodule(name)
-            gate = gate_of(experts, config, layer, name)
+            layout, _ = layout_of(experts)
+            gate = gate_of(experts, config, layer, name, layout)
             sizes = self.checkpoint.layer_config(layer)
             own = getattr(experts, "config", config)
-            model.set_submodule(name, PackedExperts(layer, sizes, gate, own, self.quantization_config.backend))
+            backend = self.quantization_config.backend
+            model.set_submodule(name, PackedExperts(layer, sizes, gate, own, backend, layout))
         for source, name in self._placement.linears.items():
             linear = model.get_submodule(name)
             dtype = None if linear.bias is None else linear.bias.dtype
