@@ -15,10 +15,12 @@ import torch
 import transformers
 from torch import Tensor
 
-from helpers.fp64_loop import Matrices, experts_of, raw_tensors
+from helpers.fp64_loop import Matrices, dense, experts_of, raw_tensors
 from helpers.hf_models import write_dense, write_model
 from torch_nvfp4.checkpoint import write_checkpoint
-from torch_nvfp4.checkpoint.writer import write_json, write_shards
+from torch_nvfp4.checkpoint.layouts import MODELOPT
+from torch_nvfp4.checkpoint.writer import module_leaves, write_json, write_shards
+from torch_nvfp4.format import quantize
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 64, 64, 4, 2
 VOCABULARY = 384
@@ -34,6 +36,7 @@ class Family(NamedTuple):
     limit: float | None = None
     published: tuple[str, str] = ("", "")  # what the name of a tensor begins with in the model, and in the checkpoint
     written: tuple[str, str] = ("", "")  # as ``published``, of what write_checkpoint wrote
+    mix: Callable[[dict[str, Tensor], dict[str, Tensor]], None] | None = None  # changes (packed, dense) tensors
 
 
 def _fused(experts: list[Matrices]) -> dict[str, Tensor]:
@@ -61,6 +64,21 @@ def _gpt_oss(experts: list[Matrices]) -> dict[str, Tensor]:
     }
 
 
+def _fp8_and_nvfp4_linears(packed: dict[str, Tensor], dense_copy: dict[str, Tensor]) -> None:
+    """Nemotron-3 beside its experts: FP8 with one scale in Mamba's layers, an NVFP4 linear, an FP8 KV cache."""
+    module, own = "backbone.layers.0.mixer.in_proj", "model.layers.0.mixer.in_proj.weight"
+    weight, scale = packed[f"{module}.weight"].float(), torch.tensor(2.0**-8)
+    packed[f"{module}.weight"] = (weight / scale).to(torch.float8_e4m3fn)
+    packed |= {f"{module}.weight_scale": scale, f"{module}.input_scale": torch.tensor(0.01)}
+    dense_copy[own] = packed[f"{module}.weight"].double() * scale
+    module, own = "backbone.layers.1.mixer.shared_experts.up_proj", "model.layers.1.mixer.shared_experts.up_proj.weight"
+    quantized = quantize(packed[f"{module}.weight"].float())
+    packed |= dict(module_leaves(module, MODELOPT, quantized))
+    dense_copy[own] = dense(*quantized)
+    packed["backbone.layers.2.mixer.k_proj.k_scale"] = torch.tensor(0.01)
+    packed["mtp.layers.0.norm.weight"] = torch.ones(HIDDEN, dtype=torch.bfloat16)
+
+
 _COMMON = {
     "vocab_size": VOCABULARY, "hidden_size": HIDDEN, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
     "num_experts_per_tok": TOP_K, "initializer_range": 0.1, "max_position_embeddings": 512, "bos_token_id": 1,
@@ -76,7 +94,10 @@ _NEMOTRON = _COMMON | {
     "num_hidden_layers": 4, "n_routed_experts": EXPERTS, "moe_intermediate_size": INTERMEDIATE,
     "moe_shared_expert_intermediate_size": 32, "intermediate_size": 96, "mamba_num_heads": 4, "mamba_head_dim": 16,
     "ssm_state_size": 16, "n_groups": 2, "chunk_size": 8, "mlp_hidden_act": "relu2", "routed_scaling_factor": 2.5,
-    "quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head", "*.mixer.gate"]},
+    "quantization_config": {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": {
+        "backbone.layers.0.mixer.in_proj": {"quant_algo": "FP8"},
+        "backbone.layers.1.mixer.experts": {"quant_algo": "NVFP4"},
+    }},
 }  # fmt: skip
 _QWEN = _COMMON | {
     "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "num_hidden_layers": 2, "hidden_act": "silu",
@@ -93,7 +114,9 @@ _MINIMAX = _QWEN | {
 }  # fmt: skip
 FAMILIES = {
     "gpt-oss": Family("gpt-oss", (0, 1), _GPT_OSS, _gpt_oss, 0.6),
-    "nemotron": Family("nemotron", (1, 3), _NEMOTRON, _up_alone, published=("model.", "backbone.")),
+    "nemotron": Family(
+        "nemotron", (1, 3), _NEMOTRON, _up_alone, published=("model.", "backbone."), mix=_fp8_and_nvfp4_linears
+    ),
     "qwen3 in Quark's MXFP4": Family("quark-mxfp4", (0, 1), _QWEN, _fused),
     "minimax-m2 in compressed-tensors' MXFP4": Family(
         "compressed-tensors-mxfp4", (0, 1), _MINIMAX, _fused, written=("language_model.", "")
@@ -114,17 +137,19 @@ def write_family(path: Path, name: str) -> Path:
     )  # type: ignore[arg-type]  # fmt: skip
     written = raw_tensors(path / "written")
     rest = _random_model(family)
-    dense = dict(rest)
+    oracle = dict(rest)
     modules = {layer: _experts_module(rest, layer) for layer in family.layers}
     for layer, module in modules.items():
         experts = experts_of(written, family.layout, layer, EXPERTS, INTERMEDIATE)
-        dense |= {f"{module}.{leaf}": value for leaf, value in family.fuse(experts).items()}
-    write_dense(path / "dense", dense, family.config)
+        oracle |= {f"{module}.{leaf}": value for leaf, value in family.fuse(experts).items()}
     inside = tuple(f"{module}." for module in modules.values())
     tensors = {_renamed(key, family.published): rest[key] for key in rest if not key.startswith(inside)}
     for key, value in written.items():
         if ".experts." in key and any(f".layers.{layer}." in key for layer in family.layers):
             tensors[_renamed(key, family.written)] = value
+    if family.mix is not None:
+        family.mix(tensors, oracle)
+    write_dense(path / "dense", oracle, family.config)
     (path / "packed").mkdir()
     write_shards(path / "packed", [("model-00001-of-00001.safetensors", tensors)])
     write_json(path / "packed" / "config.json", family.config | {"torch_dtype": "bfloat16"})

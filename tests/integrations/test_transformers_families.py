@@ -13,10 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from helpers.fp64_loop import dense
 from helpers.hf_models import greedy, prompt, relative
 from torch_nvfp4.checkpoint import Checkpoint
 from torch_nvfp4.checkpoint.headers import INDEX_NAME
+from torch_nvfp4.convert import open_conversion
 from torch_nvfp4.errors import CheckpointError
+from torch_nvfp4.format import quantize
 from torch_nvfp4.gate import Gate
 
 transformers = pytest.importorskip("transformers", minversion="5.23")
@@ -179,9 +182,6 @@ def test_mxfp4_is_transformers_own_unless_it_is_asked_for(families: Callable[[st
 
 def test_gpt_oss_in_nvfp4(families: Callable[[str], Path], tmp_path: Path) -> None:
     """ModelOpt's stacks [E, in, out], whose rows of gate and up stand in turns as the model's do."""
-    from helpers.fp64_loop import dense
-    from torch_nvfp4.format import quantize
-
     source, packed, path = families("gpt-oss"), tmp_path / "packed", tmp_path / "dense"
     tensors = load_file(source / "packed" / "model-00001-of-00001.safetensors")
     oracle = load_file(source / "dense" / "model.safetensors")
@@ -202,6 +202,20 @@ def test_gpt_oss_in_nvfp4(families: Callable[[str], Path], tmp_path: Path) -> No
     (packed / "config.json").write_text(json.dumps(config))
     model = from_pretrained(packed, dtype=torch.float32)
     assert relative(logits(model), logits(oracle_of(tmp_path))) < 1e-5
+
+
+def test_gpt_oss_as_quantize_writes_it(families: Callable[[str], Path], tmp_path: Path) -> None:
+    """Modules of single experts in NVFP4, with biases: the same values as those in MXFP4, bit for bit."""
+    source = families("gpt-oss") / "packed"
+    conversion = open_conversion(source, tmp_path / "result", layout="modelopt")
+    try:
+        conversion.write(1)
+        conversion.finish()
+    finally:
+        conversion.close()
+    assert "model.layers.0.mlp.experts.0.gate_proj.bias" in Checkpoint.open(tmp_path / "result").tensors
+    model = from_pretrained(tmp_path / "result", dtype=torch.float32)
+    assert torch.equal(logits(model), logits(from_pretrained(source, dtype=torch.float32)))
 
 
 @pytest.fixture

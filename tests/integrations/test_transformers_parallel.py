@@ -22,7 +22,7 @@ RANK_PROGRAM = Path(__file__).parents[1] / "helpers" / "run_hf_parallel.py"
 PACKAGE = Path(__file__).parents[2]
 
 
-# (layout or family, mode, (experts, intermediate size) of a rank, packed shapes of q, k, v and o: rows of q, k, v, columns of o)
+# (layout or family, mode, (experts, intermediate size) of a rank, packed shapes of q, k, v (rows) and of o (columns))
 CASES = (
     ("modelopt", "tp", (8, 32), [(128, 64)] * 4), ("modelopt", "ep", (4, 64), [(128, 64)] * 4),
     ("deepseek", "tp", (8, 32), []), ("deepseek", "ep", (4, 64), []),
