@@ -1,4 +1,4 @@
-"""What transformers calls while it loads and saves a model with NVFP4 weights."""
+"""What transformers calls while it loads and saves a model with packed weights."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _UNUSED_LEAVES = (
 
 
 class TorchNVFP4Quantizer(HfQuantizer):  # type: ignore[misc]
-    """Leaves the NVFP4 and FP8 weights of a checkpoint out of transformers' loading and reads them itself."""
+    """Leaves the NVFP4, MXFP4 and FP8 weights of a checkpoint out of transformers' loading and reads them itself."""
 
     requires_calibration = False
 
