@@ -35,7 +35,6 @@ class Family(NamedTuple):
     fuse: Callable[[list[Matrices]], dict[str, Tensor]]
     limit: float | None = None
     published: tuple[str, str] = ("", "")  # what the name of a tensor begins with in the model, and in the checkpoint
-    written: tuple[str, str] = ("", "")  # as ``published``, of what write_checkpoint wrote
     mix: Callable[[dict[str, Tensor], dict[str, Tensor]], None] | None = None  # changes (packed, dense) tensors
 
 
@@ -107,9 +106,18 @@ _QWEN = _COMMON | {
         "global_quant_config": {"weight": {"dtype": "fp4", "group_size": 32, "scale_format": "e8m0"}},
     },
 }  # fmt: skip
-_MINIMAX = _QWEN | {
-    "model_type": "minimax_m2", "architectures": ["MiniMaxM2ForCausalLM"], "num_local_experts": EXPERTS,
-    "intermediate_size": INTERMEDIATE, "rotary_dim": 8,
+_MINIMAX = {
+    "model_type": "minimax_m3_vl", "architectures": ["MiniMaxM3SparseForConditionalGeneration"],
+    "projector_hidden_size": 32, "image_token_index": 380, "video_token_index": 381, "tie_word_embeddings": False,
+    "text_config": _COMMON | {
+        "num_hidden_layers": 2, "num_local_experts": EXPERTS, "intermediate_size": INTERMEDIATE, "rotary_dim": 8,
+        "dense_intermediate_size": 64, "shared_intermediate_size": 64, "index_n_heads": 2, "index_head_dim": 16,
+        "swiglu_limit": 0.6, "mlp_layer_types": ["sparse", "sparse"],
+    },
+    "vision_config": {
+        "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+        "patch_size": 14, "swiglu_limit": 10.0,  # as GLM-5.3-Flash's, whose experts it is not about
+    },
     "quantization_config": {"quant_method": "compressed-tensors", "format": "mxfp4-pack-quantized"},
 }  # fmt: skip
 FAMILIES = {
@@ -118,9 +126,7 @@ FAMILIES = {
         "nemotron", (1, 3), _NEMOTRON, _up_alone, published=("model.", "backbone."), mix=_fp8_and_nvfp4_linears
     ),
     "qwen3 in Quark's MXFP4": Family("quark-mxfp4", (0, 1), _QWEN, _fused),
-    "minimax-m2 in compressed-tensors' MXFP4": Family(
-        "compressed-tensors-mxfp4", (0, 1), _MINIMAX, _fused, written=("language_model.", "")
-    ),
+    "minimax-m3 in compressed-tensors' MXFP4": Family("compressed-tensors-mxfp4", (0, 1), _MINIMAX, _fused, 0.6),
 }
 """DeepSeek-V4 in MXFP4, as it was published first, is one of ``write_model``."""
 
@@ -146,7 +152,7 @@ def write_family(path: Path, name: str) -> Path:
     tensors = {_renamed(key, family.published): rest[key] for key in rest if not key.startswith(inside)}
     for key, value in written.items():
         if ".experts." in key and any(f".layers.{layer}." in key for layer in family.layers):
-            tensors[_renamed(key, family.written)] = value
+            tensors[key] = value
     if family.mix is not None:
         family.mix(tensors, oracle)
     write_dense(path / "dense", oracle, family.config)
@@ -156,13 +162,16 @@ def write_family(path: Path, name: str) -> Path:
     return path
 
 
+def auto_class(config: dict[str, Any]) -> Any:
+    """The class of transformers that builds a model."""
+    return transformers.AutoModelForImageTextToText if "vision_config" in config else transformers.AutoModelForCausalLM
+
+
 def _random_model(family: Family) -> dict[str, Tensor]:
     config = {key: value for key, value in family.config.items() if key != "quantization_config"}
     with torch.random.fork_rng():
         torch.manual_seed(11)
-        built = transformers.AutoModelForCausalLM.from_config(
-            transformers.AutoConfig.for_model(config.pop("model_type"), **config)
-        )
+        built = auto_class(config).from_config(transformers.AutoConfig.for_model(config.pop("model_type"), **config))
     generator = torch.Generator().manual_seed(12)
     state: dict[str, Tensor] = {}
     for name, value in built.state_dict().items():

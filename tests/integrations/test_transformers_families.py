@@ -24,7 +24,7 @@ from torch_nvfp4.gate import Gate
 
 transformers = pytest.importorskip("transformers", minversion="5.23")
 
-from helpers.hf_families import FAMILIES, config_of, write_family  # noqa: E402
+from helpers.hf_families import FAMILIES, auto_class, config_of, write_family  # noqa: E402
 from torch_nvfp4.integrations.transformers import (  # noqa: E402
     TorchNVFP4Config,
     from_pretrained,
@@ -52,7 +52,8 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 def oracle_of(path: Path) -> Any:
-    return AutoModel.from_pretrained(path / "dense", dtype=torch.float32, experts_implementation="eager").eval()
+    kind = auto_class(config_of(path / "dense"))
+    return kind.from_pretrained(path / "dense", dtype=torch.float32, experts_implementation="eager").eval()
 
 
 def logits(model: Any) -> torch.Tensor:

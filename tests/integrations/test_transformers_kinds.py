@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from torch_nvfp4.checkpoint import Checkpoint, write_checkpoint
-from torch_nvfp4.integrations.transformers.expert_layout import ExpertLayout, kind_error
+from torch_nvfp4.integrations.transformers.expert_layout import ExpertLayout, kind_error, layout_of
 
 PLAIN, UP_ALONE = ExpertLayout(), ExpertLayout(gated=False)
 GPT_OSS = ExpertLayout(interleaved=True, transposed=True, biased=True)
@@ -45,6 +46,24 @@ def test_experts_of_another_kind(
     assert reason is not None
     assert reason.startswith(f"expected experts with {expected}, as Experts has them, got {got}")
     assert reason.endswith("; load another class of the model, or the layer alone with NVFP4Experts.from_checkpoint")
+
+
+def test_the_layout_of_a_class() -> None:
+    def module(**attributes: Any) -> Any:
+        return SimpleNamespace(**attributes)
+
+    def compute(x: Any) -> Any:
+        return x
+
+    gpt_oss = {"has_gate": True, "is_concatenated": False, "is_transposed": True, "has_bias": True}
+    assert layout_of(module(_apply_gate=compute, **gpt_oss)) == (GPT_OSS, None)
+    assert layout_of(module(_apply_gate=compute)) == (PLAIN, None)
+    assert layout_of(module(act_fn=compute, has_gate=False)) == (UP_ALONE, None)
+    # Llama-4's experts, which are called with a batch per expert, and Muse Spark's.
+    words = "no {}, which says what they compute between the two GEMMs"
+    assert layout_of(module(act_fn=compute)) == (PLAIN, words.format("_apply_gate"))
+    assert layout_of(module(_apply_gate=compute, has_gate=False)) == (UP_ALONE, words.format("act_fn"))
+    assert layout_of(module(_apply_gate=compute, has_post_expert_norm=True))[1] == "has_post_expert_norm=True"
 
 
 def test_sizes_and_shapes() -> None:

@@ -147,7 +147,8 @@ def _expert_modules(model: Any, checkpoint: Checkpoint) -> dict[int, str]:
         layout, problem = layout_of(module)
         if problem is not None:
             expected = "experts that are two GEMMs with an activation between them"
-            raise CheckpointError(refusal(f"{names[0]} ({type(module).__name__})", expected, problem))
+            where, advice = f"{names[0]} ({type(module).__name__})", "NVFP4Experts.from_checkpoint runs the layer alone"
+            raise CheckpointError(refusal(where, expected, problem, advice))
         problem = kind_error(layout, sizes, module)
         if problem is not None:
             raise CheckpointError(f"{checkpoint.path}: layer {layer}: {problem}")

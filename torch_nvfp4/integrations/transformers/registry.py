@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, modeling_utils
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, modeling_utils
+from transformers.models.auto import modeling_auto
 from transformers.quantizers import auto
 from transformers.utils import cached_file
 
@@ -109,14 +110,15 @@ def unregister() -> None:
 
 
 def from_pretrained(
-    path: str | Path, *args: Any, backend: str | None = None, auto_class: Any = AutoModelForCausalLM, **kwargs: Any
+    path: str | Path, *args: Any, backend: str | None = None, auto_class: Any = None, **kwargs: Any
 ) -> Any:
     """A model of transformers from a checkpoint of NVFP4 weights or MXFP4 experts; ``register`` is not needed.
 
     Args:
         path: a directory, or the name of a repository on the Hub.
         backend: a name of ``torch_nvfp4.backends`` for the experts, None for the first that can run a layer.
-        auto_class: which class of transformers builds the model.
+        auto_class: which class of transformers builds the model; None: AutoModelForCausalLM, or for a model that it
+            does not know, of images and text, AutoModelForImageTextToText.
         args, kwargs: those of ``auto_class.from_pretrained``.
 
     Raises ValueError for a checkpoint whose configs declare neither, and what ``register`` raises.
@@ -131,7 +133,14 @@ def from_pretrained(
         raise ValueError(f"{path}: expected a config that declares NVFP4 weights or MXFP4 experts, got {got}{advice}")
     _undeclare(config)
     quantization = TorchNVFP4Config(backend, declared)
+    if auto_class is None:
+        known = type(config) in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
+        auto_class = AutoModelForCausalLM if known or not _has_images(config) else AutoModelForImageTextToText
     return auto_class.from_pretrained(path, *args, config=config, quantization_config=quantization, **kwargs)
+
+
+def _has_images(config: Any) -> bool:
+    return type(config) in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 
 def _config_of(path: str | Path, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
