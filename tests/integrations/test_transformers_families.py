@@ -95,6 +95,15 @@ def test_what_is_saved_is_what_was_loaded(families: Callable[[str], Path], name:
     assert torch.equal(logits(from_pretrained(tmp_path, dtype=torch.bfloat16)), logits(model))
 
 
+def test_saving_changed_biases(families: Callable[[str], Path], tmp_path: Path) -> None:
+    model = from_pretrained(families("gpt-oss") / "packed", dtype=torch.bfloat16)
+    experts_of(model)[1].packed.w2_bias[0, 0] += 1  # type: ignore[union-attr, index]
+    with pytest.raises(
+        ValueError, match=r"layers.1.mlp.experts: expected the packed weights and biases of .*, got othe"
+    ):
+        model.save_pretrained(tmp_path)
+
+
 # gpt-oss's cache of a window counts steps in a Python int, which torch.compile takes for a variable the second time.
 @pytest.mark.parametrize(("name", "count"), [("gpt-oss", 2), ("nemotron", 1)])
 def test_a_compiled_step_makes_the_same_tokens(families: Callable[[str], Path], name: str, count: int) -> None:
