@@ -26,8 +26,9 @@ PACKAGE = Path(__file__).parents[2]
 CASES = (
     ("modelopt", "tp", (8, 32), [(128, 64)] * 4), ("modelopt", "ep", (4, 64), [(128, 64)] * 4),
     ("deepseek", "tp", (8, 32), []), ("deepseek", "ep", (4, 64), []),
-    # gpt-oss has a plan for experts by expert alone, with their biases; nemotron's have no gate.
-    ("gpt-oss", "ep", (2, 64), []), ("nemotron", "tp", (4, 32), []), ("nemotron", "ep", (2, 64), []),
+    # gpt-oss has a plan for experts by expert alone, with their biases; nemotron has experts without a gate
+    # and a linear that is in no plan.
+    ("gpt-oss", "ep", (2, 64), []), ("nemotron", "tp", (4, 32), [(32, 32)]), ("nemotron", "ep", (2, 64), [(32, 32)]),
 )  # fmt: skip
 
 
