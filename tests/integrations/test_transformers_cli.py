@@ -26,7 +26,7 @@ from torch_nvfp4.cli import app
 
 transformers = pytest.importorskip("transformers", minversion="5.23")
 
-from helpers.hf_families import write_family  # noqa: E402
+from helpers.hf_families import auto_class, config_of, write_family  # noqa: E402
 from torch_nvfp4.integrations.transformers import from_pretrained, generation, serving, unregister  # noqa: E402
 from torch_nvfp4.integrations.transformers.generation import GeneratedText, Sampling  # noqa: E402
 
@@ -61,15 +61,15 @@ def test_generate_without_the_chat_template(path: Path) -> None:
     assert "3 + 6 tokens" in result.stderr
 
 
-@pytest.mark.parametrize("family", ["gpt-oss", "nemotron"])
+@pytest.mark.parametrize("family", ["gpt-oss", "nemotron", "minimax-m3 in compressed-tensors' MXFP4"])
 def test_generate_with_experts_of_other_kinds(family: str, tmp_path: Path) -> None:
-    """Biases in MXFP4, and experts without a gate: transformers' own model in fp32 has the same tokens."""
+    """Biases in MXFP4, experts without a gate, a model of images: transformers' own in fp32 has the same tokens."""
     path = write_family(tmp_path, family)
     write_tokenizer(path / "packed", chat=False)
     arguments = ["generate", str(path / "packed"), "--prompt", "w3 w4 w5", "--max-new-tokens", "6", "--dtype", "fp32"]
     result = CliRunner().invoke(app, [*arguments, "--device", "cpu"])
     assert result.exit_code == 0, result.output
-    oracle = transformers.AutoModelForCausalLM.from_pretrained(path / "dense", dtype=torch.float32)
+    oracle = auto_class(config_of(path / "dense")).from_pretrained(path / "dense", dtype=torch.float32)
     tokens = greedy(oracle, torch.tensor([[6, 7, 8]]), 6)[0].tolist()
     assert result.stdout.strip() == " ".join(f"w{token - 3}" for token in tokens)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from collections.abc import Callable
@@ -261,6 +262,15 @@ def test_an_activation_that_the_model_does_not_compute(changed: Callable[..., Pa
     path = changed("nemotron", moe_hidden_act="silu")
     with pytest.raises(CheckpointError, match="expected 'relu2', as hidden_act, got 'silu' under a key that is not re"):
         from_pretrained(path)
+
+
+def test_kernels_that_read_dense_experts(families: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package kernels gives gpt-oss's block this attribute, and then another forward."""
+    block = importlib.import_module("transformers.models.gpt_oss.modeling_gpt_oss").GptOssMLP
+    monkeypatch.setattr(block, "kernel_layer_name", "MegaBlocksMoeMLP", raising=False)
+    words = "use_kernels: expected False for GptOssMLP, whose kernel MegaBlocksMoeMLP reads dense experts, got True"
+    with pytest.raises(ValueError, match=words):
+        from_pretrained(families("gpt-oss") / "packed", use_kernels=True)
 
 
 class Situ:
