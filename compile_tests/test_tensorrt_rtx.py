@@ -1,7 +1,7 @@
 """Torch-TensorRT on TensorRT-RTX, which has no plugins: the op stays in PyTorch, and the engines around it are built.
 
-TensorRT-RTX builds engines without a GPU, so this needs its packages alone: ``make test-tensorrt`` installs them into an
-environment of their own. Only loading an engine needs a driver, so here one is taken as built when it has its bytes.
+TensorRT-RTX builds engines without a GPU, so this needs its packages alone: ``make test-tensorrt`` installs them into
+an environment of their own. Only loading an engine needs a driver, so here one is taken as built when it has its bytes.
 """
 
 from __future__ import annotations

@@ -14,12 +14,11 @@ route, grouped_gemm...  nothing: ``order`` and ``offsets`` are those of all slot
 unpack                  nothing
 ======================  =============================================================================================
 
-Activations that are sharded otherwise, and partial sums, are redistributed first; where that leaves a tensor that is not
-contiguous (NCCL, ``Shard(1)`` of a tensor of three dimensions) the op refuses it, and the caller redistributes it and
-calls ``contiguous()``. Weights never are redistributed: packed bytes that
-are sliced along N or K pass every check of shapes and are garbage, and experts that are gathered for every call cost
-more than they save. A placement that would need it is an error. Rules hold per dimension of the mesh: tokens can be
-sharded along one and experts along another.
+Activations that are sharded otherwise, and partial sums, are redistributed first. Where that leaves a tensor that is
+not contiguous (NCCL, ``Shard(1)`` of three dimensions) the op refuses it: redistribute it and call ``contiguous()``
+before. Weights never are redistributed: packed bytes that are sliced along N or K pass every check of shapes and are
+garbage, and experts that are gathered for every call cost more than they save. A placement that would need it is an
+error. Rules hold per dimension of the mesh: tokens can be sharded along one and experts along another.
 
 The rules are registered when the first fake runs after torch.distributed.tensor was imported: DTensor asks an op's fake
 for the shape of the result before it looks for a rule, and importing DTensor takes half as long as importing torch.
