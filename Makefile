@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 RUN_CXX = CXX="$$($(BIN)/python build_tools.py)"
 CXX_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inl')
 
-.PHONY: help library install demo test vllm-environment test-vllm test-sglang test-transformers lint format bench gpu-test gpu-sanitize cuda-build wheel sanitized-library sanitize fuzz fuzz-checkpoints clean
+.PHONY: help library install demo test vllm-environment test-vllm test-sglang test-tensorrt test-transformers lint format bench gpu-test gpu-sanitize cuda-build wheel sanitized-library sanitize fuzz fuzz-checkpoints clean
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -59,12 +59,13 @@ test-vllm: install vllm-environment  ## tiny models inside vLLM on the CPU, and 
 	  --no-build-isolation -e .
 	$(RUN_CXX) $(VLLM_VENV)/bin/python -m pytest tests/engines/test_vllm_classes.py tests/engines/test_vllm_models.py tests/engines/test_vllm_bench.py
 
-lint: install  ## formatting, types and the direction of imports
+lint: install  ## formatting, types, the direction of imports, and the ops' stubs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
 	$(BIN)/python .ci/check_imports.py
+	$(BIN)/python .ci/write_op_types.py --check
 
 format: install  ## what lint asks for, applied
 	$(BIN)/ruff check --fix .
@@ -89,6 +90,26 @@ test-sglang: library  ## SGLang's own MoE layer with the plug-in, on the CPU, in
 	$(SGLANG_VENV)/bin/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -r tests/engines/sglang_requirements.txt
 	$(SGLANG_VENV)/bin/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) --no-build-isolation -e .
 	$(SGLANG_VENV)/bin/python -m pytest -c pyproject.toml -W ignore tests/engines/test_sglang_layers.py tests/engines/test_sglang_failures.py
+
+# Both editions of Torch-TensorRT, one after the other: the engines around the op are built with TensorRT-RTX, whose
+# libraries are on the index; the plugin meets the Python half of TensorRT alone, because its libraries are not there.
+TENSORRT_VENV ?= .venv-tensorrt
+TORCH_TENSORRT_VERSION ?= 2.13.0
+TENSORRT_RTX_VERSION ?= 1.5.0.114
+
+test-tensorrt: library  ## Torch-TensorRT: engines built around the op, and the plugin's contract, in an environment of its own (360 MB)
+	@test -x $(TENSORRT_VENV)/bin/python || $(PYTHON) -m venv $(TENSORRT_VENV)
+	$(TENSORRT_VENV)/bin/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) setuptools torch
+	$(TENSORRT_VENV)/bin/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) --no-build-isolation -e '.[test]'
+	$(TENSORRT_VENV)/bin/python -m pip install -q --disable-pip-version-check dllist psutil
+	$(TENSORRT_VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation --force-reinstall \
+	  torch-tensorrt-rtx==$(TORCH_TENSORRT_VERSION) $(foreach part,-libs -bindings,tensorrt-rtx-cu13$(part)==$(TENSORRT_RTX_VERSION)) \
+	  tensorrt-rtx-cu13==$(TENSORRT_RTX_VERSION)
+	$(TENSORRT_VENV)/bin/python -m pytest compile_tests/test_tensorrt_rtx.py
+	$(TENSORRT_VENV)/bin/python -m pip uninstall -q -y torch-tensorrt-rtx
+	$(TENSORRT_VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps --force-reinstall \
+	  torch-tensorrt==$(TORCH_TENSORRT_VERSION) tensorrt-cu13-bindings
+	$(TENSORRT_VENV)/bin/python -m pytest compile_tests/test_tensorrt.py
 
 # The oldest transformers that the extra takes; make test has the newest.
 TRANSFORMERS_VENV ?= .venv-transformers
@@ -125,11 +146,14 @@ fuzz: sanitized-library  ## 100,000 op calls with hostile values under those san
 fuzz-checkpoints: sanitized-library  ## 100,000 mutated checkpoints under those sanitizers (CASES=n SEED=s for others)
 	OMP_NUM_THREADS=1 $(SANITIZED) $(BIN)/python tests/fuzz_checkpoints.py --cases $(or $(CASES),100000) --seed $(or $(SEED),0)
 
+# Each tool runs over eighths of the checks side by side; racecheck watches this project's kernels alone.
+SANITIZE = seq 0 7 | xargs -P 8 -I{} compute-sanitizer --error-exitcode 1
+
 gpu-sanitize: install  ## every op under compute-sanitizer's four tools, on a GPU
-	set -e; for tool in memcheck initcheck synccheck; do PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-	  compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python tests/sanitize_cuda.py; done
+	set -e; for tool in memcheck initcheck synccheck; do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZE) --tool $$tool $(BIN)/python tests/sanitize_cuda.py {}/8; done
 	TORCH_NVFP4_RACECHECK=1 TORCH_NVFP4_BUILD_CUDA=1 $(BIN)/python setup.py -q build --build-base build/racecheck --build-lib build/racecheck/lib
-	PYTHONPATH=build/racecheck/lib compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/python tests/sanitize_cuda.py
+	PYTHONPATH=build/racecheck/lib $(SANITIZE) --tool racecheck --kernel-name kernel_substring=nvfp4 $(BIN)/python tests/sanitize_cuda.py {}/8
 
 clean:  ## remove what the targets made
 	rm -rf $(VENV) build dist *.egg-info torch_nvfp4/*.so

@@ -97,26 +97,34 @@ def test_says_what_is_missing(missing: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
-    ("version", "enabled", "works"),
-    [("11.0.0", True, True), ("10.14.1", True, False), ("10.15.1", True, False), ("11.0.0", False, False)],
+    ("version", "features", "reason"),
+    [
+        ("11.0.0", {"qdp_plugin": True, "tensorrt_rtx": False}, None),
+        ("10.15.1", {"qdp_plugin": True}, None),  # Torch-TensorRT knows which releases have plugins that work
+        (
+            "10.15.1",
+            {"qdp_plugin": False, "tensorrt_rtx": False},
+            "expected a TensorRT whose quick deployable plugins torch_tensorrt enables, got TensorRT 10.15.1 with "
+            "torch_tensorrt 2.11.0; install torch-tensorrt 2.12 or later",
+        ),
+        (
+            "1.5.0",
+            {"qdp_plugin": False, "tensorrt_rtx": True},
+            "expected a TensorRT with plugins, got TensorRT-RTX 1.5.0, which has none",
+        ),
+    ],
 )
 def test_needs_a_tensorrt_with_plugins(
-    version: str, enabled: bool, works: bool, monkeypatch: pytest.MonkeyPatch
+    version: str, features: dict[str, bool], reason: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("tensorrt", "torch_tensorrt", "torch_tensorrt._features"):
         module: Any = ModuleType(name)
         module.__spec__ = importlib.machinery.ModuleSpec(name, None)
         module.__path__ = []
-        module.__version__ = version
-        module.ENABLED_FEATURES = type("Features", (), {"qdp_plugin": enabled})
+        module.__version__ = version if name == "tensorrt" else "2.11.0"
+        module.ENABLED_FEATURES = type("Features", (), features)
         monkeypatch.setitem(sys.modules, name, module)
-    reason = tensorrt_moe.unavailable_reason()
-    if works:
-        assert reason is None
-    else:
-        assert reason is not None
-        assert reason.startswith("expected a TensorRT with quick deployable plugins")
-        assert reason.endswith(f"got {version}")
+    assert tensorrt_moe.unavailable_reason() == reason
 
 
 def test_a_broken_installation_is_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -202,6 +210,8 @@ def torch_tensorrt(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleT
                 pytest.skip("needs tensorrt, or tensorrt-cu13-bindings and a C compiler")
             stack.enter_context(stand_ins(tmp_path_factory.mktemp("stand_ins")))
         module = importlib.import_module("torch_tensorrt")
+        if module._features.ENABLED_FEATURES.tensorrt_rtx:
+            pytest.skip("needs TensorRT, got TensorRT-RTX: test_tensorrt_rtx.py has its tests")
         if not tensorrt_moe.available():
             importlib.reload(tensorrt_moe)
         assert tensorrt_moe.available(), tensorrt_moe.unavailable_reason()

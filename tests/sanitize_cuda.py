@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -160,21 +163,28 @@ def check_the_rest(device: str) -> None:
     assert_accurate(torch_nvfp4.combine(rows, topk_weights, topk_ids, None, 2), expected)
 
 
-def main(device: str = "cuda") -> None:
+Check = tuple[str, Callable[..., None], tuple[Any, ...]]  # TORCH_NVFP4_ARCH, the check, what it is called with
+
+
+def checks(device: str) -> list[Check]:
+    found: list[Check] = []
     for arch in ("", "80"):
-        os.environ["TORCH_NVFP4_ARCH"] = arch
         for case in MOE:
-            check_moe(*case, device)
-            check_other_experts(*case, device)
-        for case in BATCHED:
-            for dtype in (BF16, FP16):
-                check_batched_moe(*case, dtype, device)
-        check_the_rest(device)
-    for case in GRADIENTS:
-        for dtype in (BF16, FP16):
-            check_gradients(*case, dtype, device)
+            found += [(arch, check_moe, (*case, device)), (arch, check_other_experts, (*case, device))]
+        found += [(arch, check_batched_moe, (*case, dtype, device)) for case in BATCHED for dtype in (BF16, FP16)]
+        found += [(arch, check_gradients, (*case, dtype, device)) for case in GRADIENTS for dtype in (BF16, FP16)]
+        found.append((arch, check_the_rest, (device,)))
+    return found
+
+
+def main(device: str = "cuda", part: str = "0/1") -> None:
+    """``part``: I/N for every Nth check from the Ith on, so that N processes share the work."""
+    first, _, step = part.partition("/")
+    for arch, check, arguments in checks(device)[int(first) :: int(step)]:
+        os.environ["TORCH_NVFP4_ARCH"] = arch
+        check(*arguments)
     print("all values are right")
 
 
 if __name__ == "__main__":
-    main()
+    main(part=sys.argv[1] if len(sys.argv) > 1 else "0/1")

@@ -29,6 +29,8 @@ _GLU = {"swiglu", "geglu", "reglu", "glu", "silu"}
 _GATE = _GLU | {"act", "activation", "situ", "mlp", "ffn", "gemm1", "moe", "expert", "experts", "gate"}
 _LIMIT = {"limit", "limits", "clamp", "clamps", "clip"}
 _SHARED = {"shared", "share"}
+# Sections of encoders, which have no routed experts: GLM-5.3-Flash's vision_config has a swiglu_limit of its own.
+_ENCODERS = {"vision", "visual", "image", "video", "audio", "speech"}
 _ACTIVATION = {"act", "activation"}
 # Of what a key or a section consists that names the activation of experts; with another word it names another one
 # (mamba_hidden_act, projector_hidden_act, router_activation, vision_config).
@@ -100,7 +102,10 @@ def text_chain(file: str | Path, config: Mapping[str, Any]) -> list[tuple[str, M
 
 
 def keys_of(chain: list[tuple[str, Mapping[str, Any]]]) -> Iterator[Key]:
-    """Every key of the config that has a `text_chain`, those of nested sections and of lists of sections too."""
+    """Every key of the config that has a `text_chain`, those of nested sections and of lists of sections too.
+
+    Without those of encoders (of images, sound).
+    """
     seen: dict[int, Any] = {}  # objects, which may refer to each other; kept alive, so that an id stays theirs
     following = {prefix for prefix, _ in chain[1:]}
     waiting = [(prefix, section, frozenset[str](), True, True) for prefix, section in chain]
@@ -110,6 +115,8 @@ def keys_of(chain: list[tuple[str, Mapping[str, Any]]]) -> Iterator[Key]:
             if isinstance(name, str) and name in _NOT_THE_MODEL:
                 continue
             words = _words(name)
+            if words & _ENCODERS and _is_section(value):
+                continue
             yield Key(f"{prefix}{name}", str(name), value, is_text, _about(words, around, value, is_decoder))
             if isinstance(value, _PLAIN) or (is_text and f"{prefix}{name}." in following):
                 continue

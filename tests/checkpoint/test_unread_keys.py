@@ -54,7 +54,7 @@ class Nested:
             for key in ("swigluLimit", "situ_limit", "swiglu-limit", "swiglu_max", "swiglulimit", "GEMM1ClampLimit")
         ),
         ({"ffn_config": {"clamp": 7.0}}, "ffn_config.clamp"),
-        ({"vision_config": {"swiglu_limit": 7.0}}, "vision_config.swiglu_limit"),
+        ({"talker_config": {"swiglu_limit": 7.0}}, "talker_config.swiglu_limit"),
         (Config(moe=Config(swiglu_limit=7.0)), "moe.swiglu_limit"),
         (Config(layers=[Config(swiglu_limit=7.0)]), "layers[0].swiglu_limit"),
         ({"moe": Nested(expert=OnTheClass())}, "moe.expert.swiglu_limit"),
@@ -89,6 +89,7 @@ def test_clamp_under_an_alias() -> None:
     [
         {"clip_qkv": 8.0, "n_limited_groups": 4, "max_position_embeddings": 9, "moe_max_capacity": 3},
         {"audio_config": {"gradient_clipping": 1e10, "use_clipped_linears": True}, "topk_limit": 3},
+        {"vision_config": {"swiglu_limit": 10.0, "blocks": [{"swiglu_limit": 7.0}]}},  # GLM-5.3-Flash
         {"swiglu_limits_shared": [9.0], "shared_expert_clamp": 7.0, "gate_limit": None, "moe_clamp": [0, None]},
         {"quantization_config": {"act_clip": 3}, "text_config": {"quantization_config": {"act_clip": 3}}},
     ],

@@ -250,7 +250,10 @@ def case_batched_moe() -> None:
     expected = torch_nvfp4.batched_moe(x, *w.values(), counts, **CLAMP)
     for placement, given in ((S0, S0), (R, R), (S0, R), (R, Shard(1))):  # of the weights, of the tokens
         weights = [placed(w[name], mesh, placement) for name in WEIGHTS]
-        result = torch_nvfp4.batched_moe(placed(x, mesh, given), *weights, placed(counts, mesh, R), **CLAMP)
+        tokens = placed(x, mesh, given)
+        if given == Shard(1):  # NCCL gathers such a tensor into one that is not contiguous
+            tokens = tokens.redistribute(placements=[R]).contiguous()
+        result = torch_nvfp4.batched_moe(tokens, *weights, placed(counts, mesh, R), **CLAMP)
         check(result, expected, placement)
 
 

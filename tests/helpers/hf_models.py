@@ -31,16 +31,17 @@ SIZES: dict[str, Any] = {
 
 
 def write_model(path: Path, layout: str, **sizes: Any) -> Path:
-    """``path/packed``, NVFP4 in a layout, and ``path/dense``, the same in fp32; DeepSeek-V4 or Qwen3-MoE."""
+    """``path/packed``, NVFP4 in a layout, and ``path/dense``, the same in fp32; DeepSeek-V4 (or MXFP4), Qwen3-MoE."""
     packed, written = path / "packed", path / "written"
     sizes = SIZES | sizes
-    limit = LIMIT if layout == "deepseek" else None
+    deepseek = layout.startswith("deepseek")
+    limit = LIMIT if deepseek else None
     write_checkpoint(written, layout=layout, swiglu_limit=limit, **sizes)  # type: ignore[arg-type]
     tensors = raw_tensors(written)
     config = json.loads((written / "config.json").read_text())
-    if layout == "deepseek":
+    if deepseek:
         shutil.copytree(written, packed)
-        write_dense(path / "dense", _dense_deepseek(tensors, sizes), config)
+        write_dense(path / "dense", _dense_deepseek(tensors, layout, sizes), config)
         return path
     section = config["quantization_config"]
     config = config.get("text_config", config)
@@ -106,7 +107,7 @@ def _dense_qwen(tensors: dict[str, Tensor], layout: str, sizes: dict[str, Any]) 
     return result
 
 
-def _dense_deepseek(tensors: dict[str, Tensor], sizes: dict[str, Any]) -> dict[str, Tensor]:
+def _dense_deepseek(tensors: dict[str, Tensor], layout: str, sizes: dict[str, Any]) -> dict[str, Tensor]:
     result: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if name.startswith("mtp.") or ".ffn.experts." in name or name.endswith(".scale"):
@@ -117,7 +118,7 @@ def _dense_deepseek(tensors: dict[str, Tensor], sizes: dict[str, Any]) -> dict[s
             blocks = scale.double().repeat_interleave(128, 0).repeat_interleave(128, 1)
             result[name] = tensor.double() * blocks[: tensor.shape[0], : tensor.shape[1]]
     for layer in range(sizes["num_hidden_layers"]):
-        experts = experts_of(tensors, "deepseek", layer, sizes["n_routed_experts"], sizes["moe_intermediate_size"])
+        experts = experts_of(tensors, layout, layer, sizes["n_routed_experts"], sizes["moe_intermediate_size"])
         for index, expert in enumerate(experts):
             for part, matrix in zip(("w1", "w3", "w2"), expert.weights, strict=True):
                 result[f"layers.{layer}.ffn.experts.{index}.{part}.weight"] = matrix

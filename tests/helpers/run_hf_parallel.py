@@ -50,7 +50,7 @@ def run(path: str, mode: str, folder: Path) -> dict[str, Any]:
 def main(output: str, *models: str) -> None:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    register()
+    register(mxfp4=True)
     pairs = zip(models[::2], models[1::2], strict=True)
     results = [run(path, mode, Path(f"{output}.saved")) for mode, path in pairs]
     torch.save(results, f"{output}.{os.environ['RANK']}")

@@ -26,6 +26,7 @@ from torch_nvfp4.cli import app
 
 transformers = pytest.importorskip("transformers", minversion="5.23")
 
+from helpers.hf_families import auto_class, config_of, write_family  # noqa: E402
 from torch_nvfp4.integrations.transformers import from_pretrained, generation, serving, unregister  # noqa: E402
 from torch_nvfp4.integrations.transformers.generation import GeneratedText, Sampling  # noqa: E402
 
@@ -58,6 +59,19 @@ def test_generate_without_the_chat_template(path: Path) -> None:
     tokens = greedy(from_pretrained(path, dtype=torch.float32), torch.tensor([[6, 7, 8]]), 6)[0].tolist()
     assert result.stdout.strip() == " ".join(f"w{token - 3}" for token in tokens)
     assert "3 + 6 tokens" in result.stderr
+
+
+@pytest.mark.parametrize("family", ["gpt-oss", "nemotron", "minimax-m3 in compressed-tensors' MXFP4"])
+def test_generate_with_experts_of_other_kinds(family: str, tmp_path: Path) -> None:
+    """Biases in MXFP4, experts without a gate, a model of images: transformers' own in fp32 has the same tokens."""
+    path = write_family(tmp_path, family)
+    write_tokenizer(path / "packed", chat=False)
+    arguments = ["generate", str(path / "packed"), "--prompt", "w3 w4 w5", "--max-new-tokens", "6", "--dtype", "fp32"]
+    result = CliRunner().invoke(app, [*arguments, "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    oracle = auto_class(config_of(path / "dense")).from_pretrained(path / "dense", dtype=torch.float32)
+    tokens = greedy(oracle, torch.tensor([[6, 7, 8]]), 6)[0].tolist()
+    assert result.stdout.strip() == " ".join(f"w{token - 3}" for token in tokens)
 
 
 def test_sampling_is_repeatable(path: Path) -> None:
@@ -130,7 +144,8 @@ def test_a_checkpoint_without_nvfp4_weights_is_not_served(tmp_path: Path) -> Non
     result = CliRunner().invoke(app, ["serve", str(tmp_path)])
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr.splitlines()[-1] == (
-        f"torch-nvfp4 serve: {tmp_path}: expected NVFP4 weights, got none; torch-nvfp4 quantize makes them"
+        f"torch-nvfp4 serve: {tmp_path}: expected NVFP4 weights or MXFP4 experts, got none; torch-nvfp4 "
+        "quantize makes them"
     )
 
 
@@ -327,14 +342,14 @@ def test_an_option_that_the_server_does_not_have(path: Path) -> None:
 
 
 def test_serve_hands_its_options_on(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And registers, so that the server's from_pretrained takes the checkpoint."""
+    """And registers, so that the server's from_pretrained takes the checkpoint, MXFP4 too."""
     from transformers.cli import transformers as program
 
     calls: list[tuple[list[str], bool]] = []
 
     def run(args: list[str], **_: object) -> None:
         mapping = transformers.quantizers.auto.AUTO_QUANTIZATION_CONFIG_MAPPING
-        calls.append((args, "modelopt" in mapping))
+        calls.append((args, mapping["modelopt"].takes_mxfp4))
 
     monkeypatch.setattr(serving, "is_serve_available", lambda: True)
     monkeypatch.setattr(program, "app", run)

@@ -15,22 +15,33 @@ from helpers.hf_models import greedy, prompt, relative, write_model
 
 transformers = pytest.importorskip("transformers", minversion="5.23")
 
+from helpers.hf_families import FAMILIES, write_family  # noqa: E402
 from torch_nvfp4.integrations.transformers import from_pretrained  # noqa: E402
 
 RANK_PROGRAM = Path(__file__).parents[1] / "helpers" / "run_hf_parallel.py"
 PACKAGE = Path(__file__).parents[2]
 
 
-# (layout, mode, (experts, intermediate size) of a rank, packed shapes of q, k, v and o: rows of q, k, v, columns of o)
+# (layout or family, mode, (experts, intermediate size) of a rank, packed shapes of q, k, v (rows) and of o (columns))
 CASES = (
     ("modelopt", "tp", (8, 32), [(128, 64)] * 4), ("modelopt", "ep", (4, 64), [(128, 64)] * 4),
     ("deepseek", "tp", (8, 32), []), ("deepseek", "ep", (4, 64), []),
+    # gpt-oss has a plan for experts by expert alone, with their biases; nemotron has experts without a gate
+    # and a linear that is in no plan.
+    ("gpt-oss", "ep", (2, 64), []), ("nemotron", "tp", (4, 32), [(32, 32)]), ("nemotron", "ep", (2, 64), [(32, 32)]),
 )  # fmt: skip
 
 
 def test_two_ranks_compute_what_one_does(tmp_path: Path) -> None:
-    layouts = ("modelopt", "deepseek")
-    paths = {name: write_model(tmp_path / name, name, num_hidden_layers=2) / "packed" for name in layouts}
+    paths = {
+        name: (
+            write_family(tmp_path / name, name)
+            if name in FAMILIES
+            else write_model(tmp_path / name, name, num_hidden_layers=2)
+        )
+        / "packed"
+        for name in dict.fromkeys(case[0] for case in CASES)
+    }
     output = tmp_path / "result"
     run_ranks(str(output), *(part for layout, mode, _, _ in CASES for part in (mode, str(paths[layout]))))
     results = [torch.load(output.with_suffix(f".{rank}")) for rank in range(2)]

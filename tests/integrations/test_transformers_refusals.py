@@ -23,7 +23,7 @@ from torch_nvfp4.quant_config import MoEQuantConfig
 transformers = pytest.importorskip("transformers", minversion="5.23")
 
 from torch_nvfp4.integrations.transformers import TorchNVFP4Config, from_pretrained, register, unregister  # noqa: E402
-from torch_nvfp4.integrations.transformers.config import is_nvfp4_config  # noqa: E402
+from torch_nvfp4.integrations.transformers.config import is_mxfp4_config, is_nvfp4_config  # noqa: E402
 from torch_nvfp4.integrations.transformers.fp8 import FP8Weight  # noqa: E402
 from torch_nvfp4.integrations.transformers.modules import PackedExperts, PackedLinear, Part, expert_parts  # noqa: E402
 from torch_nvfp4.integrations.transformers.versions import HOOKS, unknown_version, unmet  # noqa: E402
@@ -209,6 +209,24 @@ def test_a_linear_that_the_model_does_not_have(copy: Callable[..., Path]) -> Non
         AutoModel.from_pretrained(path)
 
 
+@pytest.mark.parametrize(("config", "expected"), [
+    ({"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}, True),
+    ({"quant_method": "fp8", "expert_dtype": "fp4", "weight_block_size": [128, 128]}, True),
+    ({"quant_method": "fp8", "expert_dtype": "fp4", "moe_quant_algo": "NVFP4"}, False),
+    ({"quant_method": "fp8"}, False),
+    ({"quant_method": "compressed-tensors", "format": "mxfp4-pack-quantized"}, True),
+    ({"quant_method": "compressed-tensors", "config_groups": {"g": {"format": "mxfp4-pack-quantized"}}}, True),
+    ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, False),
+    ({"quant_method": "quark", "global_quant_config":
+      {"weight": {"dtype": "fp4", "group_size": 32, "scale_format": "e8m0"}}}, True),
+    ({"quant_method": "quark", "global_quant_config": {"weight": {"dtype": "fp8_e4m3"}}}, False),
+    ({"quant_method": "quark", "global_quant_config": {"weight": [3]}}, False), ({"quant_method": "quark"}, False),
+    ({"format": "mxfp4-pack-quantized"}, False), (None, False), ("mxfp4", False),
+])  # fmt: skip
+def test_which_configs_are_mxfp4(config: Any, expected: bool) -> None:
+    assert is_mxfp4_config(config) is expected
+
+
 @pytest.mark.parametrize("device_map", [
     {"": "disk"}, {"model": "cpu", "lm_head": "disk"}, {"model": 0, "lm_head": "cpu"}, {"model": 0, "lm_head": 1},
 ])  # fmt: skip
@@ -237,7 +255,7 @@ def test_auto_over_several_gpus(monkeypatch: pytest.MonkeyPatch, packed_models: 
 
 def test_from_pretrained_of_a_checkpoint_without_nvfp4(copy: Callable[..., Path]) -> None:
     path = copy("modelopt", quantization_config={"quant_method": "fp8"})
-    with pytest.raises(ValueError, match=r"expected a config that declares NVFP4 weights, got {'quant_method': 'fp8'}"):
+    with pytest.raises(ValueError, match=r"expected a config that declares NVFP4 .*, got {'quant_method': 'fp8'}"):
         from_pretrained(path)
 
 
@@ -262,7 +280,7 @@ def test_saving_changed_weights(packed_models: dict[str, Path], tmp_path: Path) 
     state["w2_weight"][0, 0, 0] ^= 1
     experts.packed.load_state_dict(state)  # type: ignore[union-attr]
     with pytest.raises(
-        ValueError, match=r"mlp.experts: expected the NVFP4 weights of .*, to write them again, got others"
+        ValueError, match=r"mlp.experts: expected the packed weights and biases of .*, to write them again, got others"
     ):
         model.save_pretrained(tmp_path)
 
@@ -308,9 +326,12 @@ def test_a_config_object_gives_its_gate(kind: str, expected: str) -> None:
 
 
 def test_plans_for_parallelism() -> None:
-    assert expert_parts(Part(), Part()) == {"ep_rank": 0, "ep_size": 1}
-    assert expert_parts(Part(0, 1, 4), Part(0, 1, 4)) == {"ep_rank": 1, "ep_size": 4}
-    assert expert_parts(Part(1, 1, 4, blocks=2), Part(2, 1, 4)) == {"tp_rank": 1, "tp_size": 4}
+    def parts(gate_up: Part, down: Part) -> dict[str, Part]:
+        return {"gate_up_proj": gate_up, "down_proj": down}
+
+    assert expert_parts(parts(Part(), Part())) == {"ep_rank": 0, "ep_size": 1}
+    assert expert_parts(parts(Part(0, 1, 4), Part(0, 1, 4))) == {"ep_rank": 1, "ep_size": 4}
+    assert expert_parts(parts(Part(1, 1, 4, blocks=2), Part(2, 1, 4))) == {"tp_rank": 1, "tp_size": 4}
     others = [
         (Part(1, 1, 4), Part(2, 1, 4)),  # rows of gate and up in one piece: gate alone on half of the ranks
         (Part(1, 1, 4, blocks=2), Part()), (Part(), Part(2, 1, 4)), (Part(2, 1, 4), Part(1, 1, 4)),
@@ -318,6 +339,6 @@ def test_plans_for_parallelism() -> None:
     ]  # fmt: skip
     for gate_up, down in others:
         with pytest.raises(
-            NotImplementedError, match=r"parallel plan: expected experts sharded by expert .*, got gate_up"
+            NotImplementedError, match=r"parallel plan: expected experts sharded by expert .*, got gate_up_proj Part"
         ):
-            expert_parts(gate_up, down)
+            expert_parts(parts(gate_up, down))

@@ -24,5 +24,6 @@ def command(context: typer.Context, checkpoint: CheckpointArgument) -> None:
     """
     opened = open_checkpoint(Terminal(), checkpoint)
     if not opened.layers and not opened.linears:
-        raise CheckpointError(refusal(checkpoint, "NVFP4 weights", "none", "torch-nvfp4 quantize makes them"))
+        advice = "torch-nvfp4 quantize makes them"
+        raise CheckpointError(refusal(checkpoint, "NVFP4 weights or MXFP4 experts", "none", advice))
     integration("serving", "serve").serve(checkpoint, context.args)

@@ -13,10 +13,15 @@ clamp is infinity, no expert_map is the identity, packed weights are int32 words
 quick deployable plugin with a Python implementation: an engine that holds it runs in processes that have imported this
 module, and not in a C++-only one.
 
-Never run on a GPU, and no engine was ever built with it: TensorRT's libraries could not be had. What was run, with
-Torch-TensorRT 2.13 and the Python bindings of TensorRT 11.0 on libraries that do nothing: registration of plugin and
-converter, partitioning, the converter on a network that records, creation of the plugin object, and the plugin's
-implementation on CPU tensors.
+It needs Torch-TensorRT 2.12 or later: 2.11 asks for TensorRT 10.15, and has the plugins of that release switched off.
+TensorRT-RTX has no plugins.
+
+What was run is in three steps. Built: with torch-tensorrt-rtx 2.13 and TensorRT-RTX 1.5 on a machine without a GPU, the
+engines on both sides of the op, which stays in PyTorch (``make test-tensorrt``). Tested against the interfaces alone,
+with Torch-TensorRT 2.13 and the Python bindings of TensorRT 11.0 on libraries that do nothing: registration of plugin
+and converter, partitioning, the converter on a network that records, creation of the plugin object, and the plugin's
+implementation on CPU tensors. Never run: an engine that holds the plugin, and any engine on a GPU, because TensorRT's
+own libraries could not be had.
 
 Private APIs: ``torch._subclasses.fake_tensor.unset_fake_temporarily`` (run with torch 2.13), and of Torch-TensorRT
 ``torch_tensorrt._features``, ``dynamo.conversion.converter_utils`` (2.13).
@@ -47,7 +52,6 @@ Integers = np.ndarray[Any, np.dtype[np.int64]]
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 _WEIGHTS = ("w13", "w13_global_scale", "w2", "w2_global_scale")
-_WITHOUT_PLUGINS = ("10.14.", "10.15.")  # TensorRT releases whose quick deployable plugins are broken
 
 _log = logging.getLogger(__name__)
 _registered = False
@@ -60,12 +64,18 @@ def unavailable_reason() -> str | None:
             return f"expected the package {package}, got none; install torch-tensorrt for your version of torch"
     try:
         # In this order: torch_tensorrt chooses which TensorRT `import tensorrt` gives.
+        torch_tensorrt = importlib.import_module("torch_tensorrt")
         features = importlib.import_module("torch_tensorrt._features").ENABLED_FEATURES
         version: str = importlib.import_module("tensorrt").__version__
     except Exception as error:  # torch_tensorrt raises a bare Exception where TensorRT's libraries are missing
         return f"expected torch_tensorrt to be importable, got {type(error).__name__}: {error}"
-    if not features.qdp_plugin or version.startswith(_WITHOUT_PLUGINS):
-        return f"expected a TensorRT with quick deployable plugins (10.7 or later, not 10.14 or 10.15), got {version}"
+    if getattr(features, "tensorrt_rtx", False):
+        return f"expected a TensorRT with plugins, got TensorRT-RTX {version}, which has none"
+    if not features.qdp_plugin:  # which releases of TensorRT have broken ones is Torch-TensorRT's to know
+        return (
+            "expected a TensorRT whose quick deployable plugins torch_tensorrt enables, got TensorRT "
+            f"{version} with torch_tensorrt {torch_tensorrt.__version__}; install torch-tensorrt 2.12 or later"
+        )
     return None
 
 
@@ -258,6 +268,9 @@ def _convert(ctx: Any, target: Any, args: Sequence[Any], kwargs: Mapping[str, An
     return layer.get_output(0)
 
 
-if unavailable_reason() is None:
+_reason = unavailable_reason()
+if _reason is None:
     _register()
     _registered = True
+elif importlib.util.find_spec("torch_tensorrt") is not None:
+    _log.warning("nvfp4::moe stays a PyTorch block between TensorRT's engines: %s", _reason)

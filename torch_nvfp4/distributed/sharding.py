@@ -14,10 +14,11 @@ route, grouped_gemm...  nothing: ``order`` and ``offsets`` are those of all slot
 unpack                  nothing
 ======================  =============================================================================================
 
-Activations that are sharded otherwise, and partial sums, are redistributed first. Weights never are: packed bytes that
-are sliced along N or K pass every check of shapes and are garbage, and experts that are gathered for every call cost
-more than they save. A placement that would need it is an error. Rules hold per dimension of the mesh: tokens can be
-sharded along one and experts along another.
+Activations that are sharded otherwise, and partial sums, are redistributed first. Where that leaves a tensor that is
+not contiguous (NCCL, ``Shard(1)`` of three dimensions) the op refuses it: redistribute it and call ``contiguous()``
+before. Weights never are redistributed: packed bytes that are sliced along N or K pass every check of shapes and are
+garbage, and experts that are gathered for every call cost more than they save. A placement that would need it is an
+error. Rules hold per dimension of the mesh: tokens can be sharded along one and experts along another.
 
 The rules are registered when the first fake runs after torch.distributed.tensor was imported: DTensor asks an op's fake
 for the shape of the result before it looks for a rule, and importing DTensor takes half as long as importing torch.
@@ -25,16 +26,28 @@ for the shape of the result before it looks for a rule, and importing DTensor ta
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from types import FrameType
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
-from torch.distributed.tensor._op_schema import OpSchema, OpSpec, OpStrategy, RuntimeSchemaInfo
+from torch.distributed.tensor._op_schema import (
+    OpSchema,
+    OpSpec,
+    OpStrategy,
+    RuntimeSchemaInfo,
+    _rebuild_tensor_from_dtensor_meta,
+)
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.distributed.tensor.placement_types import Placement
+from torch.utils._pytree import tree_map_only
+
+from torch_nvfp4.ops import call_before_fakes
 
 __all__ = ["expert_maps", "register_rules"]
 
@@ -47,6 +60,7 @@ Choice = tuple[dict[str, Placement], Placement]
 Rule = Callable[[str, Specs, int], Choice]
 """``rule(op, specs, mesh_dim)``."""
 
+_PROPAGATE = ShardingPropagator._propagate_tensor_meta_non_cached.__code__
 _EXPERT_ARGUMENTS = ("w13", "w13_global_scale", "w2", "w2_global_scale", "w13_bias", "w2_bias")
 _PACKED = ("w13", "w2", "weight", "packed")
 
@@ -266,8 +280,30 @@ def _refusal(name: str, schema: OpSchema) -> NoReturn:
     _fail(name, "an op with a sharding rule", name, advice)
 
 
+def _on_mesh_device(arguments: Any) -> Any:
+    """The arguments of a fake on the mesh's device, where DTensor is who calls it.
+
+    torch 2.11 asks for the result's shape with tensors on the CPU, whatever the mesh is of, and a packed weight has
+    another shape there than on a GPU. Nothing but DTensor's own frame says what the mesh is of.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code is not _PROPAGATE:
+        frame = frame.f_back
+    if frame is None:
+        return arguments
+    schema: OpSchema = frame.f_locals["op_schema"]
+    device = next(spec.mesh.device_type for spec in schema.args_schema if isinstance(spec, DTensorSpec))
+
+    def moved(tensor: Tensor) -> Tensor:
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+
+    return tree_map_only(Tensor, moved, arguments)
+
+
 def register_rules(ops: Sequence[Any] | None = None) -> None:
     """Registers the rules, and a refusal for whatever has none; ``ops``: overloads, by default all of the namespace."""
+    if "device_type" not in _rebuild_tensor_from_dtensor_meta.__code__.co_names:
+        call_before_fakes(_on_mesh_device)
     propagator = DTensor._op_dispatcher.sharding_propagator
     for overload in _overloads() if ops is None else ops:
         name = overload._schema.name.partition("::")[2]

@@ -70,6 +70,7 @@ def below_autograd(op: str) -> Callable[..., Any]:
 
 
 _with_dtensor: list[Callable[[], None]] = []
+_before_fakes: list[Callable[[Any], Any]] = []
 
 
 def call_with_dtensor(action: Callable[[], None]) -> None:
@@ -81,14 +82,22 @@ def call_with_dtensor(action: Callable[[], None]) -> None:
     _with_dtensor.append(action)
 
 
+def call_before_fakes(prepare: Callable[[Any], Any]) -> None:
+    """Every fake that runs once DTensor is imported gets ``prepare((args, kwargs))`` as its arguments."""
+    _before_fakes.append(prepare)
+
+
 def register_fake(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorates the fake of ``nvfp4::<op>``."""
 
     def register(fake: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(fake)
         def run(*args: Any, **kwargs: Any) -> Any:
-            while _with_dtensor and "torch.distributed.tensor" in sys.modules:
-                _with_dtensor.pop()()
+            if "torch.distributed.tensor" in sys.modules:
+                while _with_dtensor:
+                    _with_dtensor.pop()()
+                for prepare in _before_fakes:
+                    args, kwargs = prepare((args, kwargs))
             return fake(*args, **kwargs)
 
         torch.library.register_fake(f"nvfp4::{op}")(run)

@@ -2,14 +2,16 @@
 
 After ``register()``, ``AutoModelForCausalLM.from_pretrained(DIR)`` takes checkpoints with NVFP4 experts in every layout
 of ``torch_nvfp4.checkpoint``, and leaves all others to transformers. ``from_pretrained`` here does the same for one
-model without changing anything for others.
+model without changing anything for others, and takes MXFP4 experts (gpt-oss, the original DeepSeek-V4) too; so does
+``register(mxfp4=True)``. Experts may have biases, and no gate (Nemotron-3), as the model's class has them.
 
 transformers builds the model and loads whatever is not quantized. The experts, the NVFP4 linears and the FP8 weights
 come from ``torch_nvfp4.checkpoint``, one layer after the other, so that memory holds at most one layer twice.
 
 ``registry`` hooks into transformers, and ``versions`` says what it relies on there. transformers calls ``quantizer``
-while it loads: ``placement`` finds the module of each tensor, ``gates`` compares gates, ``modules`` take the place of
-the model's own, ``fp8`` dequantizes, and ``saving`` writes the published names again.
+while it loads: ``placement`` finds the module of each tensor, ``expert_layout`` says how a class holds its experts,
+``gates`` compares gates, ``modules`` take the place of the model's own, ``fp8`` dequantizes, and ``saving`` writes the
+published names again.
 
 Importing this package does not import transformers; the first use of one of its names does.
 """

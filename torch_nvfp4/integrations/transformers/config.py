@@ -1,4 +1,4 @@
-"""The quantization config of a checkpoint with NVFP4 weights, and how to recognise one."""
+"""The quantization config of a checkpoint with NVFP4 or MXFP4 weights, and how to recognise one."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-__all__ = ["METHOD", "TorchNVFP4Config", "is_nvfp4_config"]
+__all__ = ["METHOD", "TorchNVFP4Config", "is_mxfp4_config", "is_nvfp4_config"]
 
 METHOD = "torch_nvfp4"
 """What transformers knows this quantization as; config.json keeps the checkpoint's own ``quant_method``."""
 
 _ALGORITHMS = {"NVFP4", "W4A16_NVFP4"}
-_FORMAT = "nvfp4-pack-quantized"
+_FORMAT, _MXFP4_FORMAT = "nvfp4-pack-quantized", "mxfp4-pack-quantized"
 
 
 class TorchNVFP4Config(QuantizationConfigMixin):  # type: ignore[misc]
-    """How to run a checkpoint with NVFP4 weights; also what its config.json says about them, kept as it is.
+    """How to run a checkpoint with NVFP4 weights or MXFP4 experts; also what its config.json says about them, as it is.
+
+    Given to ``from_pretrained`` of transformers after ``register()``, it takes a checkpoint of MXFP4 experts too.
 
     Args:
         backend: a name of ``torch_nvfp4.backends`` for the experts, or None for the first that can run a layer.
@@ -69,7 +71,32 @@ def is_nvfp4_config(config: Any) -> bool:
     algorithms += [layer.get("quant_algo") for layer in of_layers if isinstance(layer, Mapping)]
     if any(str(algorithm).upper() in _ALGORITHMS for algorithm in algorithms):
         return True
+    return section.get("quant_method") == "compressed-tensors" and _FORMAT in _formats(section)
+
+
+def is_mxfp4_config(config: Any) -> bool:
+    """Whether a ``quantization_config`` declares MXFP4 experts and no NVFP4 weights.
+
+    gpt-oss's method is called so; DeepSeek-V4's is "fp8" with an ``expert_dtype`` (which stands beside the section in
+    its config.json, and transformers moves into it); Quark describes the scales of all weights.
+    """
+    if not isinstance(config, Mapping) or is_nvfp4_config(config):
+        return False
+    method = config.get("quant_method")
+    if method == "fp8":
+        return config.get("expert_dtype") == "fp4"
+    if method == "compressed-tensors":
+        return _MXFP4_FORMAT in _formats(config)
+    if method == "quark":
+        scheme = config.get("global_quant_config")
+        weight = scheme.get("weight") if isinstance(scheme, Mapping) else None
+        wanted = {"dtype": "fp4", "group_size": 32, "scale_format": "e8m0"}
+        return isinstance(weight, Mapping) and all(weight.get(key) == value for key, value in wanted.items())
+    return method == "mxfp4"
+
+
+def _formats(section: Mapping[str, Any]) -> list[Any]:
+    """Of compressed-tensors: the format of the model, and those of its groups of modules."""
     groups = section.get("config_groups")
     of_groups = groups.values() if isinstance(groups, Mapping) else ()
-    formats = [section.get("format"), *(group.get("format") for group in of_groups if isinstance(group, Mapping))]
-    return section.get("quant_method") == "compressed-tensors" and _FORMAT in formats
+    return [section.get("format"), *(group.get("format") for group in of_groups if isinstance(group, Mapping))]

@@ -2,46 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from torch_nvfp4.checkpoint import LayerConfig
 from torch_nvfp4.errors import CheckpointError, refusal
-from torch_nvfp4.gate import Gate
+from torch_nvfp4.gate import Gate, plain_activation
+from torch_nvfp4.integrations.transformers.expert_layout import USUAL, ExpertLayout
 from torch_nvfp4.quant_config import MoEQuantConfig
 
-__all__ = ["checkpoint_error", "gate_of", "layout_error"]
+__all__ = ["gate_of"]
 
 _POINTS = 257
 _RTOL = 1e-5
 
 
-def checkpoint_error(layer: LayerConfig) -> str | None:
-    """Why the experts that a checkpoint has in a layer do not run in transformers' classes here, or None."""
-    if layer.gated and not (layer.has_w13_bias or layer.has_w2_bias):
-        return None
-    got = layer.kind
-    return (
-        f"expected experts with gate and up and without biases, got {got}; from_pretrained does not take others yet: "
-        "NVFP4Experts.from_checkpoint runs the layer"
-    )
-
-
-def layout_error(module: nn.Module) -> str | None:
-    """Why a model's experts are not of the kind that ``NVFP4Experts`` computes, or None."""
-    if not callable(getattr(module, "_apply_gate", None)):
-        return "no _apply_gate, which says which gate they compute"
-    wanted = {
-        "has_gate": True, "is_concatenated": True, "is_transposed": False, "has_bias": False,
-        "has_post_expert_norm": False,
-    }  # fmt: skip
-    found = [f"{name}={got}" for name, want in wanted.items() if (got := getattr(module, name, want)) is not want]
-    return " and ".join(found) or None
-
-
-def gate_of(module: nn.Module, config: Any, layer: int, where: str) -> MoEQuantConfig:
+def gate_of(module: nn.Module, config: Any, layer: int, where: str, layout: ExpertLayout = USUAL) -> MoEQuantConfig:
     """The gate of a layer's experts: what the config declares, if the module computes the same.
 
     The module is evaluated on values on both sides of the declared limit, and on large ones where none is declared.
@@ -50,6 +28,8 @@ def gate_of(module: nn.Module, config: Any, layer: int, where: str) -> MoEQuantC
     Raises CheckpointError where the two differ: a clamp is neither dropped nor added.
     """
     declared = MoEQuantConfig.from_config(config, layer, source=f"{where}: config")
+    if not layout.gated:
+        declared = replace(declared, gate=replace(declared.gate, gated=False))
     limit = declared.gate.clamp_limit
     reach = 100.0 if limit is None else 3.0 * limit
     with torch.device("cpu"), torch.no_grad():
@@ -57,8 +37,8 @@ def gate_of(module: nn.Module, config: Any, layer: int, where: str) -> MoEQuantC
         small = torch.linspace(-6.0, 6.0, _POINTS, dtype=torch.float32)
         gate = torch.cat([side, side, small, small])
         up = torch.cat([side, side.flip(0), small.flip(0), torch.ones_like(small)])
-        got = module._apply_gate(torch.cat([gate, up]).reshape(1, -1)).reshape(-1)  # type: ignore[operator]
-        expected = declared.gate(gate, up)
+        got = _computed(module, layout, gate, up)
+        expected = declared.gate(gate, up) if layout.gated else plain_activation(up, declared.activation)
     if got.shape != expected.shape or not torch.allclose(got, expected, rtol=_RTOL, atol=_RTOL):
         got_text = f"another one ({_described(got, gate, up)})"
         raise CheckpointError(
@@ -75,7 +55,18 @@ def gate_of(module: nn.Module, config: Any, layer: int, where: str) -> MoEQuantC
     return declared
 
 
-def _described(got: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> str:
+def _computed(module: Any, layout: ExpertLayout, gate: Tensor, up: Tensor) -> Tensor:
+    """What the module's own code makes of one row of pre-activations [I] of gate and up."""
+    if not layout.gated:
+        result: Tensor = module.act_fn(up)
+    elif layout.interleaved:
+        result = module._apply_gate(torch.stack([gate, up], -1).reshape(1, -1))
+    else:
+        result = module._apply_gate(torch.cat([gate, up]).reshape(1, -1))
+    return result.reshape(-1)
+
+
+def _described(got: Tensor, gate: Tensor, up: Tensor) -> str:
     """The gate in a word where it is plain silu, gelu or one of them clamped at a usual limit."""
     if got.shape == gate.shape:
         for name in ("silu", "gelu", "gelu_tanh", "relu2"):

@@ -7,6 +7,7 @@ placement then says which part of the weight this rank has. ``pack`` reads that 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch_nvfp4.checkpoint import Checkpoint, LayerConfig
 from torch_nvfp4.errors import CheckpointError, refusal
 from torch_nvfp4.format import GROUP_SIZE, NVFP4Weight
+from torch_nvfp4.integrations.transformers.expert_layout import USUAL, ExpertLayout
 from torch_nvfp4.nn import NVFP4Experts, NVFP4Linear
 from torch_nvfp4.quant_config import MoEQuantConfig
 
@@ -25,7 +27,7 @@ __all__ = ["PackedExperts", "PackedLinear", "Part", "Shell", "expert_parts"]
 class Part(NamedTuple):
     """The part of a parameter that this rank has: chunk `rank` of `size` along `dim`; size 1 for all of it.
 
-    With `blocks` 2 it is that chunk of the first half and of the second, as of gate and up in one matrix.
+    With `blocks` 2 it is that chunk of the first half and of the second, as of gate and up behind each other.
     """
 
     dim: int = 0
@@ -37,18 +39,30 @@ class Part(NamedTuple):
 WHOLE = Part()
 
 
-def expert_parts(gate_up: Part, down: Part) -> dict[str, Any]:
-    """The keywords of ``Checkpoint.experts`` for a rank's part of gate_up_proj [E, 2I, K] and down_proj [E, K, I].
+def expert_parts(parts: Mapping[str, Part], layout: ExpertLayout = USUAL) -> dict[str, Any]:
+    """The keywords of ``Checkpoint.experts`` for a rank's parts of the parameters of experts, by their names.
+
+    Biases go with their weights: of experts that are split by I, down_proj_bias is added by the first rank alone.
 
     Raises NotImplementedError for anything but whole experts, or rows of gate and of up with columns of down.
     """
-    _, rank, size, _ = gate_up
-    if (gate_up, down) == (Part(0, rank, size), Part(0, rank, size)):
+    first, down = (_as_rows(parts[name], layout) for name in (layout.first, "down_proj"))
+    _, rank, size, _ = first
+    biases = [parts.get(f"{name}_bias", WHOLE) for name in (layout.first, "down_proj")]
+    by_expert, by_size = Part(0, rank, size), Part(1, rank, size, layout.blocks)
+    if (first, down) == (by_expert, by_expert) and all(bias in (WHOLE, by_expert) for bias in biases):
         return {"ep_rank": rank, "ep_size": size}
-    if (gate_up, down) == (Part(1, rank, size, blocks=2), Part(2, rank, size)):
+    if (first, down) == (by_size, Part(2, rank, size)) and biases[0] in (WHOLE, by_size) and biases[1] == WHOLE:
         return {"tp_rank": rank, "tp_size": size}
-    expected = "experts sharded by expert (grouped_gemm) or by intermediate size (packed_colwise and rowwise)"
-    raise NotImplementedError(refusal("parallel plan", expected, f"gate_up_proj {gate_up}, down_proj {down}"))
+    style = "packed_colwise" if layout.blocks == 2 else "colwise"
+    expected = f"experts sharded by expert (grouped_gemm) or by intermediate size ({style} and rowwise)"
+    got = ", ".join(f"{name} {part}" for name, part in parts.items())
+    raise NotImplementedError(refusal("parallel plan", expected, got))
+
+
+def _as_rows(part: Part, layout: ExpertLayout) -> Part:
+    """The part of a weight [E, out, in], whose dimensions the layout may have swapped."""
+    return part._replace(dim=3 - part.dim) if layout.transposed and part.dim else part
 
 
 class Shell(nn.Module):
@@ -94,23 +108,26 @@ class PackedExperts(Shell):
         layer: their layer in the checkpoint.
         num_experts, hidden_dim, intermediate_dim: as transformers names them; plans for expert parallelism set
             num_experts to those of this rank.
-        quant_config: the gate, which is that of the module whose place this took.
+        quant_config, layout: the gate and the layout of the module whose place this took.
         packed: ``NVFP4Experts`` once the weights are read.
     """
 
-    placeholders = ("gate_up_proj", "down_proj")
-
-    def __init__(self, layer: int, sizes: LayerConfig, quant_config: MoEQuantConfig, config: Any, backend: str | None):
+    def __init__(
+        self, layer: int, sizes: LayerConfig, quant_config: MoEQuantConfig, config: Any, backend: str | None,
+        layout: ExpertLayout = USUAL,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.layer = layer
         self.num_experts, self.hidden_dim, self.intermediate_dim = sizes[:3]
         self.quant_config = quant_config
         self.config = config  # parallel styles ask it for the experts' implementation
         self.backend = backend
+        self.layout = layout
         self._is_expert_parallel = False
-        e, k, i = sizes[:3]
-        self._add_placeholder("gate_up_proj", e, 2 * i, k // 2)
-        self._add_placeholder("down_proj", e, k, i // 2)
+        shapes = layout.packed_shapes(*sizes[:3])
+        for name, shape in shapes.items():
+            self._add_placeholder(name, *shape)
+        self.placeholders = tuple(shapes)
         self.packed: NVFP4Experts | None = None
 
     @torch.no_grad()
@@ -119,10 +136,17 @@ class PackedExperts(Shell):
 
         Raises CheckpointError as ``Checkpoint.experts``, and NotImplementedError as ``expert_parts``.
         """
-        part: dict[str, Any] = expert_parts(self._part("gate_up_proj"), self._part("down_proj"))
-        w13, w2 = checkpoint.experts(self.layer, progress=None, **part).to(device)
+        part = expert_parts({name: self._part(name) for name in self.placeholders}, self.layout)
+        weights = checkpoint.experts(self.layer, progress=None, **part).to(device)
         self._drop_placeholders()
-        self.packed = NVFP4Experts.from_weights(w13, w2, quant_config=self.quant_config, backend=self.backend)
+        self.packed = NVFP4Experts.from_weights(
+            weights.w13,
+            weights.w2,
+            w13_bias=weights.w13_bias,
+            w2_bias=weights.w2_bias,
+            quant_config=self.quant_config,
+            backend=self.backend,
+        )
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [M, K], top_k_index and top_k_weights [M, top_k] -> [M, K]; ids outside [0, E) add nothing."""

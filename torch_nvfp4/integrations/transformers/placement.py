@@ -1,4 +1,4 @@
-"""Which module of a model each NVFP4 weight of a checkpoint belongs to, and which parameter each other tensor."""
+"""Which module of a model each packed weight of a checkpoint belongs to, and which parameter each other tensor."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 from torch_nvfp4.checkpoint import Checkpoint
 from torch_nvfp4.checkpoint.layouts import expert_name, split_name
 from torch_nvfp4.errors import CheckpointError, refusal, shown
+from torch_nvfp4.integrations.transformers.expert_layout import has_fused_experts, kind_error, layout_of
 from torch_nvfp4.integrations.transformers.fp8 import FP8Weight, fp8_weights
-from torch_nvfp4.integrations.transformers.gates import checkpoint_error, layout_error
 
 __all__ = ["Placement", "place"]
 
@@ -116,9 +116,9 @@ def _check_is_dense(checkpoint: Checkpoint, name: str, parameter: Tensor | None)
         raise CheckpointError(
             refusal(
                 f"{info.file}: tensor {shown(name)}",
-                "NVFP4, FP8 (a matrix with its scales), or values in 16 or 32 bits",
+                "NVFP4, FP8 (a matrix with its scales), values in 16 or 32 bits, or of experts MXFP4",
                 f"{info.dtype} {list(info.shape)}",
-                "this format is not supported beside NVFP4",
+                "this format is not supported here",
             )
         )
 
@@ -129,31 +129,30 @@ def _is_ignored(model: Any, name: str) -> bool:
 
 
 def _expert_modules(model: Any, checkpoint: Checkpoint) -> dict[int, str]:
-    """The module of the experts of each layer that is NVFP4 in the checkpoint."""
+    """The module of the experts of each layer that is NVFP4 or MXFP4 in the checkpoint."""
     candidates: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         found_layer = _LAYER.search(name)
-        shapes = [getattr(getattr(module, part, None), "shape", ()) for part in ("gate_up_proj", "down_proj")]
-        if found_layer is not None and all(len(shape) == 3 for shape in shapes):
+        if found_layer is not None and has_fused_experts(module):
             candidates.setdefault(int(found_layer[1]), []).append(name)
     found = {}
     for layer in checkpoint.layers:
         sizes = checkpoint.layer_config(layer)
-        unlike = checkpoint_error(sizes)
-        if unlike is not None:
-            raise CheckpointError(f"{checkpoint.path}: layer {layer}: {unlike}")
         names = candidates.get(layer, [])
         if len(names) != 1:
             got = f"{len(names)}: {', '.join(names)}" if names else "none"
             where, expected = f"{type(model).__name__}: layer {layer}", "one module with fused experts"
             raise CheckpointError(refusal(where, expected, got, "load another class of the model, or one layer alone"))
         module = model.get_submodule(names[0])
-        problem = layout_error(module)
+        layout, problem = layout_of(module)
         if problem is not None:
-            expected = "experts with concatenated gate and up [E, 2I, K], no bias"
-            raise CheckpointError(refusal(f"{names[0]} ({type(module).__name__})", expected, problem))
-        num, rows, hidden = module.gate_up_proj.shape
-        got_sizes = (num, hidden, rows // 2)
+            expected = "experts that are two GEMMs with an activation between them"
+            where, advice = f"{names[0]} ({type(module).__name__})", "NVFP4Experts.from_checkpoint runs the layer alone"
+            raise CheckpointError(refusal(where, expected, problem, advice))
+        problem = kind_error(layout, sizes, module)
+        if problem is not None:
+            raise CheckpointError(f"{checkpoint.path}: layer {layer}: {problem}")
+        got_sizes = layout.sizes(module)
         if got_sizes != sizes[:3]:
             expected = f"[E, K, I] {list(got_sizes)} in layer {layer}, as the model has"
             advice = "transformers' class has one number of experts and one size for all layers"

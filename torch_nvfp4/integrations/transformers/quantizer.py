@@ -1,4 +1,4 @@
-"""What transformers calls while it loads and saves a model with NVFP4 weights."""
+"""What transformers calls while it loads and saves a model with packed weights."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from transformers.quantizers.base import HfQuantizer
 from torch_nvfp4.checkpoint import Checkpoint
 from torch_nvfp4.errors import CheckpointError, refusal
 from torch_nvfp4.integrations.transformers.config import TorchNVFP4Config
+from torch_nvfp4.integrations.transformers.expert_layout import layout_of
 from torch_nvfp4.integrations.transformers.gates import gate_of
 from torch_nvfp4.integrations.transformers.modules import PackedExperts, PackedLinear
 from torch_nvfp4.integrations.transformers.placement import Placement, place
@@ -31,7 +32,7 @@ _UNUSED_LEAVES = (
 
 
 class TorchNVFP4Quantizer(HfQuantizer):  # type: ignore[misc]
-    """Leaves the NVFP4 and FP8 weights of a checkpoint out of transformers' loading and reads them itself."""
+    """Leaves the NVFP4, MXFP4 and FP8 weights of a checkpoint out of transformers' loading and reads them itself."""
 
     requires_calibration = False
 
@@ -71,20 +72,24 @@ class TorchNVFP4Quantizer(HfQuantizer):  # type: ignore[misc]
         return device_map
 
     def _process_model_before_weight_loading(
-        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+        self, model: Any, checkpoint_files: list[str] | None = None, use_kernels: bool = False, **kwargs: Any
     ) -> Any:
         self._checkpoint = Checkpoint.open(_directory(checkpoint_files))
         _check_same_files(self.checkpoint, checkpoint_files)
         if not self.quantization_config.source:  # what save_pretrained writes again
             self.quantization_config.source = {"quant_method": "modelopt", **self.checkpoint.quant_config}
         self._placement = place(model, self.checkpoint)
+        if use_kernels:
+            _check_kernels(model, self._placement)
         config = model.config.get_text_config(decoder=True)
         for layer, name in self._placement.experts.items():
             experts = model.get_submodule(name)
-            gate = gate_of(experts, config, layer, name)
+            layout, _ = layout_of(experts)
+            gate = gate_of(experts, config, layer, name, layout)
             sizes = self.checkpoint.layer_config(layer)
             own = getattr(experts, "config", config)
-            model.set_submodule(name, PackedExperts(layer, sizes, gate, own, self.quantization_config.backend))
+            backend = self.quantization_config.backend
+            model.set_submodule(name, PackedExperts(layer, sizes, gate, own, backend, layout))
         for source, name in self._placement.linears.items():
             linear = model.get_submodule(name)
             dtype = None if linear.bias is None else linear.bias.dtype
@@ -161,6 +166,16 @@ def _check_same_files(checkpoint: Checkpoint, checkpoint_files: list[str] | None
         got = f"{first}, which transformers reads, and an index that names {second}"
         expected, advice = "one model in a directory", "remove what does not belong to the checkpoint"
         raise CheckpointError(refusal(checkpoint.path, expected, got, advice))
+
+
+def _check_kernels(model: Any, placement: Placement) -> None:
+    """Raises ValueError where a kernel of the Hub would run the block around the experts, and read dense weights."""
+    for name in placement.experts.values():
+        block = model.get_submodule(name.rpartition(".")[0])
+        kernel = getattr(block, "kernel_layer_name", None)
+        if kernel is not None:
+            expected = f"False for {type(block).__name__}, whose kernel {kernel} reads dense experts"
+            raise ValueError(refusal("use_kernels", expected, "True with packed ones"))
 
 
 def _several_devices(got: str) -> ValueError:

@@ -1,4 +1,4 @@
-"""Makes transformers choose this integration's quantizer for NVFP4 checkpoints, and takes that back."""
+"""Makes transformers choose this integration's quantizer for NVFP4 (and MXFP4) checkpoints, and takes that back."""
 
 from __future__ import annotations
 
@@ -7,19 +7,25 @@ import os
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, modeling_utils
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, modeling_utils
+from transformers.models.auto import modeling_auto
 from transformers.quantizers import auto
 from transformers.utils import cached_file
 
 from torch_nvfp4.checkpoint.headers import load_json
-from torch_nvfp4.integrations.transformers.config import METHOD, TorchNVFP4Config, is_nvfp4_config
+from torch_nvfp4.integrations.transformers.config import (
+    METHOD,
+    TorchNVFP4Config,
+    is_mxfp4_config,
+    is_nvfp4_config,
+)
 from torch_nvfp4.integrations.transformers.quantizer import TorchNVFP4Quantizer
 from torch_nvfp4.integrations.transformers.versions import check_installed
 
 __all__ = ["from_pretrained", "register", "unregister"]
 
-_SHARED_METHODS = ("fp8", "compressed-tensors", "modelopt", "nvfp4")
-"""The values of ``quant_method`` under which NVFP4 checkpoints are published."""
+_SHARED_METHODS = ("fp8", "compressed-tensors", "modelopt", "nvfp4", "mxfp4", "quark")
+"""The values of ``quant_method`` under which NVFP4 and MXFP4 checkpoints are published."""
 
 _QUANT_FILE = "hf_quant_config.json"
 _HUB_KEYWORDS = (
@@ -28,14 +34,19 @@ _HUB_KEYWORDS = (
 
 
 class _Dispatch:
-    """In place of the config class of a ``quant_method``: NVFP4 configs are this package's, the rest go on."""
+    """In place of the config class of a ``quant_method``: NVFP4 configs are this package's, the rest go on.
+
+    Attributes:
+        takes_mxfp4: whether those of MXFP4 experts are this package's too.
+    """
 
     def __init__(self, method: str, original: Any) -> None:
         self.method = method
         self.original = original
+        self.takes_mxfp4 = False
 
     def from_dict(self, config_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        if is_nvfp4_config(config_dict):
+        if is_nvfp4_config(config_dict) or (self.takes_mxfp4 and is_mxfp4_config(config_dict)):
             return TorchNVFP4Config.from_dict(config_dict, *args, **kwargs)
         if self.original is None:
             raise ValueError(
@@ -51,21 +62,27 @@ class _Dispatch:
         return self.original(*args, **kwargs)
 
 
-def register() -> None:
+def register(*, mxfp4: bool = False) -> None:
     """From here on ``from_pretrained`` of transformers takes NVFP4 checkpoints; all others load as before.
 
-    Calling it twice is calling it once. Raises RuntimeError, with what differs, where the installed transformers is not
-    one that this was written for; nothing is changed then.
+    Calling it twice is calling it once; the last ``mxfp4`` counts. Raises RuntimeError, with what differs, where the
+    installed transformers is not one that this was written for; nothing is changed then.
+
+    Args:
+        mxfp4: take checkpoints of MXFP4 experts (gpt-oss, the original DeepSeek-V4) too, which transformers loads in
+            its own way. Without it ``quantization_config=TorchNVFP4Config()`` takes a single one.
     """
-    if _is_registered():
-        return
-    check_installed()
-    _register_method()
     mapping = auto.AUTO_QUANTIZATION_CONFIG_MAPPING
-    for method in _SHARED_METHODS:
-        mapping[method] = _Dispatch(method, mapping.get(method))
-    auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*auto.LOADING_ATTRIBUTES_CONFIG_TYPES, TorchNVFP4Config)
-    modeling_utils.get_hf_quantizer = _with_quant_file(modeling_utils.get_hf_quantizer)
+    if not _is_registered():
+        check_installed()
+        _register_method()
+        for method in _SHARED_METHODS:
+            mapping[method] = _Dispatch(method, mapping.get(method))
+        auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*auto.LOADING_ATTRIBUTES_CONFIG_TYPES, TorchNVFP4Config)
+        modeling_utils.get_hf_quantizer = _with_quant_file(modeling_utils.get_hf_quantizer)
+    for dispatch in mapping.values():
+        if isinstance(dispatch, _Dispatch):
+            dispatch.takes_mxfp4 = mxfp4
 
 
 def unregister() -> None:
@@ -93,31 +110,37 @@ def unregister() -> None:
 
 
 def from_pretrained(
-    path: str | Path, *args: Any, backend: str | None = None, auto_class: Any = AutoModelForCausalLM, **kwargs: Any
+    path: str | Path, *args: Any, backend: str | None = None, auto_class: Any = None, **kwargs: Any
 ) -> Any:
-    """A model of transformers from an NVFP4 checkpoint, whether or not ``register`` was called.
+    """A model of transformers from a checkpoint of NVFP4 weights or MXFP4 experts; ``register`` is not needed.
 
     Args:
         path: a directory, or the name of a repository on the Hub.
         backend: a name of ``torch_nvfp4.backends`` for the experts, None for the first that can run a layer.
-        auto_class: which class of transformers builds the model.
+        auto_class: which class of transformers builds the model; None: AutoModelForCausalLM, or for a model that it
+            does not know, of images and text, AutoModelForImageTextToText.
         args, kwargs: those of ``auto_class.from_pretrained``.
 
-    Raises ValueError for a checkpoint whose configs declare no NVFP4 weights, and what ``register`` raises.
+    Raises ValueError for a checkpoint whose configs declare neither, and what ``register`` raises.
     """
     check_installed()
     _register_method()
     config, kwargs = _config_of(path, kwargs)
     declared = _declared(config) or _read_quant_file(config)
-    if not is_nvfp4_config(declared):
+    if not (is_nvfp4_config(declared) or is_mxfp4_config(declared)):
         got = "no quantization_config and no hf_quant_config.json" if declared is None else f"{declared!r:.200}"
         advice = "; torch-nvfp4 quantize makes such a checkpoint" if declared is None else ""
-        raise ValueError(f"{path}: expected a config that declares NVFP4 weights, got {got}{advice}")
-    for section in (config, config.get_text_config(decoder=True)):
-        if getattr(section, "quantization_config", None) is not None:
-            del section.quantization_config
+        raise ValueError(f"{path}: expected a config that declares NVFP4 weights or MXFP4 experts, got {got}{advice}")
+    _undeclare(config)
     quantization = TorchNVFP4Config(backend, declared)
+    if auto_class is None:
+        known = type(config) in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
+        auto_class = AutoModelForCausalLM if known or not _has_images(config) else AutoModelForImageTextToText
     return auto_class.from_pretrained(path, *args, config=config, quantization_config=quantization, **kwargs)
+
+
+def _has_images(config: Any) -> bool:
+    return type(config) in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 
 def _config_of(path: str | Path, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -156,9 +179,15 @@ def _with_quant_file(original: Any) -> Any:
         declared = getattr(config, "quantization_config", None)
         if isinstance(declared, TorchNVFP4Config):  # the config of a loaded model; transformers wants a dict
             config.quantization_config = copy.deepcopy(declared.source) or None
-            if quantization_config is None and (declared.backend is not None or not declared.source):
+            own = declared.backend is not None or not declared.source or is_mxfp4_config(declared.source)
+            if quantization_config is None and own:
                 quantization_config = TorchNVFP4Config(declared.backend)
-        if _declared(config) is None and (
+        found = _declared(config)
+        if isinstance(quantization_config, TorchNVFP4Config) and is_mxfp4_config(found):
+            # Asked for: transformers would compare the class with that of its own config.
+            _undeclare(config)
+            quantization_config = TorchNVFP4Config(quantization_config.backend, found)
+        elif found is None and (
             quantization_config is None
             or (isinstance(quantization_config, TorchNVFP4Config) and not quantization_config.source)
         ):
@@ -170,6 +199,12 @@ def _with_quant_file(original: Any) -> Any:
     get_hf_quantizer.__wrapped__ = original  # type: ignore[attr-defined]
     get_hf_quantizer.reads_quant_file = get_hf_quantizer  # type: ignore[attr-defined]
     return get_hf_quantizer
+
+
+def _undeclare(config: Any) -> None:
+    for section in (config, config.get_text_config(decoder=True)):
+        if getattr(section, "quantization_config", None) is not None:
+            del section.quantization_config
 
 
 def _declared(config: Any) -> dict[str, Any] | None:

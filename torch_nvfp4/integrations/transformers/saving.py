@@ -10,7 +10,6 @@ from torch.distributed.tensor import DTensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from torch_nvfp4.checkpoint import Checkpoint
-from torch_nvfp4.format import NVFP4Weight
 from torch_nvfp4.integrations.transformers.modules import PackedExperts, PackedLinear, Shell
 from torch_nvfp4.integrations.transformers.placement import Placement
 
@@ -74,21 +73,24 @@ def _is_distributed(model: Any) -> bool:
 
 def _check_unchanged(name: str, shell: Shell, checkpoint: Checkpoint) -> None:
     """Raises ValueError unless a shell's weights are the checkpoint's, bit for bit."""
-    expected: tuple[NVFP4Weight, ...]
-    got: tuple[NVFP4Weight, ...]
+    expected: list[Tensor | None]
+    got: list[Tensor | None]
     if isinstance(shell, PackedExperts):
         assert shell.packed is not None
-        expected, got = tuple(checkpoint.experts(shell.layer)), shell.packed.unpacked_weights()
+        weights = checkpoint.experts(shell.layer)
+        expected = [*weights.w13, *weights.w2, weights.w13_bias, weights.w2_bias]
+        w13, w2 = shell.packed.unpacked_weights()
+        got = [*w13, *w2, shell.packed.w13_bias, shell.packed.w2_bias]
     elif isinstance(shell, PackedLinear):
         assert shell.packed is not None
-        expected, got = (checkpoint.linear(shell.name),), (shell.packed.unpacked_weight(),)
+        expected, got = [*checkpoint.linear(shell.name)], [*shell.packed.unpacked_weight()]
     else:
         return
     for a, b in zip(expected, got, strict=True):
-        if not all(torch.equal(_bytes(x), _bytes(y)) for x, y in zip(a, b, strict=True)):
+        if (a is None) != (b is None) or (a is not None and b is not None and not torch.equal(_bytes(a), _bytes(b))):
             raise ValueError(
-                f"{name}: expected the NVFP4 weights of {checkpoint.path}, to write them again, got others; "
-                "write changed weights with safetensors, from the module's unpacked weights"
+                f"{name}: expected the packed weights and biases of {checkpoint.path}, to write them again, got "
+                "others; write changed weights with safetensors, from the module's unpacked weights"
             )
 
 

@@ -61,7 +61,7 @@ def serve(path: str | Path, arguments: Sequence[str]) -> None:
     """
     check_servable()
     check_address(arguments)
-    register()
+    register(mxfp4=True)  # whoever serves with this command has chosen this package
     from transformers.cli.transformers import app
 
     try:

@@ -39,6 +39,9 @@ HOOKS: dict[tuple[str, str], tuple[str, ...]] = {
         "source_key", "weight_renamings", "weight_converters", "base_model_prefix", "meta_state_dict",
     ),
     ("transformers.core_model_loading", "revert_weight_conversion"): ("model", "state_dict"),
+    # Which class builds a model: asked, as AutoModelForCausalLM knows none for some models of images and text.
+    ("transformers.models.auto.modeling_auto", "MODEL_FOR_CAUSAL_LM_MAPPING"): (),
+    ("transformers.models.auto.modeling_auto", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING"): (),
     # What says which gate a model computes.
     ("transformers.integrations.moe", "use_experts_implementation"): (
         "experts_class", "is_concatenated", "is_transposed", "has_bias", "has_gate", "has_post_expert_norm",
