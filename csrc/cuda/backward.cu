@@ -7,7 +7,6 @@
 
 #include "aligned_rows.h"
 #include "kernels/backward/params.h"
-#include "kernels/combine.h"
 #include "kernels/route.h"
 
 namespace nvfp4::cuda {
@@ -60,9 +59,9 @@ struct MoePlan {
   int32_t* offsets;
   void* sort;
   int4* tile_table;
-  void* flow;       // [slots, n of w13]
-  void* slot_rows;  // [slots, k of w13], if the gradient of hidden_states is wanted
-  float* partial;   // if that of topk_weights is
+  void* flow;        // [slots, n of w13]
+  float* slot_rows;  // [slots, k of w13], if the gradient of hidden_states is wanted
+  float* partial;    // if that of topk_weights is
   size_t bytes;
 };
 
@@ -81,6 +80,7 @@ ActivationBackwardParams activation_params(const MoeBackwardArgs& args, const Mo
       .x_rows = f.routing.tokens,
       .w13 = packed_weight(f.w13),
       .w2 = packed_weight(f.w2),
+      .has_gate = true,
       .gate = f.gate,
       .slot_scale = f.apply_router_weight_on_input ? f.topk_weights : nullptr,
       .out_scale = f.apply_router_weight_on_input ? nullptr : f.topk_weights,
@@ -105,7 +105,7 @@ MoePlan plan_of(const MoeBackwardArgs& args, const Context& context) {
   plan.tile_table = static_cast<int4*>(workspace.take<void>(
       static_cast<int64_t>(tile_table_bytes(plan.slots, f.routing.experts, static_cast<int>(plan.tile)))));
   plan.flow = workspace.take<uint16_t>(plan.slots * f.w13.n);
-  if (args.grad_hidden_states != nullptr) plan.slot_rows = workspace.take<uint16_t>(plan.slots * f.w13.k);
+  if (args.grad_hidden_states != nullptr) plan.slot_rows = workspace.take<float>(plan.slots * f.w13.k);
   if (args.grad_topk_weights != nullptr) {
     plan.partial = workspace.take<float>(plan.slots * scale_parts(activation_params(args, plan), plan.tile));
   }
@@ -125,8 +125,7 @@ void moe_scale_grad(const MoeBackwardArgs& args, const MoePlan& plan, const Acti
                  .slots = static_cast<int>(plan.slots),
                  .partial = plan.partial,
                  .parts = scale_parts(activation, plan.tile),
-                 .a = activation.grad_out,
-                 .b = nullptr,
+                 .grad_out = activation.grad_out,
                  // The bias is scaled with the output, and not with the input.
                  .bias = f.apply_router_weight_on_input ? nullptr : f.w2.bias,
                  .routing = f.routing,
@@ -144,15 +143,18 @@ struct GroupedPlan {
   CheckedRouting routing;
   void* aligned_x;
   void* aligned_grad;
-  void* x_image;  // with a gate and tall tiles
+  void* x_image;  // with tall tiles, for the pre-activations or the products that scales multiply
   int4* tile_table;
-  void* flow;       // [slots, n], unless the gradient itself is multiplied
-  void* slot_rows;  // [slots, k], if several slots share a row of x
-  float* partial;   // with a gate, if the gradient of the scales is wanted
-  void* products;   // [slots, n], without a gate, if the gradient of the scales is wanted
-  void* inner;      // the workspace of grouped_gemm for them
+  void* flow;        // [slots, n], unless the gradient itself is multiplied
+  float* slot_rows;  // [slots, k], if several slots share a row of x
+  float* partial;    // if the gradient of the scales is wanted
   size_t bytes;
 };
+
+// Whether products with the weight are made again: for an activation's derivative, or for the scales'.
+bool multiplies_again(const GroupedGemmBackwardArgs& args) {
+  return args.forward.gate != nullptr || args.grad_slot_scale != nullptr;
+}
 
 bool multiplies_gradient_itself(const GroupedGemmArgs& f) { return f.gate == nullptr && !f.weight.gated; }
 
@@ -175,21 +177,13 @@ ActivationBackwardParams activation_params(const GroupedGemmBackwardArgs& args, 
       .x_rows = f.rows,
       .w13 = packed_weight(f.weight),
       .w2 = {},
-      .gate = *f.gate,
+      .has_gate = f.gate != nullptr,
+      .gate = f.gate != nullptr ? *f.gate : Gate{},
       .slot_scale = f.slot_scale,
       .out_scale = nullptr,
       .flow = plan.flow,
       .partial = plan.partial,
   };
-}
-
-// The products that the scales multiply.
-GroupedGemmArgs unscaled(const GroupedGemmArgs& f, void* products) {
-  GroupedGemmArgs args = f;
-  args.slot_scale = nullptr;
-  args.weight.bias = nullptr;
-  args.out = products;
-  return args;
 }
 
 GroupedPlan plan_of(const GroupedGemmBackwardArgs& args, const Context& context) {
@@ -201,30 +195,20 @@ GroupedPlan plan_of(const GroupedGemmBackwardArgs& args, const Context& context)
   plan.aligned_x = take_copy(workspace, f.x, f.rows * f.weight.k);
   const int64_t grad_columns = f.gate == nullptr ? f.weight.n : f.weight.features();
   plan.aligned_grad = take_copy(workspace, args.grad_out, f.slots * grad_columns);
-  if (f.gate != nullptr) plan.x_image = take_image(workspace, plan.tile, f.rows, f.weight.k);
+  if (multiplies_again(args)) plan.x_image = take_image(workspace, plan.tile, f.rows, f.weight.k);
   plan.tile_table = static_cast<int4*>(workspace.take<void>(
       static_cast<int64_t>(tile_table_bytes(f.slots, f.weight.experts, static_cast<int>(plan.tile)))));
   if (!multiplies_gradient_itself(f)) plan.flow = workspace.take<uint16_t>(f.slots * f.weight.n);
-  plan.slot_rows =
-      args.grad_x != nullptr && f.slots == f.rows ? args.grad_x : workspace.take<uint16_t>(f.slots * f.weight.k);
-  if (args.grad_slot_scale != nullptr && f.gate != nullptr) {
+  if (f.slots != f.rows && args.grad_x != nullptr) plan.slot_rows = workspace.take<float>(f.slots * f.weight.k);
+  if (args.grad_slot_scale != nullptr) {
     plan.partial = workspace.take<float>(f.slots * scale_parts(activation_params(args, plan), plan.tile));
-  } else if (args.grad_slot_scale != nullptr) {
-    plan.products = workspace.take<uint16_t>(f.slots * f.weight.n);
-    plan.inner =
-        workspace.take<void>(static_cast<int64_t>(grouped_gemm_workspace(unscaled(f, plan.products), context)));
   }
   plan.bytes = workspace.bytes();
   return plan;
 }
 
-void grouped_scale_grad(const GroupedGemmBackwardArgs& args, const GroupedPlan& plan, const Context& context) {
+void grouped_scale_grad(const GroupedGemmBackwardArgs& args, const GroupedPlan& plan, void* stream) {
   const GroupedGemmArgs& f = args.forward;
-  if (f.gate == nullptr) {
-    Context inner = context;
-    inner.workspace = plan.inner;
-    grouped_gemm(unscaled(f, plan.products), inner);
-  }
   scale_grad(f.dtype,
              {
                  .order = plan.routing.order,
@@ -233,23 +217,22 @@ void grouped_scale_grad(const GroupedGemmBackwardArgs& args, const GroupedPlan& 
                  .experts = static_cast<int>(f.weight.experts),
                  .slots = static_cast<int>(f.slots),
                  .partial = plan.partial,
-                 .parts = f.gate == nullptr ? 0 : scale_parts(activation_params(args, plan), plan.tile),
-                 .a = args.grad_out,
-                 .b = plan.products,
+                 .parts = scale_parts(activation_params(args, plan), plan.tile),
+                 .grad_out = args.grad_out,
                  .bias = nullptr,
                  .routing = {},
                  .slots_per_row = 1,
                  .columns = static_cast<int>(f.weight.n),
                  .grad = args.grad_slot_scale,
              },
-             context.stream);
+             stream);
 }
 
 // The gradient of x from the flow, or from the gradient itself.
 void grouped_grad_x(const GroupedGemmBackwardArgs& args, const GroupedPlan& plan, void* stream) {
   const GroupedGemmArgs& f = args.forward;
   const bool itself = multiplies_gradient_itself(f);
-  if (!itself && f.gate == nullptr) {
+  if (!itself && !multiplies_again(args)) {
     gated_flow(
         f.dtype, plan.tile,
         {.rows = rows_of(f, plan), .grad_out = args.grad_out, .weight = packed_weight(f.weight), .flow = plan.flow},
@@ -262,11 +245,20 @@ void grouped_grad_x(const GroupedGemmBackwardArgs& args, const GroupedPlan& plan
                    .weight = packed_weight(f.weight),
                    // With a gate the flow has it already.
                    .slot_scale = f.gate == nullptr ? f.slot_scale : nullptr,
-                   .out = plan.slot_rows},
+                   .out = plan.slot_rows == nullptr ? args.grad_x : nullptr,
+                   .out32 = plan.slot_rows,
+                   .by_position = false},
                   stream);
-  if (plan.slot_rows != args.grad_x) {
-    sum_rows(f.dtype, plan.slot_rows, f.rows, f.slots / f.rows, f.weight.k, args.grad_x, stream);
-  }
+  if (plan.slot_rows == nullptr) return;
+  sum_rows(f.dtype,
+           {.x = plan.slot_rows,
+            .has_routing = false,
+            .routing = {},
+            .rows = f.rows,
+            .slots_per_row = static_cast<int>(f.slots / f.rows),
+            .columns = static_cast<int>(f.weight.k),
+            .out = args.grad_x},
+           stream);
 }
 
 // ---- linear
@@ -313,7 +305,8 @@ void moe_backward(const MoeBackwardArgs& original, const Context& context) {
                      .weight = activation.w2,
                      .slot_scale = nullptr,
                      .out = nullptr,
-                     .sums = plan.into},
+                     .out32 = plan.into,
+                     .by_position = true},
                     context.stream);
   }
   activation_backward(f.dtype, plan.tile, activation, context.stream);
@@ -325,17 +318,19 @@ void moe_backward(const MoeBackwardArgs& original, const Context& context) {
                    .slots_per_row = 0,
                    .weight = activation.w13,
                    .slot_scale = nullptr,
-                   .out = plan.slot_rows},
+                   .out = nullptr,
+                   .out32 = plan.slot_rows,
+                   .by_position = false},
                   context.stream);
-  const CombineArgs combined{
-      .dtype = f.dtype,
-      .x = plan.slot_rows,
-      .topk_weights = nullptr,
-      .routing = f.routing,
-      .n = f.w13.k,
-      .out = args.grad_hidden_states,
-  };
-  combine(combined, /*routing_is_older=*/true, context);
+  sum_rows(f.dtype,
+           {.x = plan.slot_rows,
+            .has_routing = true,
+            .routing = f.routing,
+            .rows = f.routing.tokens,
+            .slots_per_row = static_cast<int>(f.routing.top_k),
+            .columns = static_cast<int>(f.w13.k),
+            .out = args.grad_hidden_states},
+           context.stream);
 }
 
 size_t grouped_gemm_backward_workspace(const GroupedGemmBackwardArgs& args, const Context& context) {
@@ -357,10 +352,12 @@ void grouped_gemm_backward(const GroupedGemmBackwardArgs& original, const Contex
   f.order = plan.routing.order;
   f.offsets = plan.routing.offsets;
   // Rows of slots without an expert are zero, or NaN where order and offsets are no routing.
-  cut_tiles(f.order, f.offsets, f.slots, f.weight.experts, plan.tile_table, static_cast<int>(plan.tile), plan.slot_rows,
-            f.weight.k * kElementBytes, context.stream);
-  if (f.gate != nullptr) activation_backward(f.dtype, plan.tile, activation_params(args, plan), context.stream);
-  if (args.grad_slot_scale != nullptr) grouped_scale_grad(args, plan, context);
+  const bool shares = plan.slot_rows != nullptr;
+  void* rows = shares ? plan.slot_rows : args.grad_x;
+  cut_tiles(f.order, f.offsets, f.slots, f.weight.experts, plan.tile_table, static_cast<int>(plan.tile), rows,
+            rows == nullptr ? 0 : f.weight.k * (shares ? int64_t{sizeof(float)} : kElementBytes), context.stream);
+  if (multiplies_again(args)) activation_backward(f.dtype, plan.tile, activation_params(args, plan), context.stream);
+  if (args.grad_slot_scale != nullptr) grouped_scale_grad(args, plan, context.stream);
   if (args.grad_x != nullptr) grouped_grad_x(args, plan, context.stream);
 }
 
@@ -386,7 +383,9 @@ void linear_backward(const LinearBackwardArgs& args, const Context& context) {
                    .slots_per_row = 0,
                    .weight = weight,
                    .slot_scale = nullptr,
-                   .out = args.grad_x},
+                   .out = args.grad_x,
+                   .out32 = nullptr,
+                   .by_position = false},
                   context.stream);
 }
 

@@ -110,14 +110,18 @@ def test_many_experts(name: str, k: int, target: str) -> None:
     ids[:40, 2], ids[40:43, 2] = 3, -1
     x, weights = leaf_of(hidden), leaf_of(topk_weights, dtype=torch.float64)
     expected_moe(experts, x, weights, ids).backward(flow)
+    arguments = experts.weights(target), ids.to(target), experts.biases(target)
+
+    def run(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = leaf_of(hidden, target, dtype), leaf_of(topk_weights, target)
+        out = torch_nvfp4.moe(leaves[0], *arguments[0], leaves[1], arguments[1], **arguments[2], **kind.gate)
+        return torch.autograd.grad(out, leaves, flow.to(target, dtype))
+
     for dtype in dtypes_of(target):
-        leaf, router = leaf_of(hidden, target, dtype), leaf_of(topk_weights, target)
-        out = torch_nvfp4.moe(
-            leaf, *experts.weights(target), router, ids.to(target), **experts.biases(target), **kind.gate
-        )
-        out.backward(flow.to(target, dtype))
-        assert_accurate(leaf.grad.cpu(), x.grad)  # type: ignore[union-attr, arg-type]
-        assert_accurate(router.grad.cpu(), weights.grad, dtype=dtype)  # type: ignore[union-attr, arg-type]
+        grad_x, grad_weights = run(dtype)
+        assert_accurate(grad_x.cpu(), x.grad)  # type: ignore[arg-type]
+        assert_accurate(grad_weights.cpu(), weights.grad, dtype=dtype)  # type: ignore[arg-type]
+    assert all(torch.equal(a, b) for a, b in zip(run(dtype), (grad_x, grad_weights), strict=True))
 
 
 @pytest.mark.parametrize("m", [30, 500])

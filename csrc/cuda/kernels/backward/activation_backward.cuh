@@ -92,8 +92,19 @@ struct ActivationBackward {
     const float flow_scale = p.w2.packed == nullptr ? 1.0f : kDecodeFactor * p.w2.global_scale[expert];
     float2 to_gate, to_up;
     float part = 0.0f;
+    if (!p.has_gate) {
+      const T* into = static_cast<const T*>(p.grad_out) + static_cast<int64_t>(slot) * w.n + feature;
+      const float2 to = unpack2<T>(*reinterpret_cast<const uint32_t*>(into));
+      to_gate = scaled(to, relative_scale(w, expert, false));
+      part = (to.x * gate[0] + to.y * gate[1]) * gate_scale;
+      if constexpr (kGated) {
+        const float2 too = unpack2<T>(*reinterpret_cast<const uint32_t*>(into + features));
+        to_up = scaled(too, relative_scale(w, expert, true));
+        part += (too.x * up[0] + too.y * up[1]) * up_scale;
+      }
+    }
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < 2 && p.has_gate; ++i) {
       const float g = gate[i] * (scale * gate_scale) + bias_of(w.bias, expert, w.n, feature + i);
       const float u = kGated ? up[i] * (scale * up_scale) + bias_of(w.bias, expert, w.n, features + feature + i) : 1.0f;
       const float into =
@@ -107,6 +118,7 @@ struct ActivationBackward {
                   ? into * back.value
                   : back.gate * (gate[i] * gate_scale) + (kGated ? back.up * (up[i] * up_scale) : 0.0f);
     }
+    if (p.flow == nullptr) return part;
     const int64_t at = static_cast<int64_t>(position) * w.n + (kGated ? feature / 8 * 16 + feature % 8 : feature);
     store_pair<T>(p.flow, at, to_gate);
     if constexpr (kGated) store_pair<T>(p.flow, at + 8, to_up);

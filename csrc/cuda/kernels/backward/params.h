@@ -37,7 +37,7 @@ struct BackwardRows {
   int max_tiles;
 };
 
-// flow and partial of a weight with an activation behind it.
+// flow and partial of a weight with an activation behind it, or with nothing.
 struct ActivationBackwardParams {
   BackwardRows rows;
   int slots_per_row;
@@ -48,6 +48,8 @@ struct ActivationBackwardParams {
   int64_t x_rows;        // rows of x
   PackedWeight w13;
   PackedWeight w2;  // what the activation's values are multiplied with, or nothing
+  // Nothing: grad_out is [slots, n], and no flow is stored where it is null.
+  bool has_gate;
   Gate gate;
   const float* slot_scale;  // multiplies products with w13, or null
   const float* out_scale;   // multiplies results of w2, or null
@@ -58,15 +60,16 @@ struct ActivationBackwardParams {
 };
 int scale_parts(const ActivationBackwardParams& params, BackwardTile tile);
 
-// out[row] = y[row] W times the expert's reference scale and the slot's scale.
+// out[slot] = y W times the expert's reference scale and the slot's scale.
 struct TransposedGemmParams {
   BackwardRows rows;
   const void* y;      // [slots, n] by position, or
   int slots_per_row;  // not 0: [slots / slots_per_row, n]
   PackedWeight weight;
   const float* slot_scale;  // [slots] or null
-  void* out;                // [slots, k] by slot
-  float* sums = nullptr;    // instead, of tall tiles: [slots, k] by position
+  void* out;                // [slots, k] by slot, or null: fp32
+  float* out32;             // by slot, or
+  bool by_position;         // by position
 
   NVFP4_SHARED_INLINE int column_tiles() const { return ceil_div(weight.k, kTransposedColumns); }
 };
@@ -89,10 +92,9 @@ struct ScaleGradParams {
   int slots;
   const float* partial;  // [slots, parts] by position, or null
   int parts;
-  const void* a;  // null, or rows whose product with those of b is added, both by slot
-  const void* b;
-  const float* bias;  // null, or [experts, columns]: its product with the row of slot / slots_per_row of a is added
-  Routing routing;    // only with bias
+  const void* grad_out;  // only with bias: [slots / slots_per_row, columns]
+  const float* bias;     // null, or [experts, columns]: its product with the slot's row of grad_out is added
+  Routing routing;       // only with bias
   int slots_per_row;
   int columns;
   float* grad;  // [slots]
@@ -107,7 +109,17 @@ void activation_backward(DType dtype, BackwardTile tile, const ActivationBackwar
 void transposed_gemm(DType dtype, BackwardTile tile, const TransposedGemmParams& params, void* stream);
 void gated_flow(DType dtype, BackwardTile tile, const GatedFlowParams& params, void* stream);
 void scale_grad(DType dtype, const ScaleGradParams& params, void* stream);
-// out[row] = the sum of `count` consecutive rows of x.
-void sum_rows(DType dtype, const void* x, int64_t rows, int64_t count, int64_t columns, void* out, void* stream);
+// out[row] = the sum of its slots' rows of x, of those alone that have an expert if there is a routing.
+struct SumRowsParams {
+  const float* x;  // [rows * slots_per_row, columns]
+  bool has_routing;
+  Routing routing;
+  int64_t rows;
+  int slots_per_row;
+  int columns;
+  void* out;  // [rows, columns]
+};
+
+void sum_rows(DType dtype, const SumRowsParams& params, void* stream);
 
 }  // namespace nvfp4::cuda

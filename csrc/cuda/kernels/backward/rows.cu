@@ -31,12 +31,6 @@ __global__ void __launch_bounds__(kThreads) gated_flow_kernel(const __grid_const
   }
 }
 
-__device__ __forceinline__ float warp_sum(float value) {
-#pragma unroll
-  for (int step = kWarp / 2; step > 0; step /= 2) value += __shfl_xor_sync(~0u, value, step);
-  return value;
-}
-
 // A warp takes one position; the order of its sums is fixed.
 template <class T>
 __global__ void __launch_bounds__(kThreads) scale_grad_kernel(const __grid_constant__ ScaleGradParams p) {
@@ -54,30 +48,35 @@ __global__ void __launch_bounds__(kThreads) scale_grad_kernel(const __grid_const
   if (p.partial != nullptr) {
     for (int i = lane; i < p.parts; i += kWarp) sum += p.partial[static_cast<int64_t>(position) * p.parts + i];
   }
-  if (p.b != nullptr) {
-    const T* a = static_cast<const T*>(p.a) + static_cast<int64_t>(slot) * p.columns;
-    const T* b = static_cast<const T*>(p.b) + static_cast<int64_t>(slot) * p.columns;
-    for (int i = lane; i < p.columns; i += kWarp) sum += to_float(a[i]) * to_float(b[i]);
-  }
   if (p.bias != nullptr) {
-    const T* a = static_cast<const T*>(p.a) + static_cast<int64_t>(slot / p.slots_per_row) * p.columns;
+    const T* grad = static_cast<const T*>(p.grad_out) + static_cast<int64_t>(slot / p.slots_per_row) * p.columns;
     const float* bias = p.bias + static_cast<int64_t>(max(local_expert(p.routing, slot), 0)) * p.columns;
-    for (int i = lane; i < p.columns; i += kWarp) sum += to_float(a[i]) * bias[i];
+    for (int i = lane; i < p.columns; i += kWarp) sum += to_float(grad[i]) * bias[i];
   }
   sum = warp_sum(sum);
   if (lane == 0) p.grad[slot] = sum;
 }
 
+// A thread takes four columns, whose slots it adds in their order.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
-    sum_rows_kernel(const T* x, int64_t total, int64_t count, int64_t columns, T* out) {
+__global__ void __launch_bounds__(kThreads) sum_rows_kernel(const __grid_constant__ SumRowsParams p) {
+  const int64_t quads = p.columns / 4;
   ptx::dependency_wait();
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < total;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < p.rows * quads;
        i += static_cast<int64_t>(gridDim.x) * kThreads) {
-    const T* from = x + i / columns * count * columns + i % columns;
-    float sum = 0.0f;
-    for (int64_t j = 0; j < count; ++j) sum += to_float(from[j * columns]);
-    out[i] = from_float<T>(sum);
+    const int64_t row = i / quads;
+    const int64_t column = i % quads * 4;
+    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    for (int64_t slot = row * p.slots_per_row; slot < (row + 1) * p.slots_per_row; ++slot) {
+      if (p.has_routing && local_expert(p.routing, slot) < 0) continue;
+      const float4 part = *reinterpret_cast<const float4*>(p.x + slot * p.columns + column);
+      sum.x += part.x;
+      sum.y += part.y;
+      sum.z += part.z;
+      sum.w += part.w;
+    }
+    *reinterpret_cast<uint2*>(static_cast<T*>(p.out) + row * p.columns + column) =
+        make_uint2(pack2<T>(sum.x, sum.y), pack2<T>(sum.z, sum.w));
   }
 }
 
@@ -124,13 +123,9 @@ void scale_grad(DType dtype, const ScaleGradParams& params, void* stream) {
   launch(kernel, dim3(blocks), kThreads, 0, stream, "scale_grad", params);
 }
 
-void sum_rows(DType dtype, const void* x, int64_t rows, int64_t count, int64_t columns, void* out, void* stream) {
-  const int64_t total = rows * columns;
-  const auto with = [&](auto kernel, auto* values, auto* to) {
-    launch(kernel, dim3(blocks_for(total)), kThreads, 0, stream, "sum_rows", values, total, count, columns, to);
-  };
-  if (dtype == DType::bf16) return with(sum_rows_kernel<bf16>, static_cast<const bf16*>(x), static_cast<bf16*>(out));
-  with(sum_rows_kernel<fp16>, static_cast<const fp16*>(x), static_cast<fp16*>(out));
+void sum_rows(DType dtype, const SumRowsParams& params, void* stream) {
+  const auto kernel = dtype == DType::bf16 ? sum_rows_kernel<bf16> : sum_rows_kernel<fp16>;
+  launch(kernel, dim3(blocks_for(params.rows * params.columns / 4)), kThreads, 0, stream, "sum_rows", params);
 }
 
 void swiglu_backward(const SwigluBackwardArgs& args, const Context& context) {

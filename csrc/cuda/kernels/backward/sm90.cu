@@ -19,12 +19,6 @@ __global__ void __launch_bounds__(kPermuteThreads)
   permute_rows<true>(x, image, rows, k, warp, gridDim.x * int64_t{kPermuteThreads / kWarp});
 }
 
-__device__ __forceinline__ float warp_sum(float value) {
-#pragma unroll
-  for (int step = kWarp / 2; step > 0; step /= 2) value += __shfl_xor_sync(~0u, value, step);
-  return value;
-}
-
 // ---- the transpose
 
 template <class T>
@@ -41,11 +35,12 @@ __device__ __forceinline__ void store_token(const TransposedGemmParams& p, int p
     const float* at = sums + local / kBlockK * kBlockK + tall::first_row(local % kBlockK);
     const float2 low = *reinterpret_cast<const float2*>(at);
     const float2 high = *reinterpret_cast<const float2*>(at + 8);
-    if (p.sums != nullptr) {
-      *reinterpret_cast<float4*>(p.sums + static_cast<int64_t>(position) * p.weight.k + k) =
+    const int64_t to = static_cast<int64_t>(p.by_position ? position : slot) * p.weight.k + k;
+    if (p.out == nullptr) {
+      *reinterpret_cast<float4*>(p.out32 + to) =
           make_float4(low.x * scale, low.y * scale, high.x * scale, high.y * scale);
     } else {
-      *reinterpret_cast<uint2*>(static_cast<T*>(p.out) + static_cast<int64_t>(slot) * p.weight.k + k) =
+      *reinterpret_cast<uint2*>(static_cast<T*>(p.out) + to) =
           make_uint2(pack2<T>(low.x * scale, low.y * scale), pack2<T>(high.x * scale, high.y * scale));
     }
   }
@@ -68,9 +63,9 @@ __global__ void __launch_bounds__(tall::kThreads, 1)
   const int k_block = column_tile * tall::kGroups;
   const tall::BlockLoader blocks(w.packed + tile.expert * w.expert_bytes, int64_t{k_block} * kBlockBytes, kBlockBytes,
                                  int64_t{w.k_blocks} * kBlockBytes, w.k_blocks - k_block);
-  const auto load = [&](uint32_t stage, int step) {
-    tokens.load(stage, step);
-    blocks.load(stage + tall::kTokenStageBytes, step);
+  const auto load = [&](uint32_t to_tokens, uint32_t to_blocks, int step) {
+    tokens.load(to_tokens, step);
+    blocks.load(to_blocks, step);
   };
   const auto* sums = reinterpret_cast<float*>(memory);
   tall::multiply_tokens<T, true>(tile.count, reinterpret_cast<float*>(memory), ptx::shared_address(memory), w.panels,
@@ -99,21 +94,21 @@ struct ActivationScales {
         relative_up(relative_scale(w, expert, true)) {}
 };
 
-struct Four {
-  float v[4];
-};
-
-__device__ __forceinline__ Four load_four(const float* from) {
-  const float4 f = *reinterpret_cast<const float4*>(from);
-  return {f.x, f.y, f.z, f.w};
-}
-
-template <class T>
-__device__ __forceinline__ Four load_four(const T* from) {
-  const uint2 pairs = *reinterpret_cast<const uint2*>(from);
-  const float2 low = unpack2<T>(pairs.x);
-  const float2 high = unpack2<T>(pairs.y);
-  return {low.x, low.y, high.x, high.y};
+// The same as finish_features with nothing behind the products.
+template <class T, bool kGated>
+__device__ __forceinline__ float finish_products(const ActivationBackwardParams& p,
+                                                 const ActivationScales<kGated>& scales, int64_t flow_at, int slot,
+                                                 int feature, const float* sums) {
+  const PackedWeight& w = p.w13;
+  const T* grad = static_cast<const T*>(p.grad_out) + static_cast<int64_t>(slot) * w.n + feature;
+  const tall::Four to_gate = tall::load_four(grad);
+  const tall::Four to_up = kGated ? tall::load_four(grad + w.n / 2) : tall::Four{};
+  if (p.flow != nullptr) {
+    tall::store_four<T>(p.flow, flow_at, to_gate, scales.relative_gate);
+    if constexpr (kGated) tall::store_four<T>(p.flow, flow_at + 8, to_up, scales.relative_up);
+  }
+  const float part = tall::dot(to_gate, tall::load_four(sums)) * scales.gate;
+  return kGated ? part + tall::dot(to_up, tall::load_four(sums + 8)) * scales.up : part;
 }
 
 // Four features of a token from `feature` on, whose gate's sums are at `sums` and up's 8 behind; returns their part of
@@ -124,16 +119,18 @@ __device__ __forceinline__ float finish_features(const ActivationBackwardParams&
                                                  int slot, int feature, const float* sums) {
   const PackedWeight& w = p.w13;
   const int features = kGated ? w.n / 2 : w.n;
+  const int64_t flow_at = static_cast<int64_t>(position) * w.n + (kGated ? feature / 8 * 16 + feature % 8 : feature);
+  if (!p.has_gate) return finish_products<T, kGated>(p, scales, flow_at, slot, feature, sums);
   const float scale = p.slot_scale == nullptr ? 1.0f : p.slot_scale[slot];
   const float out_scale = p.out_scale == nullptr ? 1.0f : p.out_scale[slot];
-  const Four g_sum = load_four(sums);
-  const Four u_sum = kGated ? load_four(sums + 8) : Four{};
-  const Four into =
+  const tall::Four g_sum = tall::load_four(sums);
+  const tall::Four u_sum = kGated ? tall::load_four(sums + 8) : tall::Four{};
+  const tall::Four into =
       p.into != nullptr
-          ? load_four(p.into + static_cast<int64_t>(position) * features + feature)
-          : load_four(static_cast<const T*>(p.grad_out) + static_cast<int64_t>(slot) * features + feature);
-  float to_gate[4];
-  float to_up[4];
+          ? tall::load_four(p.into + static_cast<int64_t>(position) * features + feature)
+          : tall::load_four(static_cast<const T*>(p.grad_out) + static_cast<int64_t>(slot) * features + feature);
+  tall::Four to_gate;
+  tall::Four to_up;
   float part = 0.0f;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -141,18 +138,14 @@ __device__ __forceinline__ float finish_features(const ActivationBackwardParams&
     const float u =
         kGated ? u_sum.v[i] * (scale * scales.up) + bias_of(w.bias, expert, w.n, features + feature + i) : 1.0f;
     const GateBackward back = gate_backward(p.gate, g, u, into.v[i]);
-    to_gate[i] = back.gate * out_scale * scale * scales.relative_gate;
-    to_up[i] = back.up * out_scale * scale * scales.relative_up;
+    to_gate.v[i] = back.gate * out_scale * scale;
+    to_up.v[i] = back.up * out_scale * scale;
     part += p.slot_scale == nullptr
                 ? into.v[i] * back.value
                 : back.gate * (g_sum.v[i] * scales.gate) + (kGated ? back.up * (u_sum.v[i] * scales.up) : 0.0f);
   }
-  T* flow = static_cast<T*>(p.flow) + static_cast<int64_t>(position) * w.n +
-            (kGated ? feature / 8 * 16 + feature % 8 : feature);
-  *reinterpret_cast<uint2*>(flow) = make_uint2(pack2<T>(to_gate[0], to_gate[1]), pack2<T>(to_gate[2], to_gate[3]));
-  if constexpr (kGated) {
-    *reinterpret_cast<uint2*>(flow + 8) = make_uint2(pack2<T>(to_up[0], to_up[1]), pack2<T>(to_up[2], to_up[3]));
-  }
+  tall::store_four<T>(p.flow, flow_at, to_gate, scales.relative_gate);
+  if constexpr (kGated) tall::store_four<T>(p.flow, flow_at + 8, to_up, scales.relative_up);
   return part;
 }
 
@@ -177,9 +170,9 @@ __global__ void __launch_bounds__(tall::kThreads, 1)
   const int64_t panel_bytes = int64_t{w.k_blocks} * kBlockBytes;
   const tall::BlockLoader blocks(w.packed + tile.expert * w.expert_bytes, panel * panel_bytes, panel_bytes, kBlockBytes,
                                  w.panels - panel);
-  const auto load = [&](uint32_t stage, int step) {
-    tokens.load(stage, step);
-    blocks.load(stage + tall::kTokenStageBytes, step);
+  const auto load = [&](uint32_t to_tokens, uint32_t to_blocks, int step) {
+    tokens.load(to_tokens, step);
+    blocks.load(to_blocks, step);
   };
   const auto* sums = reinterpret_cast<float*>(memory);
   tall::multiply_tokens<T, false>(tile.count, reinterpret_cast<float*>(memory), ptx::shared_address(memory), w.k_blocks,

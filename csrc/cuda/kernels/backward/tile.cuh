@@ -123,6 +123,12 @@ __device__ __forceinline__ void decode_blocks(const uint8_t* packed, uint32_t de
   }
 }
 
+__device__ __forceinline__ float warp_sum(float value) {
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2) value += __shfl_xor_sync(~0u, value, step);
+  return value;
+}
+
 // A fragments of 16 rows of a token tile from `row` on, at MMA step j of four.
 __device__ __forceinline__ void load_rows(uint32_t tile, int row, int j, uint32_t (&a)[4]) {
   const int lane = threadIdx.x % kWarp;

@@ -67,8 +67,13 @@ struct TransposedGemm {
         for (int i = 0; i < kGroups; ++i) {
           const int column = column_tile * kTransposedColumns + (first_group + i) * 8 + lane % 4 * 2;
           if (column >= p.weight.k) continue;
-          store_pair<T>(p.out, static_cast<int64_t>(slot) * p.weight.k + column,
-                        make_float2(sums[m][i][2 * half] * scale, sums[m][i][2 * half + 1] * scale));
+          const float2 pair = make_float2(sums[m][i][2 * half] * scale, sums[m][i][2 * half + 1] * scale);
+          const int64_t at = static_cast<int64_t>(p.by_position ? tile.begin + row : slot) * p.weight.k + column;
+          if (p.out == nullptr) {
+            *reinterpret_cast<float2*>(p.out32 + at) = pair;
+          } else {
+            store_pair<T>(p.out, at, pair);
+          }
         }
       }
     }

@@ -9,6 +9,7 @@
 // about 800 cycles.
 #pragma once
 
+#include "../../device/epilogue.cuh"
 #include "../../device/gather.cuh"
 #include "../../device/ptx/mma.cuh"
 #include "../../device/ptx/wgmma.cuh"
@@ -19,13 +20,19 @@ namespace nvfp4::cuda::wgmma_backward {
 constexpr int kGroups = 4;  // warpgroups
 constexpr int kThreads = kGroups * 128;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kStages = 6;
 constexpr int kTokens = static_cast<int>(BackwardTile::tall);
 constexpr int kTileRows = kGroups * kBlockRows;  // of the weight, or columns of its transpose
-constexpr int kTokenStageBytes = kTokens * kRowBytes;
-constexpr int kStageBytes = kTokenStageBytes + kGroups * kBlockBytes;
-constexpr int kRingBytes = kStages * kStageBytes;
-static_assert(kStageBytes % 1024 == 0, "wgmma's swizzle wants tiles at multiples of it");
+constexpr int kStepBytes = kGroups * kBlockBytes;
+constexpr int kRingBytes = 200 * 1024;
+
+// A ring's stages for N tokens: with few tokens a step is short, and more of them have to be on their way.
+template <int N>
+struct RingOf {
+  static constexpr int kTokenBytes = N * kRowBytes;
+  static constexpr int kStageBytes = kTokenBytes + kStepBytes;
+  static constexpr int kStages = kRingBytes / kStageBytes;
+  static_assert(kTokenBytes % 1024 == 0 && kStageBytes % 1024 == 0, "wgmma's swizzle wants tiles at multiples of it");
+};
 // The sums of a token lie side by side; banks of a warp's accumulators differ.
 constexpr int kSumStride = kTileRows + 4;
 static_assert(kTokens * kSumStride * static_cast<int>(sizeof(float)) <= kRingBytes, "sums take the ring's place");
@@ -142,31 +149,31 @@ class BlockLoader {
   bool used_[kRounds];
 };
 
-// load(stage, step): one step's tokens and blocks. A step's four instructions are in flight while the next one's
-// fragments are decoded; a stage is written again two steps after it was read.
+// load(tokens, blocks, step): one step's, to these addresses. A step's four instructions are in flight while the next
+// one's fragments are decoded; a stage is written again two steps after it was read.
 template <class T, int N, bool kTransposed, class Load>
 __device__ __forceinline__ void multiply(float (&sum)[N / 2], uint32_t ring, int steps, const Load& load) {
+  using Ring = RingOf<N>;
   const int group = threadIdx.x / 128;
   const int warp = threadIdx.x % 128 / kWarp;
   const int lane = threadIdx.x % kWarp;
   const StepRotations rotations(warp);
   uint32_t a[4][4];
-#pragma unroll
-  for (int step = 0; step < kStages - 2; ++step) {
-    if (step < steps) load(ring + step * kStageBytes, step);
+  const auto load_to = [&](int stage, int step) {
+    const uint32_t to = ring + stage * Ring::kStageBytes;
+    if (step < steps) load(to, to + Ring::kTokenBytes, step);
     ptx::cp_async_commit();
-  }
+  };
+#pragma unroll 1
+  for (int step = 0; step < Ring::kStages - 2; ++step) load_to(step, step);
   int stage = 0;
   for (int step = 0; step < steps; ++step) {
-    ptx::cp_async_wait<kStages - 3>();
+    ptx::cp_async_wait<Ring::kStages - 3>();
     ptx::fence_async_proxy_shared();
     __syncthreads();
-    const int next = step + kStages - 2;
-    const int next_stage = stage < 2 ? stage + kStages - 2 : stage - 2;
-    if (next < steps) load(ring + next_stage * kStageBytes, next);
-    ptx::cp_async_commit();
-    const uint32_t tokens = ring + stage * kStageBytes;
-    const uint32_t block = tokens + kTokenStageBytes + group * kBlockBytes;
+    load_to(stage < 2 ? stage + Ring::kStages - 2 : stage - 2, step + Ring::kStages - 2);
+    const uint32_t tokens = ring + stage * Ring::kStageBytes;
+    const uint32_t block = tokens + Ring::kTokenBytes + group * kBlockBytes;
     uint4 codes;
     uint32_t scales;
     if constexpr (!kTransposed) {
@@ -192,7 +199,7 @@ __device__ __forceinline__ void multiply(float (&sum)[N / 2], uint32_t ring, int
       ptx::Wgmma<T, N>::multiply(sum, a[j], ptx::wgmma_descriptor(tokens, 0, j));
       ptx::wgmma_commit();
     }
-    stage = stage == kStages - 1 ? 0 : stage + 1;
+    stage = stage == Ring::kStages - 1 ? 0 : stage + 1;
   }
   ptx::wgmma_wait<0>();
 }
@@ -223,6 +230,35 @@ __device__ __forceinline__ void multiply_tokens(int count, float* sums, uint32_t
   if (count <= 64) return multiply_to<T, 64, kTransposed>(sums, ring, steps, load);
   if (count <= 96) return multiply_to<T, 96, kTransposed>(sums, ring, steps, load);
   multiply_to<T, 128, kTransposed>(sums, ring, steps, load);
+}
+
+// ---- four neighbouring features of a token
+
+struct Four {
+  float v[4];
+};
+
+__device__ __forceinline__ Four load_four(const float* from) {
+  const float4 f = *reinterpret_cast<const float4*>(from);
+  return {f.x, f.y, f.z, f.w};
+}
+
+template <class T>
+__device__ __forceinline__ Four load_four(const T* from) {
+  const uint2 pairs = *reinterpret_cast<const uint2*>(from);
+  const float2 low = unpack2<T>(pairs.x);
+  const float2 high = unpack2<T>(pairs.y);
+  return {low.x, low.y, high.x, high.y};
+}
+
+__device__ __forceinline__ float dot(const Four& a, const Four& b) {
+  return a.v[0] * b.v[0] + a.v[1] * b.v[1] + a.v[2] * b.v[2] + a.v[3] * b.v[3];
+}
+
+template <class T>
+__device__ __forceinline__ void store_four(void* out, int64_t at, const Four& f, float scale) {
+  *reinterpret_cast<uint2*>(static_cast<T*>(out) + at) =
+      make_uint2(pack2<T>(f.v[0] * scale, f.v[1] * scale), pack2<T>(f.v[2] * scale, f.v[3] * scale));
 }
 
 }  // namespace nvfp4::cuda::wgmma_backward
