@@ -34,7 +34,7 @@ struct Scratch {
   TokenTile tile;
   const ExpertTile* gathered;  // the expert tile whose tokens are in the tile
   int32_t* rows;               // [kMaxTileTokens]
-  float* sums;                 // [kMaxTileTokens, 2, kPanelRows]
+  float* sums;                 // [kMaxTileTokens + kTileSlack, 2, kPanelRows]
 };
 
 // A matrix product of gathered rows with one expert each: the common part of all ops of this file.
@@ -70,24 +70,40 @@ int64_t cut_expert_tiles(const int32_t* offsets, int64_t experts, ExpertTile* ex
   return made;
 }
 
+// How the activations of a call lie in its token tiles: the fields of TokenTile.
+struct TileForm {
+  bool exact;
+  bool batch_invariant;
+  int parts;
+};
+
+TileForm form_of(const Context& context, DType dtype, bool batch_invariant) {
+  const bool split = dtype == DType::fp16 && kernels_of(context).splits_fp16;
+  return {multiplies_exactly(context, dtype), batch_invariant, split ? 2 : 1};
+}
+
 // A tile of up to k columns and `tokens` tokens.
-TokenTile take_tile(Workspace& space, int64_t k, int64_t tokens, bool exact, bool batch_invariant) {
+TokenTile take_tile(Workspace& space, int64_t k, int64_t tokens, const TileForm& form) {
   const int64_t rows = blocks_of(k) * tokens;
-  if (exact) return {0, 0, true, batch_invariant, space.take<float>(rows * kBlockColumns), nullptr, nullptr};
-  void* values = space.take<int16_t>(rows * kBlockColumns);
-  auto* scale = space.take<float>(rows);
-  return {0, 0, false, batch_invariant, values, scale, space.take<int32_t>(rows)};
+  TokenTile tile{0, 0, form.exact, form.batch_invariant, form.parts, nullptr, nullptr, nullptr};
+  if (form.exact) {
+    tile.values = space.take<float>((rows + kTileSlack) * kBlockColumns);
+    return tile;
+  }
+  tile.values = space.take<int16_t>((rows * form.parts + kTileSlack) * kBlockColumns);
+  tile.scale = space.take<float>(rows);
+  tile.corrections = space.take<int32_t>(rows);
+  return tile;
 }
 
 // A Scratch for each thread, for expert tiles of up to `slots` slots.
-Scratch* take_scratch(Workspace& space, const Context& context, int64_t k, int64_t slots, bool exact,
-                      bool batch_invariant) {
+Scratch* take_scratch(Workspace& space, const Context& context, int64_t k, int64_t slots, const TileForm& form) {
   const int64_t tokens = std::min<int64_t>(slots, kMaxTileTokens);
   auto* scratch = space.take<Scratch>(context.threads);
   for (int thread = 0; thread < context.threads; ++thread) {
-    const TokenTile tile = take_tile(space, k, tokens, exact, batch_invariant);
+    const TokenTile tile = take_tile(space, k, tokens, form);
     auto* rows = space.take<int32_t>(tokens);
-    auto* sums = space.take<float>(tokens * 2 * kPanelRows);
+    auto* sums = space.take<float>((tokens + kTileSlack) * 2 * kPanelRows);
     if (scratch != nullptr) scratch[thread] = {tile, nullptr, rows, sums};
   }
   return scratch;
@@ -264,11 +280,13 @@ struct HiddenTiles {
 
   TokenTile of(const ExpertTile& expert_tile) const {
     const int64_t first = expert_tile.begin * blocks_of(k);
-    TokenTile tile{expert_tile.count, blocks_of(k), all.exact, all.batch_invariant, nullptr, nullptr, nullptr};
+    TokenTile tile = all;
+    tile.count = expert_tile.count;
+    tile.blocks = blocks_of(k);
     if (all.exact) {
       tile.values = static_cast<float*>(all.values) + first * kBlockColumns;
     } else {
-      tile.values = static_cast<int16_t*>(all.values) + first * kBlockColumns;
+      tile.values = static_cast<int16_t*>(all.values) + first * all.parts * kBlockColumns;
       tile.scale = all.scale + first;
       tile.corrections = all.corrections + first;
     }
@@ -361,8 +379,7 @@ GroupedGemmWorkspace lay_out(Workspace& space, const GroupedGemmArgs& args, cons
   return {space.take<uint8_t>(args.slots), space.take<int32_t>(args.slots),
           space.take<int32_t>(args.weight.experts + 1),
           space.take<ExpertTile>(most_expert_tiles(args.slots, args.weight.experts)),
-          take_scratch(space, context, args.weight.k, args.slots, multiplies_exactly(context, args.dtype),
-                       args.batch_invariant)};
+          take_scratch(space, context, args.weight.k, args.slots, form_of(context, args.dtype, args.batch_invariant))};
 }
 
 struct LinearWorkspace {
@@ -373,8 +390,7 @@ struct LinearWorkspace {
 
 LinearWorkspace lay_out(Workspace& space, const LinearArgs& args, const Context& context) {
   return {space.take<int32_t>(args.rows), space.take<ExpertTile>(most_expert_tiles(args.rows, 1)),
-          take_scratch(space, context, args.weight.k, args.rows, multiplies_exactly(context, args.dtype),
-                       args.batch_invariant)};
+          take_scratch(space, context, args.weight.k, args.rows, form_of(context, args.dtype, args.batch_invariant))};
 }
 
 struct MoeWorkspace {
@@ -401,14 +417,14 @@ float** take_per_thread(Workspace& space, const Context& context, int64_t count)
 MoeWorkspace lay_out(Workspace& space, const MoeArgs& args, const Context& context) {
   const int64_t tokens = args.routing.tokens;
   const int64_t slots = tokens * args.routing.top_k;
-  const bool exact = multiplies_exactly(context, args.dtype);
+  const TileForm form = form_of(context, args.dtype, args.batch_invariant);
   const int64_t sums = combined_pairs(context.threads, tokens, args.w2.n) * tokens * 2 * kPanelRows;
   return {space.take<int32_t>(slots),
           space.take<int32_t>(slots),
           space.take<int32_t>(args.routing.experts + 1),
           space.take<ExpertTile>(most_expert_tiles(slots, args.routing.experts)),
-          take_scratch(space, context, args.w13.k, slots, exact, args.batch_invariant),
-          {take_tile(space, args.w2.k, slots, exact, args.batch_invariant), args.w2.k},
+          take_scratch(space, context, args.w13.k, slots, form),
+          {take_tile(space, args.w2.k, slots, form), args.w2.k},
           take_per_thread(space, context, std::min<int64_t>(slots, kMaxTileTokens) * kBlockColumns),
           take_per_thread(space, context, sums)};
 }
@@ -424,13 +440,13 @@ struct BatchedMoeWorkspace {
 
 BatchedMoeWorkspace lay_out(Workspace& space, const BatchedMoeArgs& args, const Context& context) {
   const int64_t experts = args.w13.experts;
-  const bool exact = multiplies_exactly(context, args.dtype);
+  const TileForm form = form_of(context, args.dtype, /*batch_invariant=*/false);
   const int64_t tokens = std::accumulate(args.expert_num_tokens, args.expert_num_tokens + experts, int64_t{0});
   return {space.take<int32_t>(tokens),
           space.take<int32_t>(experts + 1),
           space.take<ExpertTile>(most_expert_tiles(tokens, experts)),
-          take_scratch(space, context, args.w13.k, tokens, exact, /*batch_invariant=*/false),
-          {take_tile(space, args.w2.k, tokens, exact, /*batch_invariant=*/false), args.w2.k},
+          take_scratch(space, context, args.w13.k, tokens, form),
+          {take_tile(space, args.w2.k, tokens, form), args.w2.k},
           take_per_thread(space, context, std::min<int64_t>(tokens, kMaxTileTokens) * kBlockColumns)};
 }
 

@@ -8,18 +8,22 @@
 namespace nvfp4::cpu {
 
 constexpr int kMaxTileTokens = 128;
+// Rows behind the tokens of a tile that a level may read, and whose sums it may write.
+constexpr int kTileSlack = 8;
 
 // Activations of the tokens that one expert multiplies, in the order in which the multiply kernels read them.
 // 16-bit dtypes become int16 with one power-of-two scale per token and block of 64 columns; inside each run of eight
 // columns the order is 0 4 1 5 2 6 3 7, the pairs that shifting a 32-bit lane of codes brings side by side.
 // The largest magnitude of a block comes to lie in [2^13, 2^14). fp32 stays fp32 in natural order.
 // A block with a NaN or an infinity comes to be NaN: its scale, or all 64 values.
+// levels/amx.cpp instead has bf16 in the order of int16 where it multiplies in tiles.
 struct TokenTile {
   int64_t count;         // tokens, at most kMaxTileTokens
   int64_t blocks;        // of 64 columns
   bool exact;            // fp32 values: activations in fp32, or a level that has nothing faster
   bool batch_invariant;  // a token's sums must have the same bits for every count
-  void* values;          // int16 or float [blocks, count, 64]
+  int parts;             // what values has room for: 2 where a level splits 16-bit values in two, else 1
+  void* values;          // int16 or float [blocks, count, 64]; levels/amx.cpp: bf16 [parts, blocks, count, 64]
   float* scale;          // [blocks, count], int16 only: what one unit of (2 * code * scale * 2^-8) * value is worth
   int32_t* corrections;  // [blocks, count], int16 only: room for a level's own use
 };
@@ -43,6 +47,7 @@ struct PanelTerms {
 
 struct LevelKernels {
   bool always_exact;  // tiles are fp32 for all dtypes
+  bool splits_fp16;   // tiles of fp16 have two parts
 
   // Fill a tile whose count, blocks and exact are set: all of it from rows of a matrix, or one block from fp32 values.
   void (*gather)(const TokenRows& tokens, TokenTile* tile);
@@ -67,6 +72,7 @@ struct LevelKernels {
 extern const LevelKernels kPortableKernels;
 extern const LevelKernels kAvx2Kernels;
 extern const LevelKernels kAvx512Kernels;
+extern const LevelKernels kAmxKernels;
 
 // Those of the call's level.
 const LevelKernels& kernels_of(const Context& context);

@@ -14,11 +14,11 @@ from torch_nvfp4.bench import CPU_LEVEL_VARIABLE, Shape, dtype_name
 from torch_nvfp4.ops import library_paths
 from torch_nvfp4.ops.select import CudaDevice, explain_select
 
-# kFewTokens in csrc/cpu/levels/avx512.cpp and avx2.cpp; the portable level has one way.
-FEW_TOKENS = {"avx512": 8, "avx2": 4}
-LEVELS = ("avx512", "avx2", "portable")
+# kFewTokens in csrc/cpu/levels/amx.cpp, avx512.cpp and avx2.cpp; the portable level has one way.
+FEW_TOKENS = {"amx": 8, "avx512": 8, "avx2": 4}
+LEVELS = ("amx", "avx512", "avx2", "portable")
 # Levels whose way for few tokens takes fp32 activations too.
-_FEW_IN_FP32 = {"avx512"}
+_FEW_IN_FP32 = {"amx", "avx512"}
 # kMaxTileTokens in csrc/cpu/level_kernels.h.
 TILE_TOKENS = 128
 
