@@ -112,10 +112,10 @@ def test_info_as_a_table():
 def test_the_detected_level_can_run(monkeypatch):
     monkeypatch.delenv("TORCH_NVFP4_CPU_LEVEL", raising=False)
     level = json.loads(run("info", "--json", "-").stdout)["hardware"]["CPU instruction level"].split(",")[0]
-    assert level in ("portable", "avx2", "avx512")
+    assert level in ("portable", "avx2", "avx512", "amx")
     monkeypatch.setenv("TORCH_NVFP4_CPU_LEVEL", level)
     torch_nvfp4.swiglu(torch.randn(2, 8))
-    higher = {"portable": "avx2", "avx2": "avx512"}.get(level)
+    higher = {"portable": "avx2", "avx2": "avx512", "avx512": "amx"}.get(level)
     if higher is not None:
         monkeypatch.setenv("TORCH_NVFP4_CPU_LEVEL", higher)
         with pytest.raises(RuntimeError, match=f"at most {level}"):
