@@ -22,11 +22,14 @@
 namespace nvfp4::cpu {
 namespace {
 
-constexpr int kFewTokens = 8;     // up to which avx512.cpp's way is faster
+constexpr int kFewTokens = 4;     // up to which avx512.cpp's way is faster
 constexpr int kTileRows = 16;     // tokens or weight rows of a tile
 constexpr int kStepColumns = 32;  // of a tile
 constexpr int kBlockSteps = kBlockColumns / kStepColumns;
-constexpr int kChunkBlocks = 4;  // decoded at a time for more than two token tiles: 16 KiB
+constexpr int kMostTokens = 512;  // of an expert at a time
+constexpr int kMostPairs = 8;     // panel pairs at a time
+constexpr int kChunkBlocks = 16;  // decoded at a time for more than two token tiles: 64 KiB
+constexpr int kAheadBlocks = 4;   // how far ahead blocks are fetched for fewer
 
 #define NVFP4_UNROLL _Pragma("GCC unroll 32")
 
@@ -46,7 +49,7 @@ struct DecodedBlock {
 };
 
 // Where 32-bit lane i of a decoded vector `run * 4 + j` (columns 8 run + j and 8 run + j + 4) is stored.
-NVFP4_INLINE uint16_t* vector_at(DecodedBlock* out, int panel, int index) {
+NVFP4_INLINE uint16_t* vector_at(DecodedBlock* out, int64_t panel, int64_t index) {
   return out->weights[index / kTileRows][panel][index % kTileRows];
 }
 
@@ -82,20 +85,20 @@ NVFP4_INLINE void decode_run(const uint8_t* run, __m512i table, __m512i plain, _
   NVFP4_UNROLL for (int j = 0; j < 4; ++j) {
     const __m512i biased = _mm512_permutexvar_epi16(shifted[j], table);
     const __mmask32 odd = _mm512_test_epi16_mask(biased, class_bit);
-    pairs[j] = _mm512_mask_subs_epu16(_mm512_subs_epu16(biased, plain), odd, biased, three_halves);
+    pairs[j] = _mm512_subs_epu16(biased, _mm512_mask_blend_epi16(odd, plain, three_halves));
   }
 }
 
-// Any block: the products in fp32, whose upper halves are bf16 and whose lower halves are zero.
-NVFP4_INLINE void decode_any(const uint8_t* block, int panel, DecodedBlock* out) {
+// A group of any scales: the products in fp32, whose upper halves are bf16 and whose lower halves are zero.
+NVFP4_INLINE void decode_any(const uint8_t* block, int64_t panel, int64_t group, DecodedBlock* out) {
   const __m512 table = _mm512_setr_ps(0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f, -0.0f, -0.5f, -1.0f, -1.5f, -2.0f,
                                       -3.0f, -4.0f, -6.0f);
-  for (int run = 0; run < 8; ++run) {
+  const uint8_t* bytes = block + kBlockCodeBytes + group * kPanelRows;
+  const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+  const __m256i half = _mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16(static_cast<int16_t>(0xbfff)));
+  const __m512 scales = _mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(256.0f));
+  for (int64_t run = 2 * group; run < 2 * group + 2; ++run) {
     const __m512i codes = _mm512_loadu_si512(block + run * 64);
-    const uint8_t* bytes = block + kBlockCodeBytes + run / 2 * kPanelRows;
-    const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
-    const __m256i half = _mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16(static_cast<int16_t>(0xbfff)));
-    const __m512 scales = _mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(256.0f));
     for (int j = 0; j < 4; ++j) {
       const __m512 first = _mm512_mul_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4 * j), table), scales);
       const __m512 second = _mm512_mul_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4 * j + 16), table), scales);
@@ -106,45 +109,32 @@ NVFP4_INLINE void decode_any(const uint8_t* block, int panel, DecodedBlock* out)
   }
 }
 
-NVFP4_INLINE void decode_block(const uint8_t* block, int panel, DecodedBlock* out) {
-  const uint8_t* scales = block + kBlockCodeBytes;
-  const __mmask64 normal = _mm512_cmpgt_epi8_mask(_mm512_loadu_si512(scales), _mm512_set1_epi8(7));
-  if (normal != ~__mmask64{0}) return decode_any(block, panel, out);  // negative, zero and subnormal scales
-  const __m512i table = biased_table();
-  const __m512i classes = class_table();
+// Sixteen columns of a block of one panel.
+NVFP4_INLINE void decode_group(const uint8_t* block, int64_t panel, int64_t group, DecodedBlock* out) {
+  const __m128i scales = _mm_loadu_si128(reinterpret_cast<const __m128i*>(block + kBlockCodeBytes) + group);
+  const __mmask16 normal = _mm_cmpgt_epi8_mask(scales, _mm_set1_epi8(7));
+  if (__builtin_expect(normal != 0xffff, 0)) {  // negative, zero and subnormal scales
+    return decode_any(block, panel, group, out);
+  }
   // Byte r of 16 into both halves of lane r.
   const __m512i spread =
       _mm512_set_epi32(0x800f800f, 0x800e800e, 0x800d800d, 0x800c800c, 0x800b800b, 0x800a800a, 0x80098009, 0x80088008,
                        0x80078007, 0x80068006, 0x80058005, 0x80048004, 0x80038003, 0x80028002, 0x80018001, 0x80008000);
   const __m512i base = _mm512_set1_epi16((kBias - 120) << 7);  // a scale's bits are (byte << 4) + (120 << 7)
-  NVFP4_UNROLL for (int group = 0; group < kBlockGroups; ++group) {
-    const __m128i group_scales = _mm_loadu_si128(reinterpret_cast<const __m128i*>(scales) + group);
-    const __m512i bytes = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(group_scales), spread);
-    const __m512i plain = _mm512_sub_epi16(base, _mm512_slli_epi16(bytes, 4));
-    const __m512i three_halves = _mm512_sub_epi16(plain, _mm512_shuffle_epi8(classes, bytes));
-    NVFP4_UNROLL for (int run = 2 * group; run < 2 * group + 2; ++run) {
-      __m512i pairs[4];
-      decode_run(block + run * 64, table, plain, three_halves, pairs);
-      NVFP4_UNROLL for (int j = 0; j < 4; ++j) _mm512_store_si512(vector_at(out, panel, run * 4 + j), pairs[j]);
+  const __m512i bytes = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(scales), spread);
+  const __m512i plain = _mm512_sub_epi16(base, _mm512_slli_epi16(bytes, 4));
+  const __m512i three_halves = _mm512_sub_epi16(plain, _mm512_shuffle_epi8(class_table(), bytes));
+  NVFP4_UNROLL for (int half = 0; half < 2; ++half) {
+    __m512i pairs[4];
+    decode_run(block + (2 * group + half) * 64, biased_table(), plain, three_halves, pairs);
+    NVFP4_UNROLL for (int j = 0; j < 4; ++j) {
+      _mm512_store_si512(vector_at(out, panel, (2 * group + half) * 4 + j), pairs[j]);
     }
   }
 }
 
 NVFP4_INLINE void prefetch_block(const uint8_t* block) {
   NVFP4_UNROLL for (int line = 0; line < kBlockBytes; line += 64) _mm_prefetch(block + line, _MM_HINT_T0);
-}
-
-// Both panels' blocks from `block` on.
-NVFP4_INLINE void decode_blocks(const uint8_t* first, const uint8_t* second, int64_t block, int64_t count,
-                                DecodedBlock* out) {
-  order_memory(out);
-  for (int64_t i = 0; i < count; ++i) {
-    prefetch_block(first + (block + i + 2) * kBlockBytes);
-    prefetch_block(second + (block + i + 2) * kBlockBytes);
-    decode_block(first + (block + i) * kBlockBytes, 0, out + i);
-    decode_block(second + (block + i) * kBlockBytes, 1, out + i);
-  }
-  order_memory(out);
 }
 
 struct TileConfig {
@@ -172,16 +162,51 @@ struct TokenValues {
   int64_t block_values;    // from one block to the next
   int64_t part_values;     // from the upper parts to the lower ones
   int64_t tile_values;     // from one tile of tokens to the next
+  int64_t rows;            // of a tile
+  int64_t tiles;
 };
 
 constexpr int64_t kTokenBytes = kBlockColumns * 2;             // from one token of a tile to the next
 constexpr int64_t kSumBytes = 2 * kPanelRows * sizeof(float);  // the same of its sums
 
-// Adds the products of some decoded blocks with one or two tiles of tokens, whose first value is `values`.
+// Some blocks of a panel pair that are decoded piece by piece between the products of others. A piece is what one scale
+// of each of a panel's rows applies to: 16 rows and 16 columns.
+struct Decoding {
+  const uint8_t* panels[2];
+  const uint8_t* ahead[2];  // blocks to be fetched meanwhile
+  DecodedBlock* out;
+  int64_t pieces;  // of both panels
+  int64_t done;
+
+  // Decodes up to `count` pieces.
+  __attribute__((always_inline)) void advance(int64_t count) {
+    const int64_t last = done + count < pieces ? done + count : pieces;
+    for (; done < last; ++done) {
+      const int64_t block = done / (2 * kBlockGroups), panel = done / kBlockGroups % 2, group = done % kBlockGroups;
+      if (group == 0) prefetch_block(ahead[panel] + block * kBlockBytes);
+      decode_group(panels[panel] + block * kBlockBytes, panel, group, out + block);
+    }
+  }
+
+  __attribute__((always_inline)) void finish() { advance(pieces); }
+};
+
+// One block of the tokens of a tile, into L1.
+NVFP4_INLINE void fetch_tokens(const uint16_t* values, int64_t rows) {
+  for (int64_t row = 0; row < rows; ++row) {
+    _mm_prefetch(values + row * kBlockColumns, _MM_HINT_T0);
+    _mm_prefetch(values + row * kBlockColumns + kBlockColumns / 2, _MM_HINT_T0);
+  }
+}
+
+// Adds the products of some decoded blocks with one or two tiles of tokens, whose first value is `values`. Meanwhile
+// fetches the values of the next block, or of the first one at `next_values`, and decodes `pieces` pieces a step.
 template <int kParts, bool kTwo>
 NVFP4_INLINE void multiply_blocks(const DecodedBlock* decoded, int64_t blocks, const TokenValues& tokens,
-                                  const uint16_t* values) {
+                                  const uint16_t* values, const uint16_t* next_values, Decoding& decoding,
+                                  int64_t pieces) {
   for (int64_t block = 0; block < blocks; ++block) {
+    const uint16_t* fetched = block + 1 < blocks ? values + (block + 1) * tokens.block_values : next_values;
     NVFP4_UNROLL for (int step = 0; step < kBlockSteps; ++step) {
       const uint16_t* upper = values + block * tokens.block_values + step * kStepColumns;
       _tile_loadd(6, decoded[block].weights[step][0], 64);
@@ -194,6 +219,8 @@ NVFP4_INLINE void multiply_blocks(const DecodedBlock* decoded, int64_t blocks, c
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
       }
+      if (fetched != nullptr) fetch_tokens(fetched + step * tokens.tile_values, tokens.rows);
+      decoding.advance(pieces);
       if constexpr (kParts == 2) {
         const uint16_t* lower = upper + tokens.part_values;
         _tile_loadd(4, lower, kTokenBytes);
@@ -241,80 +268,135 @@ NVFP4_INLINE void store_sums(float* sums, int64_t rows) {
   }
 }
 
-// One or two tiles of tokens: the sums stay in their tiles. The next block is decoded before one is multiplied, so that
-// tiles are loaded from lines long stored.
-template <int kParts, bool kTwo>
-void multiply_few_tiles(const uint8_t* first, const uint8_t* second, const TokenTile& tile, const TokenValues& tokens,
-                        int64_t rows, float* sums) {
-  DecodedBlock decoded[2];
-  clear_sums<kTwo>();
-  decode_blocks(first, second, 0, 1, &decoded[0]);
-  for (int64_t block = 0; block < tile.blocks; ++block) {
-    if (block + 1 < tile.blocks) decode_blocks(first, second, block + 1, 1, &decoded[(block + 1) % 2]);
-    multiply_blocks<kParts, kTwo>(&decoded[block % 2], 1, tokens, tokens.values + block * tokens.block_values);
-  }
-  store_sums<kTwo>(sums, rows);
-}
-
-// Two tiles of tokens at a time, or a last one, for a chunk of decoded blocks; the sums are kept in memory.
+// One or two tiles of tokens for a chunk of decoded blocks from `block` on; the sums are kept in memory.
 template <int kParts, bool kTwo>
 NVFP4_INLINE void multiply_chunk(const DecodedBlock* decoded, int64_t block, int64_t blocks, const TokenValues& tokens,
-                                 int64_t rows, int64_t token_tile, float* sums) {
-  float* to = sums + token_tile * rows * 2 * kPanelRows;
+                                 int64_t token_tile, float* sums, Decoding& decoding, int64_t pieces) {
+  float* to = sums + token_tile * tokens.rows * 2 * kPanelRows;
   if (block == 0) {
     clear_sums<kTwo>();
   } else {
-    load_sums<kTwo>(to, rows);
+    load_sums<kTwo>(to, tokens.rows);
   }
-  multiply_blocks<kParts, kTwo>(decoded, blocks, tokens,
-                                tokens.values + block * tokens.block_values + token_tile * tokens.tile_values);
-  store_sums<kTwo>(to, rows);
+  const uint16_t* values = tokens.values + block * tokens.block_values;
+  const int64_t next = token_tile + 2 < tokens.tiles ? token_tile + 2 : 0;
+  multiply_blocks<kParts, kTwo>(decoded, blocks, tokens, values + token_tile * tokens.tile_values,
+                                values + next * tokens.tile_values, decoding, pieces);
+  store_sums<kTwo>(to, tokens.rows);
 }
 
+// The panel pairs of a call. A missing last panel is multiplied as a copy of the one before, into sums that nobody
+// reads.
+struct PanelPairs {
+  const uint8_t* panels;
+  int64_t panel_count;
+  int64_t panel_bytes;
+
+  int64_t count() const { return (panel_count + 1) / 2; }
+  const uint8_t* block(int64_t pair, int64_t panel, int64_t block) const {
+    const int64_t index = 2 * pair + panel < panel_count ? 2 * pair + panel : panel_count - 1;
+    return panels + index * panel_bytes + block * kBlockBytes;
+  }
+};
+
+// Chunk after chunk of the blocks of all pairs, so that a chunk of the tokens' values stays in the caches. Every step
+// multiplies a chunk of one pair with all tokens and decodes that of the next step.
 template <int kParts>
-void multiply_many_tiles(const uint8_t* first, const uint8_t* second, const TokenTile& tile, const TokenValues& tokens,
-                         int64_t rows, int64_t token_tiles, float* sums) {
-  DecodedBlock decoded[kChunkBlocks];
-  for (int64_t block = 0; block < tile.blocks; block += kChunkBlocks) {
-    const int64_t blocks = tile.blocks - block < kChunkBlocks ? tile.blocks - block : kChunkBlocks;
-    decode_blocks(first, second, block, blocks, decoded);
-    for (int64_t i = 0; i + 1 < token_tiles; i += 2) {
-      multiply_chunk<kParts, true>(decoded, block, blocks, tokens, rows, i, sums);
+void multiply_chunks(const PanelPairs& pairs, const TokenTile& tile, const TokenValues& tokens, float* sums) {
+  DecodedBlock decoded[2][kChunkBlocks];
+  const int64_t steps = (tile.blocks + kChunkBlocks - 1) / kChunkBlocks * pairs.count();
+  auto first_block = [&](int64_t step) { return step / pairs.count() * kChunkBlocks; };
+  auto block_count = [&](int64_t step) {
+    const int64_t left = tile.blocks - first_block(step);
+    return left < kChunkBlocks ? left : kChunkBlocks;
+  };
+  auto decoding_of = [&](int64_t step) {
+    Decoding decoding{};
+    if (step == steps) return decoding;
+    const int64_t ahead = step + 1 < steps ? step + 1 : step;
+    for (int64_t panel = 0; panel < 2; ++panel) {
+      decoding.panels[panel] = pairs.block(step % pairs.count(), panel, first_block(step));
+      decoding.ahead[panel] = pairs.block(ahead % pairs.count(), panel, first_block(ahead));
     }
-    if (token_tiles % 2 != 0) {
-      multiply_chunk<kParts, false>(decoded, block, blocks, tokens, rows, token_tiles - 1, sums);
+    decoding.out = decoded[step % 2];
+    decoding.pieces = block_count(step) * 2 * kBlockGroups;
+    return decoding;
+  };
+  decoding_of(0).finish();
+  for (int64_t step = 0; step < steps; ++step) {
+    order_memory(decoded);
+    Decoding next = decoding_of(step + 1);
+    const int64_t products = tokens.tiles / 2 * block_count(step) * kBlockSteps;
+    const int64_t pieces = (next.pieces + products - 1) / products;
+    for (int64_t i = 0; i < tokens.tiles; i += 2) {
+      multiply_chunk<kParts, true>(decoded[step % 2], first_block(step), block_count(step), tokens, i,
+                                   sums + step % pairs.count() * pair_sums(tile.count), next, pieces);
     }
+    next.finish();
   }
 }
 
-// Tiles of equal size. The last may reach up to kTileSlack rows behind the last token, into whatever lies there: a row
-// of a tile makes its own sums only, and nobody reads those.
+// One or two tiles of tokens: pair after pair, and the sums stay in their tiles.
+template <int kParts, bool kTwo>
+void multiply_pairs(const PanelPairs& pairs, const TokenTile& tile, const TokenValues& tokens, float* sums) {
+  DecodedBlock decoded[2];
+  for (int64_t pair = 0; pair < pairs.count(); ++pair) {
+    auto decoding_of = [&](int64_t block) {
+      Decoding decoding{};
+      if (block == tile.blocks) return decoding;
+      for (int64_t panel = 0; panel < 2; ++panel) {
+        decoding.panels[panel] = pairs.block(pair, panel, block);
+        decoding.ahead[panel] = pairs.block(pair, panel, block + kAheadBlocks);
+      }
+      decoding.out = &decoded[block % 2];
+      decoding.pieces = 2 * kBlockGroups;
+      return decoding;
+    };
+    clear_sums<kTwo>();
+    decoding_of(0).finish();
+    for (int64_t block = 0; block < tile.blocks; ++block) {
+      order_memory(decoded);
+      Decoding next = decoding_of(block + 1);
+      next.finish();  // before the products, whose tiles are so loaded from lines long stored
+      multiply_blocks<kParts, kTwo>(&decoded[block % 2], 1, tokens, tokens.values + block * tokens.block_values,
+                                    nullptr, next, 0);
+    }
+    store_sums<kTwo>(sums + pair * pair_sums(tile.count), tokens.rows);
+  }
+}
+
+// Tiles of equal size, one or an even number. The last may reach up to kTileSlack rows behind the last token, into
+// whatever lies there: a row of a tile makes its own sums only, and nobody reads those.
 template <int kParts>
-void multiply_tiles(const uint8_t* first, const uint8_t* second, const TokenTile& tile, float* sums) {
-  const int64_t token_tiles = (tile.count + kTileRows - 1) / kTileRows;
+void multiply_tiles(const PanelPairs& pairs, const TokenTile& tile, float* sums) {
+  static_assert(kMostTokens / kTileRows <= kTileSlack);
+  const int64_t token_tiles = tile.count <= kTileRows ? 1 : (tile.count + 2 * kTileRows - 1) / (2 * kTileRows) * 2;
   const int64_t rows = (tile.count + token_tiles - 1) / token_tiles;
-  static_assert(kMaxTileTokens / kTileRows <= kTileSlack);
-  const TokenValues tokens = {static_cast<const uint16_t*>(tile.values), tile.count * kBlockColumns,
-                              tile.blocks * tile.count * kBlockColumns, rows * kBlockColumns};
+  TokenValues tokens;
+  tokens.values = static_cast<const uint16_t*>(tile.values);
+  tokens.block_values = tile.count * kBlockColumns;
+  tokens.part_values = tile.blocks * tokens.block_values;
+  tokens.tile_values = rows * kBlockColumns;
+  tokens.rows = rows;
+  tokens.tiles = token_tiles;
   configure(rows);
   if (token_tiles == 1) {
-    multiply_few_tiles<kParts, false>(first, second, tile, tokens, rows, sums);
+    multiply_pairs<kParts, false>(pairs, tile, tokens, sums);
   } else if (token_tiles == 2) {
-    multiply_few_tiles<kParts, true>(first, second, tile, tokens, rows, sums);
+    multiply_pairs<kParts, true>(pairs, tile, tokens, sums);
   } else {
-    multiply_many_tiles<kParts>(first, second, tile, tokens, rows, token_tiles, sums);
+    multiply_chunks<kParts>(pairs, tile, tokens, sums);
   }
   _tile_release();
 }
 
-// Panels 0 and 1; a missing second panel is multiplied as a copy of the first, into sums that nobody reads.
 void multiply(const uint8_t* panels, int64_t panel_count, const TokenTile& tile, float* sums) {
-  if (!uses_tiles(tile)) return kAvx512Kernels.multiply(panels, panel_count, tile, sums);
-  const uint8_t* second = panels + (panel_count - 1) * tile.blocks * kBlockBytes;
-  if (tile.parts == 2) {
-    multiply_tiles<2>(panels, second, tile, sums);
-  } else {
-    multiply_tiles<1>(panels, second, tile, sums);
+  const PanelPairs pairs = {panels, panel_count, tile.blocks * kBlockBytes};
+  if (uses_tiles(tile))
+    return tile.parts == 2 ? multiply_tiles<2>(pairs, tile, sums) : multiply_tiles<1>(pairs, tile, sums);
+  for (int64_t pair = 0; pair < pairs.count(); ++pair) {
+    const int64_t count = panel_count - 2 * pair < 2 ? 1 : 2;
+    kAvx512Kernels.multiply(pairs.block(pair, 0, 0), count, tile, sums + pair * pair_sums(tile.count));
   }
 }
 
@@ -430,7 +512,7 @@ void fill_block(const float* values, int64_t block, TokenTile* tile) {
 
 }  // namespace
 
-const LevelKernels kAmxKernels = {false,      true,           gather,         fill_block, multiply,
-                                  gate_panel, activate_panel, accumulate_row, store_row,  swiglu_row};
+const LevelKernels kAmxKernels = {false,          gather,    fill_block, multiply,    gate_panel, activate_panel,
+                                  accumulate_row, store_row, swiglu_row, kMostTokens, kMostPairs, true};
 
 }  // namespace nvfp4::cpu

@@ -98,7 +98,7 @@ void fill_block(const float* values, int64_t block, TokenTile* tile) {
 
 }  // namespace
 
-const LevelKernels kPortableKernels = {true,       false,          gather,         fill_block, multiply,
-                                       gate_panel, activate_panel, accumulate_row, store_row,  swiglu_row};
+const LevelKernels kPortableKernels = {true,           gather,         fill_block, multiply,  gate_panel,
+                                       activate_panel, accumulate_row, store_row,  swiglu_row};
 
 }  // namespace nvfp4::cpu
