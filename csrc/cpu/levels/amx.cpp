@@ -55,37 +55,34 @@ NVFP4_INLINE uint16_t* vector_at(DecodedBlock* out, int64_t panel, int64_t index
 
 // Decoding adds in the domain of bf16 bits, where a power of two is an addition: with the bits S of a block scale and T
 // of 1.5 times that scale, a code of magnitude 2^n is S + (n << 7) and one of 1.5 * 2^n is T + (n << 7). The table
-// holds (kBias + n) << 7, kClassBit for the second kind and the code's sign; what is subtracted from it, kBias << 7
-// less S or T, saturates zero codes at zero and leaves the sign alone.
+// holds (kBias + n) << 7 and the code's sign, and kOdd for the second kind, of which T - S is taken by an AND. What is
+// then subtracted, (kBias << 7) - S, saturates zero codes at zero and leaves the sign alone.
 constexpr int kBias = 200;
-constexpr int kClassBit = 64;  // T - S is 64 .. 84: the class bit is its least value
+constexpr int kOdd = 127;  // T - S is 64 .. 84
 
 NVFP4_INLINE __m512i biased_table() {
   constexpr int16_t kOne = static_cast<int16_t>(kBias << 7);
   constexpr int16_t kHalf = kOne - 128, kTwo = kOne + 128, kFour = kOne + 256;
   constexpr int16_t kSign = INT16_MIN;
-  const __m256i once =
-      _mm256_setr_epi16(0, kHalf, kOne, kOne | kClassBit, kTwo, kTwo | kClassBit, kFour, kFour | kClassBit, 0,
-                        kSign | kHalf, kSign | kOne, kSign | kOne | kClassBit, kSign | kTwo, kSign | kTwo | kClassBit,
-                        kSign | kFour, kSign | kFour | kClassBit);
+  const __m256i once = _mm256_setr_epi16(0, kHalf, kOne, kOne | kOdd, kTwo, kTwo | kOdd, kFour, kFour | kOdd, 0,
+                                         kSign | kHalf, kSign | kOne, kSign | kOne | kOdd, kSign | kTwo,
+                                         kSign | kTwo | kOdd, kSign | kFour, kSign | kFour | kOdd);
   return _mm512_broadcast_i64x4(once);
 }
 
-// T - S - 64 for the three mantissa bits of an E4M3 scale, by the lowest four bits of its byte.
-NVFP4_INLINE __m512i class_table() {
-  return _mm512_broadcast_i32x4(_mm_setr_epi8(0, 8, 16, 20, 16, 12, 8, 4, 0, 8, 16, 20, 16, 12, 8, 4));
+// T - S for the three mantissa bits of an E4M3 scale, by the lowest four bits of its byte.
+NVFP4_INLINE __m512i odd_table() {
+  return _mm512_broadcast_i32x4(_mm_setr_epi8(64, 72, 80, 84, 80, 76, 72, 68, 64, 72, 80, 84, 80, 76, 72, 68));
 }
 
 // Four pairs of columns, j and j + 4, of a run of eight.
-NVFP4_INLINE void decode_run(const uint8_t* run, __m512i table, __m512i plain, __m512i three_halves, __m512i* pairs) {
+NVFP4_INLINE void decode_run(const uint8_t* run, __m512i table, __m512i kept, __m512i subtracted, __m512i* pairs) {
   const __m512i codes = _mm512_loadu_si512(run);
-  const __m512i class_bit = _mm512_set1_epi16(kClassBit);
   const __m512i shifted[4] = {codes, _mm512_srli_epi16(codes, 4), _mm512_srli_epi16(codes, 8),
                               _mm512_srli_epi16(codes, 12)};
   NVFP4_UNROLL for (int j = 0; j < 4; ++j) {
     const __m512i biased = _mm512_permutexvar_epi16(shifted[j], table);
-    const __mmask32 odd = _mm512_test_epi16_mask(biased, class_bit);
-    pairs[j] = _mm512_subs_epu16(biased, _mm512_mask_blend_epi16(odd, plain, three_halves));
+    pairs[j] = _mm512_subs_epu16(_mm512_and_si512(biased, kept), subtracted);
   }
 }
 
@@ -121,12 +118,13 @@ NVFP4_INLINE void decode_group(const uint8_t* block, int64_t panel, int64_t grou
       _mm512_set_epi32(0x800f800f, 0x800e800e, 0x800d800d, 0x800c800c, 0x800b800b, 0x800a800a, 0x80098009, 0x80088008,
                        0x80078007, 0x80068006, 0x80058005, 0x80048004, 0x80038003, 0x80028002, 0x80018001, 0x80008000);
   const __m512i base = _mm512_set1_epi16((kBias - 120) << 7);  // a scale's bits are (byte << 4) + (120 << 7)
+  const __m512i all_but_odd = _mm512_set1_epi16(static_cast<int16_t>(~kOdd));
   const __m512i bytes = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(scales), spread);
-  const __m512i plain = _mm512_sub_epi16(base, _mm512_slli_epi16(bytes, 4));
-  const __m512i three_halves = _mm512_sub_epi16(plain, _mm512_shuffle_epi8(class_table(), bytes));
+  const __m512i subtracted = _mm512_sub_epi16(base, _mm512_slli_epi16(bytes, 4));
+  const __m512i kept = _mm512_or_si512(_mm512_shuffle_epi8(odd_table(), bytes), all_but_odd);
   NVFP4_UNROLL for (int half = 0; half < 2; ++half) {
     __m512i pairs[4];
-    decode_run(block + (2 * group + half) * 64, biased_table(), plain, three_halves, pairs);
+    decode_run(block + (2 * group + half) * 64, biased_table(), kept, subtracted, pairs);
     NVFP4_UNROLL for (int j = 0; j < 4; ++j) {
       _mm512_store_si512(vector_at(out, panel, (2 * group + half) * 4 + j), pairs[j]);
     }
@@ -188,7 +186,17 @@ struct Decoding {
     }
   }
 
-  __attribute__((always_inline)) void finish() { advance(pieces); }
+  // Decodes the rest, a panel's block at a time.
+  __attribute__((always_inline)) void finish() {
+    advance(-done & (kBlockGroups - 1));
+    for (; done < pieces; done += kBlockGroups) {
+      const int64_t block = done / (2 * kBlockGroups), panel = done / kBlockGroups % 2;
+      prefetch_block(ahead[panel] + block * kBlockBytes);
+      NVFP4_UNROLL for (int64_t group = 0; group < kBlockGroups; ++group) {
+        decode_group(panels[panel] + block * kBlockBytes, panel, group, out + block);
+      }
+    }
+  }
 };
 
 // One block of the tokens of a tile, into L1.
