@@ -74,7 +74,7 @@ def experts_without_a_gate_are_configured() -> Any:
     return mock.patch.object(fused_moe_config, "current_platform", _Platform(fused_moe_config.current_platform))
 
 
-def quant_config(layout: str, **options: Any) -> Any:
+def quant_config(layout: str) -> Any:
     if layout == "modelopt":
         return ModelOptNvFp4Config(
             is_checkpoint_nvfp4_serialized=True, kv_cache_quant_algo=None, exclude_modules=["*latent_proj"],
@@ -186,7 +186,7 @@ BIASED: dict[str, tuple[dict[str, Any], Kind]] = {
         {"activation": "relu2_no_mul", "ckpt_names": ("up_proj", "down_proj", None)},
         Kind({"activation": "relu2"}, False, True),
     ),
-    "situ, no biases": (
+    "situ": (
         {"activation": "situ", "activation_situ_beta": 4.0, "activation_situ_linear_beta": 25.0, "has_bias": False},
         Kind({"activation": "situ", "alpha": 4.0, "beta": 25.0}, True, False),
     ),
@@ -194,6 +194,7 @@ BIASED: dict[str, tuple[dict[str, Any], Kind]] = {
 
 
 def factory(name: str, layout: str, options: dict[str, Any]) -> Any:
+    """vLLM's layer. To its loader a tensor is a bias where its whole name says "bias", so ``name`` must not."""
     keywords: dict[str, Any] = {"has_bias": True} | options
     with experts_without_a_gate_are_configured():
         return FusedMoEFactory(

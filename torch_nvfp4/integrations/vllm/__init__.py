@@ -7,9 +7,9 @@ the classes that vLLM calls, ``weights`` the conversion, ``parameters`` the bias
 make no parameters, ``versions`` what is known of each version of vLLM.
 
 MXFP4 experts (gpt-oss, DeepSeek-V4-Flash as published) are left to vLLM. It has another oracle for them, with two
-choices and three conversions; on GPUs without FP4 tensor cores it runs them on Triton's or Marlin's kernels, which get
-the limit of the layer; here they would take 6 % more bytes, and a matrix whose exponents span more than 18 octaves could
-not be loaded. ``torch-nvfp4 quantize`` makes NVFP4 of such a checkpoint with every value the same.
+choices and several conversions, and on GPUs without FP4 tensor cores runs them on Triton's or Marlin's kernels, to
+which it gives the layer's limit. Here they would take 6 % more bytes, and a matrix whose exponents span more than 18
+octaves could not be loaded. ``torch-nvfp4 quantize`` makes NVFP4 of such a checkpoint with every value the same.
 
 Importing this package does not import vLLM.
 """
