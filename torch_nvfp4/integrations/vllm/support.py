@@ -175,4 +175,6 @@ def layer_error(
     except ValueError as refused:
         return str(refused)
     hidden, intermediate = config.hidden_dim, config.intermediate_size_per_partition
-    return backend_error("vLLM", device_type, capability, hidden, intermediate, config.in_dtype, gate, libraries)
+    return backend_error(
+        "vLLM", device_type, capability, hidden, intermediate, config.in_dtype, gate, libraries, biases=config.has_bias
+    )
