@@ -24,6 +24,7 @@ from vllm.model_executor.layers.fused_moe import FusedMoEFactory
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config
+from vllm.model_executor.model_loader.reload import initialize_layerwise_reload, record_metadata_for_reloading
 from vllm.model_executor.models.gpt_oss import GptOssRoutedExperts
 from vllm.model_executor.models.nemotron_h import NemotronHMoE
 from vllm.plugins import load_general_plugins
@@ -232,6 +233,46 @@ def test_biases_and_situ(engine: VllmConfig, name: str, layout: str) -> None:
     if kind.biased:
         without = expected_moe(experts._replace(w13_bias=None, w2_bias=None), x.double(), *routing(logits))
         assert float((got - without).abs().max()) > 0.1 * float(without.abs().max())
+
+
+@pytest.mark.parametrize("name", ["silu, a clamp", "relu2 without a gate"])
+def test_biases_under_dynamo(engine: VllmConfig, name: str) -> None:
+    """On a CPU vLLM compiles the model through the layer into the op."""
+    options, kind = BIASED[name]
+    experts = bf16_biases(make_experts(kind, EXPERTS, HIDDEN, INTERMEDIATE, seed=1))
+    runner = factory(f"compiled.{name}", "modelopt", options)
+    load(runner, tensors_of(experts, "modelopt"))
+    x = hidden_of(experts, TOKENS, seed=2).float()
+    logits = torch.randn(TOKENS, EXPERTS, generator=seeded(3))
+    seen: list[str] = []
+
+    def backend(module: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        seen.extend(str(node.target) for node in module.graph.nodes if node.op == "call_function")
+        return module
+
+    torch._dynamo.reset()
+    got = run(engine, torch.compile(runner, backend=backend, fullgraph=True), x, logits)
+    assert seen.count("nvfp4.moe.out") == 1
+    close(got, expected_moe(experts, x.double(), *routing(logits)))
+
+
+@pytest.mark.parametrize("name", BIASED)
+def test_other_weights_for_the_same_layer(engine: VllmConfig, name: str) -> None:
+    """What vLLM's reload_weights does layer by layer: new biases reach the op, and stand where the old ones stood."""
+    options, kind = BIASED[name]
+    first, second = (bf16_biases(make_experts(kind, EXPERTS, HIDDEN, INTERMEDIATE, seed=seed)) for seed in (1, 2))
+    runner = factory(f"reloaded.{name}", "modelopt", options)
+    record_metadata_for_reloading(runner)
+    load(runner, tensors_of(first, "modelopt"))
+    held = {part: tensor.data_ptr() for part, tensor in runner.named_parameters()}
+    initialize_layerwise_reload(runner)
+    list(runner.routed_experts.load_weights(tensors_of(second, "modelopt")))
+    assert {part: tensor.data_ptr() for part, tensor in runner.named_parameters()} == held
+    x = hidden_of(second, TOKENS, seed=2).float()
+    logits = torch.randn(TOKENS, EXPERTS, generator=seeded(3))
+    close(run(engine, runner, x, logits), expected_moe(second, x.double(), *routing(logits)))
+    if kind.biased:
+        assert torch.equal(runner.routed_experts.w2_bias, second.w2_bias)
 
 
 def test_a_checkpoint_without_the_biases_that_the_model_has(engine: VllmConfig) -> None:

@@ -18,7 +18,7 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import kNvfp4Dyna
 
 from torch_nvfp4.gate import Gate
 from torch_nvfp4.integrations.vllm.platform import batch_invariant, copies_output, device, step_limit
-from torch_nvfp4.integrations.vllm.support import device_error, layer_gate
+from torch_nvfp4.integrations.vllm.support import device_error, layer_gate, situ_of
 from torch_nvfp4.ops.batch_invariance import invariance_keywords, refuse_batch_invariance
 
 __all__ = ["NVFP4BatchedExperts", "NVFP4Experts"]
@@ -215,5 +215,5 @@ def _gate(moe_config: Any, quant_config: Any) -> Gate:
         if of_layer is not None and of_quant is not None and of_layer != of_quant:
             raise RuntimeError(f"expected one {name} per layer, got {of_layer:g} (moe) and {of_quant:g} (quantization)")
         values.append(of_layer if of_quant is None else of_quant)
-    situ = (getattr(moe_config, "activation_situ_beta", None), getattr(moe_config, "activation_situ_linear_beta", None))
-    return layer_gate(moe_config.activation.name, *values, step_limit(), situ)
+    limit, alpha, beta = values
+    return layer_gate(moe_config.activation.name, limit, alpha, beta, step_limit(), situ_of(moe_config))

@@ -10,6 +10,7 @@ from torch_nvfp4.integrations.device import backend_error
 
 __all__ = [
     "INTERLEAVED", "QUANT_METHODS", "config_gate", "device_error", "layer_error", "layer_gate", "needs_parameters",
+    "situ_of",
 ]  # fmt: skip
 
 # Names of vLLM's MoEActivation.
@@ -63,7 +64,7 @@ def layer_gate(
         activation: the name of a member of MoEActivation.
         limit, alpha, beta: ``swiglu_limit``, ``swiglu_alpha`` and ``swiglu_beta`` of the layer, None where not set.
         step_limit: the limit that is a constant of vLLM's kernel for SWIGLUSTEP.
-        situ: ``activation_situ_beta`` and ``activation_situ_linear_beta`` of the layer, which vLLM has from 0.27 on.
+        situ: ``activation_situ_beta`` and ``activation_situ_linear_beta`` of the layer.
 
     Raises ValueError (expected and got) for what torch_nvfp4 has not, or where vLLM's meaning is not certain.
     """
@@ -112,10 +113,13 @@ def _situ_constants(
 
 def config_gate(config: Any, step_limit: float | None) -> Gate:
     """``layer_gate`` of a FusedMoEConfig."""
-    situ = (getattr(config, "activation_situ_beta", None), getattr(config, "activation_situ_linear_beta", None))
-    return layer_gate(
-        config.activation.name, config.swiglu_limit, config.swiglu_alpha, config.swiglu_beta, step_limit, situ
-    )
+    given = (config.swiglu_limit, config.swiglu_alpha, config.swiglu_beta)
+    return layer_gate(config.activation.name, *given, step_limit, situ_of(config))
+
+
+def situ_of(config: Any) -> tuple[float | None, float | None]:
+    """The constants of SITU in a FusedMoEConfig, which has none before vLLM 0.27."""
+    return getattr(config, "activation_situ_beta", None), getattr(config, "activation_situ_linear_beta", None)
 
 
 def needs_parameters(config: Any) -> bool:
