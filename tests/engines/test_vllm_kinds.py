@@ -34,6 +34,7 @@ from helpers.expert_kinds import Experts, Kind, expected_moe, hidden_of, make_ex
 from helpers.layers import seeded
 from torch_nvfp4.gate import gated_activation
 from torch_nvfp4.integrations.vllm import support
+from torch_nvfp4.testing import TOLERANCE, relative_l2
 
 EXPERTS, HIDDEN, INTERMEDIATE, TOP_K, TOKENS = 8, 64, 48, 2, 9
 PREFIX = "backbone.layers.1.mixer.experts"
@@ -233,6 +234,23 @@ def test_biases_and_situ(engine: VllmConfig, name: str, layout: str) -> None:
     if kind.biased:
         without = expected_moe(experts._replace(w13_bias=None, w2_bias=None), x.double(), *routing(logits))
         assert float((got - without).abs().max()) > 0.1 * float(without.abs().max())
+
+
+def test_a_model_in_bfloat16(engine: VllmConfig) -> None:
+    """The dtype in which vLLM makes the parameters of a model that name none: not that of the biases."""
+    options, kind = BIASED["silu, a clamp"]
+    experts = make_experts(kind, EXPERTS, HIDDEN, INTERMEDIATE, seed=1)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        runner = factory("bfloat16", "modelopt", options)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    load(runner, tensors_of(experts, "modelopt"))
+    x = hidden_of(experts, TOKENS, seed=2).to(torch.bfloat16)
+    logits = torch.randn(TOKENS, EXPERTS, generator=seeded(3))
+    got = run(engine, runner, x, logits)
+    expected = expected_moe(bf16_biases(experts), x.double(), *routing(logits))
+    assert relative_l2(got, expected) < TOLERANCE[torch.bfloat16]
 
 
 @pytest.mark.parametrize("name", ["silu, a clamp", "relu2 without a gate"])

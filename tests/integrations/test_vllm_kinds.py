@@ -180,8 +180,18 @@ def test_what_no_loader_has_written_is_named(make_plugin: Callable[..., Plugin],
             method.process_weights_after_loading(layer)
 
 
-def test_the_parameters_of_biases(make_plugin: Callable[..., Plugin]) -> None:
-    """Under vLLM's names, with the model's loader, and in fp32."""
+@pytest.mark.parametrize("default", [torch.float32, torch.bfloat16])
+def test_the_parameters_of_biases(make_plugin: Callable[..., Plugin], default: torch.dtype) -> None:
+    """Under vLLM's names, with the model's loader, and in fp32, whatever vLLM makes its own parameters in."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        _check_parameters_of_biases(make_plugin)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _check_parameters_of_biases(make_plugin: Callable[..., Plugin]) -> None:
     for name, rows in (("silu, biases", 2 * INTERMEDIATE), ("relu2 without a gate, biases", INTERMEDIATE)):
         _, layer = made(make_plugin(), CASES[name], "modelopt")
         for bias, size in ((layer.w13_bias, rows), (layer.w2_bias, HIDDEN)):
@@ -198,9 +208,11 @@ def test_layers_that_are_as_before_are_made_by_vllm_alone(make_plugin: Callable[
 
 
 def test_padded_experts_with_biases(make_plugin: Callable[..., Plugin]) -> None:
-    method = METHODS["modelopt"](make_plugin(), moe_config(has_bias=True, hidden_dim_unpadded=48))
-    with pytest.raises(RuntimeError, match=r"as the checkpoint has them, \[48, 32\], got \[64, 32\], which are padded"):
-        Layer(method)
+    for changes, kind in (({"has_bias": True}, "biases"), ({"activation": "SWIGLUOAI"}, "SWIGLUOAI")):
+        method = METHODS["modelopt"](make_plugin(), moe_config(hidden_dim_unpadded=48, **changes))
+        words = rf"experts with {kind} as the checkpoint has them, \[48, 32\], got \[64, 32\], which are padded"
+        with pytest.raises(RuntimeError, match=words):
+            Layer(method)
 
 
 def test_a_layer_that_has_lost_its_biases(make_plugin: Callable[..., Plugin]) -> None:

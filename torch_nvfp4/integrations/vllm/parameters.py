@@ -41,9 +41,10 @@ def _with_parameters(create_weights: Callable[..., None], config: Any) -> Callab
         given = inspect.signature(create_weights).bind(*args, **kwargs).arguments
         hidden, intermediate = given["hidden_size"], given["intermediate_size_per_partition"]
         unpadded = [config.hidden_dim_unpadded, config.intermediate_size_per_partition_unpadded]
-        if config.has_bias and [hidden, intermediate] != unpadded:
+        if [hidden, intermediate] != unpadded:
+            kind = "with biases" if config.has_bias else f"with {INTERLEAVED}"
             raise RuntimeError(
-                f"torch_nvfp4: expected K and I of experts with biases as the checkpoint has them, {unpadded}, got "
+                f"torch_nvfp4: expected K and I of experts {kind} as the checkpoint has them, {unpadded}, got "
                 f"{[hidden, intermediate]}, which are padded. Set TORCH_NVFP4_VLLM=off to serve with vLLM's own kernels"
             )
         loader = given.get("extra_weight_attrs", {}).get("weight_loader")
@@ -57,7 +58,8 @@ def _with_parameters(create_weights: Callable[..., None], config: Any) -> Callab
         if config.has_bias:
             rows = intermediate * (2 if config.is_act_and_mul else 1)
             for name, size in zip(BIASES, (rows, hidden), strict=True):
-                bias = torch.nn.Parameter(torch.full((experts, size), torch.nan), requires_grad=False)
+                empty = torch.full((experts, size), torch.nan, dtype=torch.float32)  # vLLM's default is the model's
+                bias = torch.nn.Parameter(empty, requires_grad=False)
                 bias.weight_loader = loader  # type: ignore[attr-defined]
                 layer.register_parameter(name, bias)
 
