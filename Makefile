@@ -57,7 +57,7 @@ test-vllm: install vllm-environment  ## tiny models inside vLLM on the CPU, and 
 	TORCH_NVFP4_TORCH_ROOT="$$($(BIN)/python -c 'import os, torch; print(os.path.dirname(torch.__file__))')" \
 	  TORCH_NVFP4_BUILD_CUDA=0 $(VLLM_VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps \
 	  --no-build-isolation -e .
-	$(RUN_CXX) $(VLLM_VENV)/bin/python -m pytest tests/engines/test_vllm_classes.py tests/engines/test_vllm_models.py tests/engines/test_vllm_bench.py
+	$(RUN_CXX) $(VLLM_VENV)/bin/python -m pytest tests/engines/test_vllm_classes.py tests/engines/test_vllm_kinds.py tests/engines/test_vllm_models.py tests/engines/test_vllm_bench.py
 
 lint: install  ## formatting, types, the direction of imports, and the ops' stubs
 	$(BIN)/ruff check .
