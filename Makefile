@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 RUN_CXX = CXX="$$($(BIN)/python build_tools.py)"
 CXX_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inl')
 
-.PHONY: help library install demo test vllm-environment test-vllm test-sglang test-tensorrt test-transformers lint format bench gpu-test gpu-sanitize cuda-build wheel sanitized-library sanitize fuzz fuzz-checkpoints clean
+.PHONY: help library install demo test vllm-environment test-vllm test-sglang test-tensorrt test-transformers lint format bench gpu-test gpu-sanitize cuda-build wheel sanitized-library sanitize test-amx fuzz fuzz-checkpoints clean
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -57,7 +57,7 @@ test-vllm: install vllm-environment  ## tiny models inside vLLM on the CPU, and 
 	TORCH_NVFP4_TORCH_ROOT="$$($(BIN)/python -c 'import os, torch; print(os.path.dirname(torch.__file__))')" \
 	  TORCH_NVFP4_BUILD_CUDA=0 $(VLLM_VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps \
 	  --no-build-isolation -e .
-	$(RUN_CXX) $(VLLM_VENV)/bin/python -m pytest tests/engines/test_vllm_classes.py tests/engines/test_vllm_models.py tests/engines/test_vllm_bench.py
+	$(RUN_CXX) $(VLLM_VENV)/bin/python -m pytest tests/engines/test_vllm_classes.py tests/engines/test_vllm_kinds.py tests/engines/test_vllm_models.py tests/engines/test_vllm_bench.py
 
 lint: install  ## formatting, types, the direction of imports, and the ops' stubs
 	$(BIN)/ruff check .
@@ -139,6 +139,10 @@ sanitized-library: install
 
 sanitize: sanitized-library  ## the op tests under the address and undefined-behaviour sanitizers
 	$(SANITIZED) $(BIN)/pytest tests/ops --ignore=tests/ops/test_errors.py
+
+test-amx: install  ## the op tests with AMX's tile instructions emulated, on a processor with AVX-512
+	TORCH_NVFP4_EMULATE_AMX=1 TORCH_NVFP4_BUILD_CUDA=0 $(BIN)/python setup.py -q build --build-base build/amx --build-lib build/amx/lib
+	TORCH_NVFP4_EMULATE_AMX=1 PYTHONPATH=build/amx/lib $(BIN)/pytest tests/ops
 
 fuzz: sanitized-library  ## 100,000 op calls with hostile values under those sanitizers (CALLS=n SEED=s for others)
 	$(SANITIZED) $(BIN)/python tests/fuzz_ops.py --calls $(or $(CALLS),100000) --seed $(or $(SEED),0)

@@ -43,6 +43,17 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--gpu") and not HAS_GPU:
         what = "torch without a CUDA device" if not torch.cuda.is_available() else "torch_nvfp4 without _C_cuda.so"
         raise pytest.UsageError(f"--gpu: expected a CUDA device and torch_nvfp4's CUDA library, got {what}")
+    if config.getoption("numprocesses", None):
+        let_idle_threads_sleep()
+
+
+def let_idle_threads_sleep() -> None:
+    """Makes OpenMP's threads in the workers of pytest-xdist, which start later, sleep where they would spin.
+
+    Each worker has a thread per core, so that what one spins on another worker computes on: it takes up to ten times
+    as long.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def pytest_sessionstart() -> None:

@@ -10,6 +10,7 @@ TORCH_NVFP4_CUDA_ARCHS           its architectures, by default "80;90a;90+PTX"
 TORCH_NVFP4_TORCH_ROOT           the folder of the installed torch package
 TORCH_NVFP4_CXX_FLAGS            flags behind those of the CPU library, as in -O0
 TORCH_NVFP4_SANITIZE=1           a CPU library with the address and undefined-behaviour sanitizers
+TORCH_NVFP4_EMULATE_AMX=1        a CPU library that runs the level amx without AMX, by slow plain C++
 TORCH_NVFP4_RACECHECK=1          a CUDA library whose barriers compute-sanitizer's racecheck can follow
 CXX, NVCC                        the compilers; nvcc's host compiler is its own choice (NVCC_CCBIN)
 MAX_JOBS                         how many files are compiled at a time, by default one per processor
@@ -46,7 +47,8 @@ CXX_FLAGS = ("-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-fvisibility-
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1")
 # Kernels of one instruction level are chosen at run time, so only their own files may use its instructions.
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma", "-mf16c")
-LEVEL_FLAGS = {"portable": (), "avx2": ("-mavx2", "-mfma", "-mf16c"), "avx512": AVX512}
+AMX = (*AVX512, "-mamx-tile", "-mamx-bf16")
+LEVEL_FLAGS = {"portable": (), "avx2": ("-mavx2", "-mfma", "-mf16c"), "avx512": AVX512, "amx": AMX}
 PROGRAMS = {"bench", "fuzz"}  # folders of csrc that hold programs, not parts of the libraries
 
 
@@ -166,9 +168,10 @@ class Toolchain:
 
 def cpu_toolchain(root: Path, chosen: Candidate) -> Toolchain:
     sanitize = SANITIZERS if os.environ.get("TORCH_NVFP4_SANITIZE") == "1" else ()
-    flags = (*CXX_FLAGS, *sanitize, *shlex.split(os.environ.get("TORCH_NVFP4_CXX_FLAGS", "")))
+    emulate = ("-DNVFP4_EMULATE_AMX",) if os.environ.get("TORCH_NVFP4_EMULATE_AMX") == "1" else ()
+    flags = (*CXX_FLAGS, *sanitize, *emulate, *shlex.split(os.environ.get("TORCH_NVFP4_CXX_FLAGS", "")))
     link = ("-shared", *sanitize, f"-L{root / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu")
-    folder = OBJECTS / ("_C-sanitize" if sanitize else "_C")
+    folder = OBJECTS / ("_C" + "-sanitize" * bool(sanitize) + "-amx" * bool(emulate))
     return Toolchain(folder, (*chosen.command, *flags), link, chosen.command, chosen.compiler)
 
 

@@ -4,6 +4,7 @@ A request has the arguments, files for stdout and stderr (null: closed), environ
 before the command. The answers are the child's process id and, when it has ended, its exit code.
 """
 
+import gc
 import io
 import json
 import os
@@ -44,6 +45,7 @@ def serve() -> dict:
     sys.exit()
 
 
+gc.freeze()  # else each child looks through torch's objects when it ends, on pages that it has to copy for that
 request = serve()
 os.environ.update(request["env"])
 os.environ.pop("HOME", None)

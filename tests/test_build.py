@@ -93,7 +93,7 @@ def test_level_of_a_source(source: str, level: str | None) -> None:
     assert setup_py.level_of(source) == level
 
 
-@pytest.mark.parametrize("source", ["csrc/cpu/levels/avx10.cpp", "csrc/cpu/levels/amx/moe.cpp", "csrc/cpu/neon.cpp"])
+@pytest.mark.parametrize("source", ["csrc/cpu/levels/avx10.cpp", "csrc/cpu/levels/sve/moe.cpp", "csrc/cpu/neon.cpp"])
 def test_level_without_flags_is_an_error(source: str) -> None:
     named = source.removeprefix("csrc/cpu/").removeprefix("levels/").split("/")[0].removesuffix(".cpp")
     with pytest.raises(build_tools.BuildError, match=f"{source}: expected a level .* got '{named}'"):

@@ -20,7 +20,7 @@ from torch_nvfp4 import bench
 from torch_nvfp4.checkpoint import synthetic
 from torch_nvfp4.checkpoint.synthetic import LayoutName
 from torch_nvfp4.cli import app, demo
-from torch_nvfp4.cli.select import FEW_TOKENS, TILE_TOKENS, cpu_choices
+from torch_nvfp4.cli.select import AMX_TOKENS, FEW_TOKENS, TILE_TOKENS, cpu_choices
 from torch_nvfp4.demo import write_checkpoint
 from torch_nvfp4.gate import Gate
 from torch_nvfp4.nn import NVFP4Experts
@@ -112,10 +112,10 @@ def test_info_as_a_table():
 def test_the_detected_level_can_run(monkeypatch):
     monkeypatch.delenv("TORCH_NVFP4_CPU_LEVEL", raising=False)
     level = json.loads(run("info", "--json", "-").stdout)["hardware"]["CPU instruction level"].split(",")[0]
-    assert level in ("portable", "avx2", "avx512")
+    assert level in ("portable", "avx2", "avx512", "amx")
     monkeypatch.setenv("TORCH_NVFP4_CPU_LEVEL", level)
     torch_nvfp4.swiglu(torch.randn(2, 8))
-    higher = {"portable": "avx2", "avx2": "avx512"}.get(level)
+    higher = {"portable": "avx2", "avx2": "avx512", "avx512": "amx"}.get(level)
     if higher is not None:
         monkeypatch.setenv("TORCH_NVFP4_CPU_LEVEL", higher)
         with pytest.raises(RuntimeError, match=f"at most {level}"):
@@ -411,6 +411,10 @@ def test_select_on_the_cpu(monkeypatch):
     assert few.path == "codes decoded straight into registers"
     assert many.path.startswith("blocks of 64 columns decoded into L1")
     assert mixed.path == f"{few.path}; {many.path}"
+    few, mixed, many = cpu_choices(shape, [32, 33, 9000], torch.bfloat16, "amx")
+    assert (few.arithmetic, mixed.arithmetic, many.arithmetic) == ("int16", "int16; bf16", "bf16")
+    assert many.path.endswith(f"up to {AMX_TOKENS} tokens at a time")
+    assert cpu_choices(shape, [64], torch.float32, "amx") == cpu_choices(shape, [64], torch.float32, "avx512")
     assert cpu_choices(shape, [1], torch.float32, "avx2")[0].path.startswith("blocks")
     assert_one_line_error(run("info", "--shape", "cpu"), "info", "--shape: expected --select beside it")
 
@@ -439,4 +443,5 @@ def test_select_knows_the_numbers_of_the_kernels():
     for level, tokens in FEW_TOKENS.items():
         assert f"constexpr int kFewTokens = {tokens};" in (levels / f"{level}.cpp").read_text()
     assert f"constexpr int kMaxTileTokens = {TILE_TOKENS};" in (folder / "level_kernels.h").read_text()
+    assert f"constexpr int kMostTokens = {AMX_TOKENS};" in (levels / "amx.cpp").read_text()
     assert "kFewTokens" not in (levels / "portable.cpp").read_text()

@@ -243,9 +243,9 @@ int64_t partial_units(const Weight& weight, const Gate* gate) {
   return blocks_of(gate == nullptr ? weight.n : weight.features());
 }
 
-BackwardScratch* take_backward_scratch(Workspace& space, const Context& context, int64_t slots, int64_t rows,
-                                       int64_t grad_columns) {
-  const int64_t tokens = std::min<int64_t>(slots, kMaxTileTokens);
+BackwardScratch* take_backward_scratch(Workspace& space, const Context& context, DType dtype, int64_t slots,
+                                       int64_t rows, int64_t grad_columns) {
+  const int64_t tokens = std::min(slots, most_tokens(context, dtype));
   auto* scratch = space.take<BackwardScratch>(context.threads);
   for (int thread = 0; thread < context.threads; ++thread) {
     auto* gathered = space.take<float>(tokens * grad_columns);
@@ -278,16 +278,15 @@ struct BackwardSize {
 
 BackwardWorkspace lay_out(Workspace& space, const Context& context, const Weight& weight, const Gate* gate,
                           int64_t grad_columns, const BackwardSize& size) {
-  return {
-      space.take<int32_t>(size.slots),
-      space.take<uint8_t>(size.slots),
-      space.take<int32_t>(size.slots),
-      space.take<int32_t>(weight.experts + 1),
-      space.take<ExpertTile>(most_expert_tiles(size.slots, weight.experts)),
-      take_scratch(space, context, weight.k, size.slots, multiplies_exactly(context, size.dtype), size.batch_invariant),
-      take_backward_scratch(space, context, size.slots, size.rows, grad_columns),
-      size.scales ? space.take<float>(partial_units(weight, gate) * size.slots) : nullptr,
-      space.take<float>(size.slots * weight.n)};
+  return {space.take<int32_t>(size.slots),
+          space.take<uint8_t>(size.slots),
+          space.take<int32_t>(size.slots),
+          space.take<int32_t>(weight.experts + 1),
+          space.take<ExpertTile>(most_expert_tiles(size.slots, weight.experts)),
+          take_scratch(space, context, weight.k, size.slots, form_of(context, size.dtype, size.batch_invariant)),
+          take_backward_scratch(space, context, size.dtype, size.slots, size.rows, grad_columns),
+          size.scales ? space.take<float>(partial_units(weight, gate) * size.slots) : nullptr,
+          space.take<float>(size.slots * weight.n)};
 }
 
 BackwardWorkspace lay_out(Workspace& space, const MoeBackwardArgs& args, const Context& context) {
@@ -326,7 +325,8 @@ void moe_backward(const MoeBackwardArgs& args, const Context& context) {
   Workspace workspace(context.workspace);
   const BackwardWorkspace space = lay_out(workspace, args, context);
   sort_slots(routing, space.expert_of, space.order, space.offsets);
-  const int64_t expert_tiles = cut_expert_tiles(space.offsets, routing.experts, space.expert_tiles);
+  const int64_t expert_tiles =
+      cut_expert_tiles(space.offsets, routing.experts, most_tokens(context, forward.dtype), space.expert_tiles);
   const bool on_input = forward.apply_router_weight_on_input;
   const Backward b{{forward.dtype, forward.hidden_states, std::max<int64_t>(routing.top_k, 1), forward.w13, space.order,
                     space.expert_tiles, expert_tiles, space.scratch, context.threads},
@@ -358,7 +358,8 @@ void grouped_gemm_backward(const GroupedGemmBackwardArgs& args, const Context& c
       std::fill_n(static_cast<char*>(args.grad_x), forward.rows * forward.weight.k * bytes_of(forward.dtype), char{0});
     return;
   }
-  const int64_t expert_tiles = cut_expert_tiles(space.offsets, forward.weight.experts, space.expert_tiles);
+  const int64_t expert_tiles =
+      cut_expert_tiles(space.offsets, forward.weight.experts, most_tokens(context, forward.dtype), space.expert_tiles);
   const Backward b{{forward.dtype, forward.x, forward.slots / forward.rows, forward.weight, space.order,
                     space.expert_tiles, expert_tiles, space.scratch, context.threads},
                    forward.slots,
@@ -388,7 +389,7 @@ void linear_backward(const LinearBackwardArgs& args, const Context& context) {
   const BackwardWorkspace space = lay_out(workspace, args, context);
   for (int64_t row = 0; row < args.rows; ++row) space.order[row] = static_cast<int32_t>(row);
   const int32_t offsets[] = {0, static_cast<int32_t>(args.rows)};
-  const int64_t expert_tiles = cut_expert_tiles(offsets, 1, space.expert_tiles);
+  const int64_t expert_tiles = cut_expert_tiles(offsets, 1, most_tokens(context, args.dtype), space.expert_tiles);
   const Backward b{{args.dtype, nullptr, 1, args.weight, space.order, space.expert_tiles, expert_tiles, space.scratch,
                     context.threads},
                    args.rows,

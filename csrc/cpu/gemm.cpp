@@ -26,19 +26,19 @@ void activate_pair(const LevelKernels& kernels, const Weight& weight, const Gate
   }
 }
 
-// Multiplies a panel pair with the tokens in the tile and activates; column c of the pair's columns of token i goes to
+// Activates a panel pair's sums of all tokens of an expert tile; column c of the pair's columns of token i goes to
 // place_of(i, c), where 16 consecutive ones have room.
 template <class PlaceOf>
-void multiply_activated(const LevelKernels& kernels, const Product& product, const Gate& gate, const float* slot_scale,
-                        const ExpertTile& expert_tile, int64_t pair, Scratch& scratch, DType out_dtype,
-                        const PlaceOf& place_of) {
+void activate_tokens(const LevelKernels& kernels, const Product& product, const Gate& gate, const float* slot_scale,
+                     const ExpertTile& expert_tile, int64_t pair, const float* tile_sums, DType out_dtype,
+                     const PlaceOf& place_of) {
   const Weight& weight = product.weight;
-  const int64_t panels = multiply_pair(kernels, weight, expert_tile.expert, pair, scratch.tile, scratch.sums);
+  const int64_t panels = panels_of_pair(weight, pair);
   const float gate_scale = panel_scale(weight, expert_tile.expert, 0);
   const float up_scale = panel_scale(weight, expert_tile.expert, 1);
   for (int64_t i = 0; i < expert_tile.count; ++i) {
     const float scale = slot_scale == nullptr ? 1.0f : slot_scale[product.order[expert_tile.begin + i]];
-    const float* sums = scratch.sums + i * 2 * kPanelRows;
+    const float* sums = tile_sums + i * 2 * kPanelRows;
     if (weight.gated && weight.bias == nullptr) {
       kernels.gate_panel(gate, sums, scale * gate_scale, scale * up_scale, out_dtype, place_of(i, 0));
     } else {
@@ -57,13 +57,14 @@ void multiply_gated(const LevelKernels& kernels, const Product& product, const G
       product, product.pairs(), [&](int64_t thread, const ExpertTile& expert_tile, int64_t first, int64_t last) {
         Scratch& scratch = product.scratch[thread];
         gather_tile(kernels, product, expert_tile, scratch);
-        for (int64_t pair = first; pair < last; ++pair) {
-          multiply_activated(kernels, product, gate, slot_scale, expert_tile, pair, scratch, product.dtype,
-                             [&](int64_t i, int64_t column) {
-                               const int64_t slot = product.order[expert_tile.begin + i];
-                               return at(out, product.dtype, slot * width + pair * pair_columns + column);
-                             });
-        }
+        multiply_pairs(kernels, product.weight, expert_tile.expert, first, last, scratch.tile, scratch.sums,
+                       [&](int64_t pair, const float* sums) {
+                         activate_tokens(kernels, product, gate, slot_scale, expert_tile, pair, sums, product.dtype,
+                                         [&](int64_t i, int64_t column) {
+                                           const int64_t slot = product.order[expert_tile.begin + i];
+                                           return at(out, product.dtype, slot * width + pair * pair_columns + column);
+                                         });
+                       });
       });
 }
 
@@ -86,26 +87,28 @@ void multiply_plain(const LevelKernels& kernels, const Product& product, const f
       product, product.pairs(), [&](int64_t thread, const ExpertTile& expert_tile, int64_t first, int64_t last) {
         Scratch& scratch = product.scratch[thread];
         const TokenTile tile = tile_of(expert_tile, scratch);
-        for (int64_t pair = first; pair < last; ++pair) {
-          const int64_t count = multiply_pair(kernels, weight, expert_tile.expert, pair, tile, scratch.sums);
-          for (int64_t panel = 2 * pair; panel < 2 * pair + count; ++panel) {
-            const int64_t row = panel_first_row(panel, weight.n, weight.gated);
-            const void* row_bias = bias == nullptr ? nullptr : at(const_cast<void*>(bias), product.dtype, row);
-            const float* expert_bias = bias_at(weight, expert_tile.expert, row);
-            for (int64_t i = 0; i < expert_tile.count; ++i) {
-              const int64_t slot = product.order[expert_tile.begin + i];
-              const float scale =
-                  (slot_scale == nullptr ? 1.0f : slot_scale[slot]) * panel_scale(weight, expert_tile.expert, panel);
-              const float* sums = scratch.sums + (i * 2 + panel % 2) * kPanelRows;
-              char* to = at(out, product.dtype, slot * weight.n + row);
-              if (expert_bias == nullptr) {
-                kernels.store(sums, kPanelRows, scale, row_bias, product.dtype, to);
-              } else {
-                store_with_bias(kernels, sums, scale, expert_bias, product.dtype, to);
-              }
-            }
-          }
-        }
+        multiply_pairs(kernels, weight, expert_tile.expert, first, last, tile, scratch.sums,
+                       [&](int64_t pair, const float* tile_sums) {
+                         const int64_t count = panels_of_pair(weight, pair);
+                         for (int64_t panel = 2 * pair; panel < 2 * pair + count; ++panel) {
+                           const int64_t row = panel_first_row(panel, weight.n, weight.gated);
+                           const void* row_bias =
+                               bias == nullptr ? nullptr : at(const_cast<void*>(bias), product.dtype, row);
+                           const float* expert_bias = bias_at(weight, expert_tile.expert, row);
+                           for (int64_t i = 0; i < expert_tile.count; ++i) {
+                             const int64_t slot = product.order[expert_tile.begin + i];
+                             const float scale = (slot_scale == nullptr ? 1.0f : slot_scale[slot]) *
+                                                 panel_scale(weight, expert_tile.expert, panel);
+                             const float* sums = tile_sums + (i * 2 + panel % 2) * kPanelRows;
+                             char* to = at(out, product.dtype, slot * weight.n + row);
+                             if (expert_bias == nullptr) {
+                               kernels.store(sums, kPanelRows, scale, row_bias, product.dtype, to);
+                             } else {
+                               store_with_bias(kernels, sums, scale, expert_bias, product.dtype, to);
+                             }
+                           }
+                         }
+                       });
       });
 }
 
@@ -127,11 +130,13 @@ struct HiddenTiles {
 
   TokenTile of(const ExpertTile& expert_tile) const {
     const int64_t first = expert_tile.begin * blocks_of(k);
-    TokenTile tile{expert_tile.count, blocks_of(k), all.exact, all.batch_invariant, nullptr, nullptr, nullptr};
+    TokenTile tile = all;
+    tile.count = expert_tile.count;
+    tile.blocks = blocks_of(k);
     if (all.exact) {
       tile.values = static_cast<float*>(all.values) + first * kBlockColumns;
     } else {
-      tile.values = static_cast<int16_t*>(all.values) + first * kBlockColumns;
+      tile.values = static_cast<int16_t*>(all.values) + first * all.parts * kBlockColumns;
       tile.scale = all.scale + first;
       tile.corrections = all.corrections + first;
     }
@@ -144,40 +149,48 @@ struct HiddenTiles {
 void multiply_hidden(const LevelKernels& kernels, const Product& product, const Gate& gate, const float* slot_scale,
                      float* const* block_values, const HiddenTiles& hidden) {
   const int64_t pair_columns = columns_of_pair(product.weight);
+  const int64_t block_pairs = kBlockColumns / pair_columns;
   for_each_tile_and_units(
       product, blocks_of(hidden.k), [&](int64_t thread, const ExpertTile& expert_tile, int64_t first, int64_t last) {
         Scratch& scratch = product.scratch[thread];
         float* values = block_values[thread];
         TokenTile tile = hidden.of(expert_tile);
         gather_tile(kernels, product, expert_tile, scratch);
-        for (int64_t block = first; block < last; ++block) {
+        // Stores pair `pair`'s part of a block, and the block when that was its last part.
+        auto activate = [&](int64_t pair, const float* sums) {
+          const int64_t block = pair / block_pairs;
+          const int64_t column = pair % block_pairs * pair_columns;
+          activate_tokens(kernels, product, gate, slot_scale, expert_tile, pair, sums, DType::fp32,
+                          [&](int64_t i, int64_t more) { return values + i * kBlockColumns + column + more; });
+          if (pair % block_pairs != block_pairs - 1 && pair != product.pairs() - 1) return;
           const int64_t made = std::min<int64_t>(hidden.k - block * kBlockColumns, kBlockColumns);
-          for (int64_t done = 0; done < made; done += pair_columns) {
-            multiply_activated(kernels, product, gate, slot_scale, expert_tile,
-                               (block * kBlockColumns + done) / pair_columns, scratch, DType::fp32,
-                               [&](int64_t i, int64_t column) { return values + i * kBlockColumns + done + column; });
-          }
           for (int64_t i = 0; made < kBlockColumns && i < expert_tile.count; ++i) {
             std::fill(values + i * kBlockColumns + made, values + (i + 1) * kBlockColumns, 0.0f);
           }
           kernels.fill_block(values, block, &tile);
-        }
+        };
+        const int64_t end = std::min(last * block_pairs, product.pairs());
+        multiply_pairs(kernels, product.weight, expert_tile.expert, first * block_pairs, end, scratch.tile,
+                       scratch.sums, activate);
       });
 }
 
-// How many panel pairs a task of multiply_combine sums up at once, limited by the memory of its sums.
-int64_t combined_pairs(int64_t threads, int64_t tokens, int64_t n) {
+// How many panel pairs a task of multiply_combine sums up at once, limited by the memory of its sums. A level that
+// multiplies several pairs at a time gets longer tasks.
+int64_t combined_pairs(const Context& context, int64_t tokens, int64_t n) {
   const int64_t pairs = ceil_div<int64_t>(n / kPanelRows, 2);
-  const int64_t wanted = ceil_div(pairs, threads * kTasksPerThread);
+  const bool long_tasks = kernels_of(context).most_pairs > 1 && tokens > 32;
+  const int64_t tasks = long_tasks ? kLongTasksPerThread : kTasksPerThread;
+  const int64_t wanted = ceil_div(pairs, context.threads * tasks);
   return std::clamp<int64_t>(int64_t{8192} / std::max<int64_t>(tokens, 1), 1, wanted);
 }
 
 // out[token] = sum over its slots of slot_weights[slot] * (hidden[slot] W^T + bias). A task has all slots of some
 // output rows, so that no two threads write one value.
 void multiply_combine(const LevelKernels& kernels, const Product& product, const HiddenTiles& hidden,
-                      const float* slot_weights, int64_t tokens, float* const* task_sums, void* out) {
+                      const float* slot_weights, int64_t tokens, int64_t pairs_per_task, float* const* task_sums,
+                      void* out) {
   const Weight& weight = product.weight;
-  const int64_t pairs_per_task = combined_pairs(product.threads, tokens, weight.n);
   constexpr int64_t kPairRows = 2 * kPanelRows;
   for_each_task(product.threads, ceil_div(product.pairs(), pairs_per_task), [&](int64_t thread, int64_t task) {
     Scratch& scratch = product.scratch[thread];
@@ -188,19 +201,19 @@ void multiply_combine(const LevelKernels& kernels, const Product& product, const
     for (int64_t c = 0; c < product.expert_tile_count; ++c) {
       const ExpertTile& expert_tile = product.expert_tiles[c];
       const TokenTile tile = hidden.of(expert_tile);
-      for (int64_t pair = first; pair < last; ++pair) {
-        multiply_pair(kernels, weight, expert_tile.expert, pair, tile, scratch.sums);
-        for (int64_t i = 0; i < expert_tile.count; ++i) {
-          const int64_t slot = product.order[expert_tile.begin + i];
-          const float scale = slot_weights == nullptr ? 1.0f : slot_weights[slot];
-          float* to = sums + ((pair - first) * tokens + slot / product.slots_per_row) * kPairRows;
-          kernels.accumulate(DType::fp32, scratch.sums + i * kPairRows, kPairRows,
-                             scale * weight.global_scale[expert_tile.expert], to);
-          if (weight.bias == nullptr) continue;
-          kernels.accumulate(DType::fp32, bias_at(weight, expert_tile.expert, pair * kPairRows),
-                             std::min(kPairRows, weight.n - pair * kPairRows), scale, to);
-        }
-      }
+      multiply_pairs(kernels, weight, expert_tile.expert, first, last, tile, scratch.sums,
+                     [&](int64_t pair, const float* tile_sums) {
+                       for (int64_t i = 0; i < expert_tile.count; ++i) {
+                         const int64_t slot = product.order[expert_tile.begin + i];
+                         const float scale = slot_weights == nullptr ? 1.0f : slot_weights[slot];
+                         float* to = sums + ((pair - first) * tokens + slot / product.slots_per_row) * kPairRows;
+                         kernels.accumulate(DType::fp32, tile_sums + i * kPairRows, kPairRows,
+                                            scale * weight.global_scale[expert_tile.expert], to);
+                         if (weight.bias == nullptr) continue;
+                         kernels.accumulate(DType::fp32, bias_at(weight, expert_tile.expert, pair * kPairRows),
+                                            std::min(kPairRows, weight.n - pair * kPairRows), scale, to);
+                       }
+                     });
     }
     for (int64_t token = 0; token < tokens; ++token) {
       for (int64_t pair = first; pair < last; ++pair) {
@@ -224,8 +237,7 @@ GroupedGemmWorkspace lay_out(Workspace& space, const GroupedGemmArgs& args, cons
   return {space.take<uint8_t>(args.slots), space.take<int32_t>(args.slots),
           space.take<int32_t>(args.weight.experts + 1),
           space.take<ExpertTile>(most_expert_tiles(args.slots, args.weight.experts)),
-          take_scratch(space, context, args.weight.k, args.slots, multiplies_exactly(context, args.dtype),
-                       args.batch_invariant)};
+          take_scratch(space, context, args.weight.k, args.slots, form_of(context, args.dtype, args.batch_invariant))};
 }
 
 struct LinearWorkspace {
@@ -236,8 +248,7 @@ struct LinearWorkspace {
 
 LinearWorkspace lay_out(Workspace& space, const LinearArgs& args, const Context& context) {
   return {space.take<int32_t>(args.rows), space.take<ExpertTile>(most_expert_tiles(args.rows, 1)),
-          take_scratch(space, context, args.weight.k, args.rows, multiplies_exactly(context, args.dtype),
-                       args.batch_invariant)};
+          take_scratch(space, context, args.weight.k, args.rows, form_of(context, args.dtype, args.batch_invariant))};
 }
 
 struct MoeWorkspace {
@@ -254,15 +265,15 @@ struct MoeWorkspace {
 MoeWorkspace lay_out(Workspace& space, const MoeArgs& args, const Context& context) {
   const int64_t tokens = args.routing.tokens;
   const int64_t slots = tokens * args.routing.top_k;
-  const bool exact = multiplies_exactly(context, args.dtype);
-  const int64_t sums = combined_pairs(context.threads, tokens, args.w2.n) * tokens * 2 * kPanelRows;
+  const TileForm form = form_of(context, args.dtype, args.batch_invariant);
+  const int64_t sums = combined_pairs(context, tokens, args.w2.n) * tokens * 2 * kPanelRows;
   return {space.take<int32_t>(slots),
           space.take<int32_t>(slots),
           space.take<int32_t>(args.routing.experts + 1),
           space.take<ExpertTile>(most_expert_tiles(slots, args.routing.experts)),
-          take_scratch(space, context, args.w13.k, slots, exact, args.batch_invariant),
-          {take_tile(space, args.w2.k, slots, exact, args.batch_invariant), args.w2.k},
-          take_per_thread(space, context, std::min<int64_t>(slots, kMaxTileTokens) * kBlockColumns),
+          take_scratch(space, context, args.w13.k, slots, form),
+          {take_tile(space, args.w2.k, slots, form), args.w2.k},
+          take_per_thread(space, context, std::min(slots, most_tokens(context, args.dtype)) * kBlockColumns),
           take_per_thread(space, context, sums)};
 }
 
@@ -277,14 +288,14 @@ struct BatchedMoeWorkspace {
 
 BatchedMoeWorkspace lay_out(Workspace& space, const BatchedMoeArgs& args, const Context& context) {
   const int64_t experts = args.w13.experts;
-  const bool exact = multiplies_exactly(context, args.dtype);
+  const TileForm form = form_of(context, args.dtype, /*batch_invariant=*/false);
   const int64_t tokens = std::accumulate(args.expert_num_tokens, args.expert_num_tokens + experts, int64_t{0});
   return {space.take<int32_t>(tokens),
           space.take<int32_t>(experts + 1),
           space.take<ExpertTile>(most_expert_tiles(tokens, experts)),
-          take_scratch(space, context, args.w13.k, tokens, exact, /*batch_invariant=*/false),
-          {take_tile(space, args.w2.k, tokens, exact, /*batch_invariant=*/false), args.w2.k},
-          take_per_thread(space, context, std::min<int64_t>(tokens, kMaxTileTokens) * kBlockColumns)};
+          take_scratch(space, context, args.w13.k, tokens, form),
+          {take_tile(space, args.w2.k, tokens, form), args.w2.k},
+          take_per_thread(space, context, std::min(tokens, most_tokens(context, args.dtype)) * kBlockColumns)};
 }
 
 void clear_rest(const BatchedMoeArgs& args, int64_t threads) {
@@ -311,7 +322,8 @@ void grouped_gemm(const GroupedGemmArgs& args, const Context& context) {
   copy_routing(args.gate == nullptr ? "grouped_gemm" : "grouped_gemm_swiglu", args, space.seen, space.order,
                space.offsets);
   if (args.slots == 0) return;
-  const int64_t expert_tiles = cut_expert_tiles(space.offsets, args.weight.experts, space.expert_tiles);
+  const int64_t expert_tiles =
+      cut_expert_tiles(space.offsets, args.weight.experts, most_tokens(context, args.dtype), space.expert_tiles);
   const Product product{args.dtype,         args.x,       args.slots / args.rows, args.weight,    space.order,
                         space.expert_tiles, expert_tiles, space.scratch,          context.threads};
   const int64_t width = args.gate == nullptr ? args.weight.n : args.weight.features();
@@ -333,7 +345,7 @@ void linear(const LinearArgs& args, const Context& context) {
   const LinearWorkspace space = lay_out(workspace, args, context);
   for (int64_t row = 0; row < args.rows; ++row) space.order[row] = static_cast<int32_t>(row);
   const int32_t offsets[] = {0, static_cast<int32_t>(args.rows)};
-  const int64_t expert_tiles = cut_expert_tiles(offsets, 1, space.expert_tiles);
+  const int64_t expert_tiles = cut_expert_tiles(offsets, 1, most_tokens(context, args.dtype), space.expert_tiles);
   const Product product{args.dtype,    args.x,         1, args.weight, space.order, space.expert_tiles, expert_tiles,
                         space.scratch, context.threads};
   multiply_plain(kernels, product, nullptr, args.bias, args.out);
@@ -346,14 +358,16 @@ void moe(const MoeArgs& args, const Context& context) {
   Workspace workspace(context.workspace);
   const MoeWorkspace space = lay_out(workspace, args, context);
   sort_slots(routing, space.expert_of, space.order, space.offsets);
-  const int64_t expert_tiles = cut_expert_tiles(space.offsets, routing.experts, space.expert_tiles);
+  const int64_t expert_tiles =
+      cut_expert_tiles(space.offsets, routing.experts, most_tokens(context, args.dtype), space.expert_tiles);
   const float* input_weights = args.apply_router_weight_on_input ? args.topk_weights : nullptr;
   const float* output_weights = args.apply_router_weight_on_input ? nullptr : args.topk_weights;
   Product product{args.dtype,         args.hidden_states, routing.top_k, args.w13,       space.order,
                   space.expert_tiles, expert_tiles,       space.scratch, context.threads};
   multiply_hidden(kernels, product, args.gate, input_weights, space.block_values, space.hidden);
   product.weight = args.w2;
-  multiply_combine(kernels, product, space.hidden, output_weights, routing.tokens, space.task_sums, args.out);
+  multiply_combine(kernels, product, space.hidden, output_weights, routing.tokens,
+                   combined_pairs(context, routing.tokens, args.w2.n), space.task_sums, args.out);
 }
 
 void batched_moe(const BatchedMoeArgs& args, const Context& context) {
@@ -368,7 +382,8 @@ void batched_moe(const BatchedMoeArgs& args, const Context& context) {
     const int32_t end = space.offsets[expert + 1] = begin + args.expert_num_tokens[expert];
     std::iota(space.order + begin, space.order + end, static_cast<int32_t>(expert * args.rows_per_expert));
   }
-  const int64_t expert_tiles = cut_expert_tiles(space.offsets, experts, space.expert_tiles);
+  const int64_t expert_tiles =
+      cut_expert_tiles(space.offsets, experts, most_tokens(context, args.dtype), space.expert_tiles);
   Product product{args.dtype,    args.hidden_states, 1, args.w13, space.order, space.expert_tiles, expert_tiles,
                   space.scratch, context.threads};
   multiply_hidden(kernels, product, args.gate, nullptr, space.block_values, space.hidden);

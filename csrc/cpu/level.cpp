@@ -1,5 +1,11 @@
 #include "level.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -10,7 +16,24 @@ namespace nvfp4::cpu {
 namespace {
 
 constexpr const char* kVariable = "TORCH_NVFP4_CPU_LEVEL";
-constexpr Level kLevels[] = {Level::portable, Level::avx2, Level::avx512};
+constexpr Level kLevels[] = {Level::portable, Level::avx2, Level::avx512, Level::amx};
+
+#if defined(__x86_64__)
+// Whether the processor has AMX-BF16 and the kernel lets this process use tiles: it asks, because a thread that uses
+// them needs 8 KiB more of saved state (Linux, Documentation/arch/x86/xstate.rst). Asking again is allowed.
+bool has_amx() {
+#ifdef NVFP4_EMULATE_AMX
+  return true;
+#else
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned eax, ebx, ecx, edx;
+  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
+  if ((edx & kBf16) == 0 || (edx & kTile) == 0) return false;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#endif
+}
+#endif
 
 Level detect() {
 #if defined(__x86_64__)
@@ -19,7 +42,7 @@ Level detect() {
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vnni");
-  if (avx2 && avx512) return Level::avx512;
+  if (avx2 && avx512) return has_amx() ? Level::amx : Level::avx512;
   if (avx2) return Level::avx2;
 #endif
   return Level::portable;
@@ -29,6 +52,8 @@ Level detect() {
 
 const char* level_name(Level level) {
   switch (level) {
+    case Level::amx:
+      return "amx";
     case Level::avx512:
       return "avx512";
     case Level::avx2:
@@ -56,13 +81,15 @@ int active_level() {
     throw std::runtime_error(std::string(kVariable) + ": expected a level that this processor can run (at most " +
                              best + "), got " + wanted + "; unset the variable or choose a lower level");
   }
-  throw std::runtime_error(std::string(kVariable) + ": expected one of avx512, avx2, portable, got '" + wanted +
+  throw std::runtime_error(std::string(kVariable) + ": expected one of amx, avx512, avx2, portable, got '" + wanted +
                            "'; unset the variable to use " + best);
 }
 
 const LevelKernels& kernels_of(const Context& context) {
   switch (static_cast<Level>(context.level)) {
 #if defined(__x86_64__)
+    case Level::amx:
+      return kAmxKernels;
     case Level::avx512:
       return kAvx512Kernels;
     case Level::avx2:

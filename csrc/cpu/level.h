@@ -3,9 +3,9 @@
 
 namespace nvfp4::cpu {
 
-enum class Level : int { portable = 0, avx2 = 1, avx512 = 2 };
+enum class Level : int { portable = 0, avx2 = 1, avx512 = 2, amx = 3 };
 
-// "portable", "avx2" or "avx512".
+// "portable", "avx2", "avx512" or "amx".
 const char* level_name(Level level);
 
 // The highest level of this processor and this build.

@@ -11,10 +11,16 @@
 namespace nvfp4::cpu {
 
 constexpr int64_t kTasksPerThread = 24;  // so that the last one to end is not long waited for
+constexpr int64_t kLongTasksPerThread = 4;
 
 // Whether activations of a dtype are multiplied in fp32.
 inline bool multiplies_exactly(const Context& context, DType dtype) {
   return dtype == DType::fp32 || kernels_of(context).always_exact;
+}
+
+// How many tokens of an expert are multiplied at a time.
+inline int64_t most_tokens(const Context& context, DType dtype) {
+  return multiplies_exactly(context, dtype) ? kMaxTileTokens : kernels_of(context).most_tokens;
 }
 
 inline int64_t bytes_of(DType dtype) { return dtype == DType::fp32 ? 4 : 2; }
@@ -36,8 +42,8 @@ struct ExpertTile {
 struct Scratch {
   TokenTile tile;
   const ExpertTile* gathered;  // the expert tile whose tokens are in the tile
-  int32_t* rows;               // [kMaxTileTokens]
-  float* sums;                 // [kMaxTileTokens, 2, kPanelRows]
+  int32_t* rows;               // [most_tokens]
+  float* sums;                 // of the level's most pairs: [most_pairs, pair_sums(most_tokens)]
 };
 
 // A matrix product of gathered rows with one expert each: the common part of all ops that multiply.
@@ -60,13 +66,14 @@ inline int64_t most_expert_tiles(int64_t slots, int64_t experts) {
   return std::min(slots, experts) + slots / kMaxTileTokens;
 }
 
-// Splits each expert's slots into expert tiles of equal size. Returns their number.
-inline int64_t cut_expert_tiles(const int32_t* offsets, int64_t experts, ExpertTile* expert_tiles) {
+// Splits each expert's slots into expert tiles of equal size, at most most_tokens. Returns their number.
+inline int64_t cut_expert_tiles(const int32_t* offsets, int64_t experts, int64_t most_tokens,
+                                ExpertTile* expert_tiles) {
   int64_t made = 0;
   for (int64_t expert = 0; expert < experts; ++expert) {
     const int64_t begin = offsets[expert];
     const int64_t count = offsets[expert + 1] - begin;
-    const int64_t parts = ceil_div<int64_t>(count, kMaxTileTokens);
+    const int64_t parts = ceil_div(count, most_tokens);
     for (int64_t part = 0; part < parts; ++part) {
       const int64_t first = begin + count * part / parts;
       expert_tiles[made++] = {expert, first, begin + count * (part + 1) / parts - first};
@@ -75,24 +82,41 @@ inline int64_t cut_expert_tiles(const int32_t* offsets, int64_t experts, ExpertT
   return made;
 }
 
+// How large a call's token tiles are and how its activations lie in them: see TokenTile.
+struct TileForm {
+  int64_t most_tokens;
+  bool exact;
+  bool batch_invariant;
+  int parts;
+};
+
+inline TileForm form_of(const Context& context, DType dtype, bool batch_invariant) {
+  const bool split = dtype == DType::fp16 && kernels_of(context).splits_fp16;
+  return {most_tokens(context, dtype), multiplies_exactly(context, dtype), batch_invariant, split ? 2 : 1};
+}
+
 // A tile of up to k columns and `tokens` tokens.
-inline TokenTile take_tile(Workspace& space, int64_t k, int64_t tokens, bool exact, bool batch_invariant) {
+inline TokenTile take_tile(Workspace& space, int64_t k, int64_t tokens, const TileForm& form) {
   const int64_t rows = blocks_of(k) * tokens;
-  if (exact) return {0, 0, true, batch_invariant, space.take<float>(rows * kBlockColumns), nullptr, nullptr};
-  void* values = space.take<int16_t>(rows * kBlockColumns);
-  auto* scale = space.take<float>(rows);
-  return {0, 0, false, batch_invariant, values, scale, space.take<int32_t>(rows)};
+  TokenTile tile{0, 0, form.exact, form.batch_invariant, form.parts, nullptr, nullptr, nullptr};
+  if (form.exact) {
+    tile.values = space.take<float>((rows + kTileSlack) * kBlockColumns);
+    return tile;
+  }
+  tile.values = space.take<int16_t>((rows * form.parts + kTileSlack) * kBlockColumns);
+  tile.scale = space.take<float>(rows);
+  tile.corrections = space.take<int32_t>(rows);
+  return tile;
 }
 
 // A Scratch for each thread, for expert tiles of up to `slots` slots.
-inline Scratch* take_scratch(Workspace& space, const Context& context, int64_t k, int64_t slots, bool exact,
-                             bool batch_invariant) {
-  const int64_t tokens = std::min<int64_t>(slots, kMaxTileTokens);
+inline Scratch* take_scratch(Workspace& space, const Context& context, int64_t k, int64_t slots, const TileForm& form) {
+  const int64_t tokens = std::min(slots, form.most_tokens);
   auto* scratch = space.take<Scratch>(context.threads);
   for (int thread = 0; thread < context.threads; ++thread) {
-    const TokenTile tile = take_tile(space, k, tokens, exact, batch_invariant);
+    const TokenTile tile = take_tile(space, k, tokens, form);
     auto* rows = space.take<int32_t>(tokens);
-    auto* sums = space.take<float>(tokens * 2 * kPanelRows);
+    auto* sums = space.take<float>(kernels_of(context).most_pairs * pair_sums(tokens));
     if (scratch != nullptr) scratch[thread] = {tile, nullptr, rows, sums};
   }
   return scratch;
@@ -110,12 +134,31 @@ inline void gather_tile(const LevelKernels& kernels, const Product& product, con
   scratch.gathered = &expert_tile;
 }
 
-// Multiplies panels 2 * pair and 2 * pair + 1 (if there is one) with a tile. Returns how many panels that are.
+// How many panels pair `pair` has: the last one may have no second panel.
+inline int64_t panels_of_pair(const Weight& weight, int64_t pair) {
+  return std::min<int64_t>(2, weight.n / kPanelRows - 2 * pair);
+}
+
+// Multiplies panel pairs first .. last with a tile, as many at a time as the level takes, and calls body(pair, sums)
+// for each.
+template <class Body>
+inline void multiply_pairs(const LevelKernels& kernels, const Weight& weight, int64_t expert, int64_t first,
+                           int64_t last, const TokenTile& tile, float* sums, const Body& body) {
+  const uint8_t* packed = weight.packed + expert * weight.expert_bytes;
+  for (int64_t begin = first; begin < last; begin += kernels.most_pairs) {
+    const int64_t end = std::min(begin + kernels.most_pairs, last);
+    const int64_t panels = 2 * (end - 1 - begin) + panels_of_pair(weight, end - 1);
+    kernels.multiply(packed + 2 * begin * panel_bytes(weight.k), panels, tile, sums);
+    for (int64_t pair = begin; pair < end; ++pair) body(pair, sums + (pair - begin) * pair_sums(tile.count));
+  }
+}
+
+// Multiplies one pair. Returns how many panels it has.
 inline int64_t multiply_pair(const LevelKernels& kernels, const Weight& weight, int64_t expert, int64_t pair,
                              const TokenTile& tile, float* sums) {
-  const int64_t count = std::min<int64_t>(2, weight.n / kPanelRows - 2 * pair);
-  kernels.multiply(weight.packed + expert * weight.expert_bytes + 2 * pair * panel_bytes(weight.k), count, tile, sums);
-  return count;
+  const int64_t panels = panels_of_pair(weight, pair);
+  kernels.multiply(weight.packed + expert * weight.expert_bytes + 2 * pair * panel_bytes(weight.k), panels, tile, sums);
+  return panels;
 }
 
 // The global scale of a panel: up panels of a gated weight are the odd ones.

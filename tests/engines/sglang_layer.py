@@ -33,12 +33,14 @@ class Matrix:
 Experts = dict[tuple[int, str], Matrix]
 
 
-def random_experts(seed: int = 0) -> Experts:
-    """Every expert has its own global scales for gate and up."""
+def random_experts(seed: int = 0, *, gated: bool = True) -> Experts:
+    """Every expert has its own global scales for gate and up. Without a gate, up has the place of w1, as in SGLang."""
     generator = torch.Generator().manual_seed(seed)
     experts = {}
     for expert in range(EXPERTS):
         for shard, (n, k) in PROJECTIONS.items():
+            if shard == "w3" and not gated:
+                continue
             codes = torch.randint(0, 256, (n, k // 2), generator=generator, dtype=torch.uint8)
             scale = (torch.rand(n, k // 16, generator=generator) * 2 + 0.25).to(torch.float8_e4m3fn)
             global_scale = {"w1": 0.06, "w3": 0.17, "w2": 0.05}[shard] * (1 + expert / 10)
@@ -57,18 +59,25 @@ def random_inputs(seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
 
 def reference(experts: Experts, hidden_states: Tensor, weights: Tensor, ids: Tensor, *, limit: float | None = None,
               alpha: float | None = None, step: float | None = None, on_input: bool = False,
-              activation: str = "silu") -> Tensor:  # fmt: skip
+              activation: str = "silu", situ: tuple[float, float | None] | None = None) -> Tensor:  # fmt: skip
     """The layer in fp64, token by token. ``limit`` clamps before SiLU, ``step`` behind it."""
+    gated = (0, "w3") in experts
     rows = []
     for x, token_weights, token_ids in zip(hidden_states.double(), weights.double(), ids.tolist(), strict=True):
         row = torch.zeros(HIDDEN, dtype=torch.float64)
         for weight, expert in zip(token_weights, token_ids, strict=True):
             gate = experts[expert, "w1"].dequantized() @ x * (weight if on_input else 1.0)
-            up = experts[expert, "w3"].dequantized() @ x * (weight if on_input else 1.0)
+            up = experts[expert, "w3"].dequantized() @ x * (weight if on_input else 1.0) if gated else torch.ones(1)
             if limit is not None:
                 gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
             if step is not None:
                 middle = torch.nn.functional.silu(gate).clamp(max=step) * up.clamp(-step, step)
+            elif activation == "relu2":
+                middle = torch.where(gate > 0, gate * gate, 0.0)
+            elif situ is not None:
+                beta, linear_beta = situ
+                up = up if linear_beta is None else linear_beta * torch.tanh(up / linear_beta)
+                middle = beta * torch.tanh(gate / beta) * torch.sigmoid(gate) * up
             elif activation == "gelu":
                 middle = torch.nn.functional.gelu(gate) * up
             elif alpha is None:

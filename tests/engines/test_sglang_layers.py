@@ -96,6 +96,40 @@ def test_gates(case: str, layout: str) -> None:
         assert error(run(layer, *inputs), reference(experts, *inputs, **wanted)) < TOLERANCE[torch.float32]
 
 
+PLAIN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "relu2": ({"activation": "relu2"}, {"activation": "relu2"}),  # Nemotron-3
+    "silu": ({"activation": "silu"}, {}),
+    "gelu": ({"activation": "gelu"}, {"activation": "gelu"}),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", PLAIN)
+def test_experts_without_a_gate(case: str, layout: str) -> None:
+    config, wanted = PLAIN[case]
+    experts, inputs = random_experts(gated=False), random_inputs()
+    with sglang_process():
+        layer = make_layer(layout, is_gated=False, **config)
+        load(layer, experts, layout)
+        got = run(layer, *inputs)
+        layer.quant_method.process_weights_after_loading(layer)  # SGLang calls it again after an update of weights
+        assert torch.equal(run(layer, *inputs), got)
+    assert layer.runner_backend.value == "torch_nvfp4"
+    assert error(got, reference(experts, *inputs, **wanted)) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("linear_beta", [1.5, None])
+@pytest.mark.parametrize("layout", ["modelopt", "w4a16"])
+def test_situ(layout: str, linear_beta: float | None) -> None:
+    """Its constants come as those of gpt-oss's gate (Kimi-K3)."""
+    experts, inputs = random_experts(), random_inputs()
+    with sglang_process():
+        layer = make_layer(layout, activation="situ", gemm1_alpha=2.0, gemm1_clamp_limit=linear_beta)
+        load(layer, experts, layout)
+        got = run(layer, *inputs)
+    assert error(got, reference(experts, *inputs, situ=(2.0, linear_beta))) < TOLERANCE[torch.float32]
+
+
 @pytest.mark.parametrize("kind", ["tp", "ep"])
 @pytest.mark.parametrize("layout", ["modelopt", "w4a4"])
 def test_two_ranks_add_up(kind: str, layout: str) -> None:
@@ -168,8 +202,14 @@ def test_the_scaling_factor_that_the_runner_owes(monkeypatch: pytest.MonkeyPatch
 
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "two limits": ({"swiglu_limit": 7.0, "gemm1_clamp_limit": 8.0}, {}, "expected one limit per layer, got .* 7 .* 8"),
-    "not gated": ({"is_gated": False}, {}, "expected gated experts, got some without a gate"),
-    "situ": ({"activation": "situ"}, {}, "expected an activation of silu, gelu, gelu_tanh, got situ"),
+    "gated relu2": ({"activation": "relu2"}, {}, "expected an activation of silu, gelu, gelu_tanh, situ, got relu2"),
+    "a limit without a gate": (
+        {"is_gated": False, "swiglu_limit": 7.0},
+        {},
+        "expected no swiglu_limit for experts wit",
+    ),
+    "situ": ({"activation": "situ"}, {}, "expected a gemm1_alpha with situ"),
+    "biases": ({"with_bias": True}, {}, "expected no biases, for which SGLang's NVFP4 layers have no parameters, got"),
     "interleaved": (
         {"gemm1_alpha": 1.7, "gemm1_clamp_limit": 7.0},
         {},

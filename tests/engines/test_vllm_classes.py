@@ -87,7 +87,7 @@ def kernel(layer: Any, config: FusedMoEConfig, batched_rows: int = 0) -> tuple[F
     if batched_rows:
         from torch_nvfp4.integrations.vllm.experts import NVFP4BatchedExperts as experts_cls
     w13, w2 = layer
-    held = SimpleNamespace(w13_weight_scale_2=w13.global_scale)
+    held = SimpleNamespace(w13_weight_scale_2=w13.global_scale, moe_config=config)
     ones = torch.ones(EXPERTS)
     p13, s13, g13, a13, p2, s2, g2, a2 = modelopt.convert_to_nvfp4_moe_kernel_format(
         nvfp4_backend=backend, layer=held, w13=w13.data, w13_scale=w13.scale,
@@ -377,10 +377,11 @@ TWO_SIDED = dataclasses.replace(
     all2all_backend="flashinfer_nvlink_two_sided",
 )  # fmt: skip
 UNSUPPORTED: list[tuple[dict[str, Any], str]] = [
-    ({"has_bias": True}, "expected experts without biases"),
+    ({"has_bias": True}, "for experts with biases, got one that is not known"),
     ({"is_lora_enabled": True}, "kernel does not support LoRA"),
     ({"hidden_dim": 72}, "expected K and I to be multiples of 16"),
-    ({"activation": MoEActivation.SWIGLUOAI}, "got SWIGLUOAI"),
+    ({"activation": MoEActivation.SWIGLUOAI}, "for experts with SWIGLUOAI, got one that is not known"),
+    ({"activation": MoEActivation.SITU}, "expected an activation_situ_beta with SITU, as vLLM does, got none"),
     ({"activation": MoEActivation.SWIGLUSTEP, "swiglu_limit": 5.0}, "expected swiglu_limit 7.0 with SWIGLUSTEP"),
     ({"moe_backend": "marlin"}, "expected --moe-backend auto, got marlin"),
     ({"moe_parallel_config": TWO_SIDED}, "expected an --all2all-backend of .*, got flashinfer_nvlink_two_sided"),

@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from torch_nvfp4.integrations.vllm.versions import ATTRIBUTES, SIGNATURES, release  # noqa: E402
+from torch_nvfp4.integrations.vllm.versions import LAST, SIGNATURES, attributes, release  # noqa: E402
 
 
 def main(folder: Path) -> None:
@@ -29,8 +29,8 @@ def main(folder: Path) -> None:
     for place in places:
         for module, name in SIGNATURES:
             note(module, name, ", ".join(parameters(find(place, module, name))), place.name)
-        for (module, name), wanted in ATTRIBUTES.items():
-            there = attributes(find(place, module, name))
+        for (module, name), wanted in attributes(LAST).items():
+            there = defined(find(place, module, name))
             note(module, name, ", ".join(attribute for attribute in wanted if attribute in there), place.name)
     target = ROOT / "tests" / "data" / "vllm_signatures.json"
     target.write_text(json.dumps(table, indent=1) + "\n")
@@ -56,7 +56,7 @@ def parameters(function: ast.AST | None) -> list[str]:
     return [argument.arg for argument in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
 
 
-def attributes(definition: ast.AST | None) -> set[str]:
+def defined(definition: ast.AST | None) -> set[str]:
     """Methods, fields and members of a class."""
     names: set[str] = set()
     for node in getattr(definition, "body", []):

@@ -55,7 +55,8 @@ def stubs(version: str) -> dict[str, ModuleType]:
                 setattr(scope, part, type(part, (), {}))
             scope = getattr(scope, part)
         if name in ("FusedMoEConfig", "FusedMoEParallelConfig", "FusedMoEQuantConfig"):  # dataclasses without defaults
-            setattr(scope, last, type(last, (), {"__dataclass_fields__": dict.fromkeys(content)}))
+            fields = {"__dataclass_fields__": dict.fromkeys(content)}
+            setattr(scope, last, type(last, (getattr(scope, last, object),), fields))
         elif last[0].isupper():
             known = getattr(scope, last, None) or type(last, (), {})
             setattr(scope, last, known)
@@ -103,6 +104,14 @@ class Experts:
     def g2_alphas(self) -> Any:
         return self.quant_config.g2_alphas
 
+    @property
+    def w1_bias(self) -> Any:
+        return self.quant_config.w1_bias
+
+    @property
+    def w2_bias(self) -> Any:
+        return self.quant_config.w2_bias
+
 
 class AlreadyReduced:
     """TopKWeightAndReduceNoOP."""
@@ -124,19 +133,19 @@ class AlreadyReduced:
 class QuantConfig(SimpleNamespace):
     """FusedMoEQuantConfig of weights in 4 bits and activations in 16."""
 
-    gemm1_clamp_limit = gemm1_alpha = gemm1_beta = None
+    gemm1_clamp_limit = gemm1_alpha = gemm1_beta = w1_bias = w2_bias = None
 
 
 def quant_config(*parameters: str) -> Callable[..., QuantConfig]:
-    """``nvfp4_w4a16_moe_quant_config`` with these parameters; any other is a TypeError."""
+    """``FusedMoEQuantConfig.make`` with these parameters; any other is a TypeError."""
+
+    names = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None) for name in parameters]
+    signature = inspect.Signature(names)
 
     def make(*args: Any, **kwargs: Any) -> QuantConfig:
-        names = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in parameters]
-        return QuantConfig(**inspect.Signature(names).bind(*args, **kwargs).arguments)
+        return QuantConfig(**signature.bind(*args, **kwargs).arguments)
 
-    make.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None) for name in parameters]
-    )
+    make.__signature__ = signature  # type: ignore[attr-defined]
     return make
 
 
@@ -152,7 +161,7 @@ def engine(version: str, device: str = "cpu", capability: tuple[int, int] | None
             setattr(Experts, attribute, None)
     modules[KERNEL].FusedMoEExperts = modules[KERNEL].FusedMoEExpertsModular = Experts
     modules[KERNEL].FusedMoEActivationFormat = Format
-    modules[CONFIG].nvfp4_w4a16_moe_quant_config = quant_config(*names[CONFIG, "nvfp4_w4a16_moe_quant_config"])
+    modules[CONFIG].FusedMoEQuantConfig.make = staticmethod(quant_config(*names[CONFIG, "FusedMoEQuantConfig.make"]))
     activation = modules["vllm.model_executor.layers.activation"]
     activation.swiglustep_and_mul_triton = lambda output, input, limit=7.0: None
     keys = "vllm.model_executor.layers.quantization.utils.quant_utils"
@@ -186,11 +195,13 @@ def moe_config(**changes: Any) -> SimpleNamespace:
     parallel = SimpleNamespace(
         use_batched_activation_format=changes.pop("batched", False), enable_eplb=changes.pop("enable_eplb", False),
         dp_size=changes.pop("dp_size", 1), use_all2all_kernels=changes.pop("use_all2all_kernels", False),
-        all2all_backend=changes.pop("all2all_backend", "allgather_reducescatter"),
+        all2all_backend=changes.pop("all2all_backend", "allgather_reducescatter"), tp_rank=changes.pop("tp_rank", 0),
     )  # fmt: skip
     activation = SimpleNamespace(name=changes.pop("activation", "SILU"))
     fields = {
-        "hidden_dim": 64, "intermediate_size_per_partition": 32, "in_dtype": torch.bfloat16, "moe_backend": "auto",
-        "has_bias": False, "is_lora_enabled": False, "swiglu_limit": None, "swiglu_alpha": None, "swiglu_beta": None,
+        "hidden_dim": 64, "hidden_dim_unpadded": 64, "intermediate_size_per_partition": 32,
+        "intermediate_size_per_partition_unpadded": 32, "in_dtype": torch.bfloat16, "moe_backend": "auto",
+        "has_bias": False, "is_act_and_mul": not activation.name.endswith("_NO_MUL"), "is_lora_enabled": False,
+        "swiglu_limit": None, "swiglu_alpha": None, "swiglu_beta": None,
     } | changes  # fmt: skip
     return SimpleNamespace(activation=activation, moe_parallel_config=parallel, **fields)

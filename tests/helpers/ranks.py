@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import gc
 import importlib.util
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -25,24 +28,28 @@ def run_ranks(modules: Sequence[Path], ranks: int, device: str, folder: Path) ->
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = []
-    for rank in range(ranks):
-        environment = os.environ | {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "RANKS_DEVICE": device,
-            "PYTHONPATH": os.pathsep.join([str(PACKAGE), str(PACKAGE / "tests"), os.environ.get("PYTHONPATH", "")]),
-        }  # fmt: skip
-        environment.pop("TORCH_NVFP4_BACKEND", None)
-        if device == "cpu":
-            environment["CUDA_VISIBLE_DEVICES"] = ""
-        command = [sys.executable, "-m", "helpers.ranks", str(folder / f"{rank}.json"), *map(str, modules)]
-        processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    environment = os.environ | {
+        "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+        "RANKS_DEVICE": device,
+        "PYTHONPATH": os.pathsep.join([str(PACKAGE), str(PACKAGE / "tests"), os.environ.get("PYTHONPATH", "")]),
+    }  # fmt: skip
+    environment.pop("TORCH_NVFP4_BACKEND", None)
+    each: list[dict[str, str]] = [{}]  # one process, which forks the ranks
+    if device == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    else:  # a process that forks may have touched the driver
+        each = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+    command = [sys.executable, "-m", "helpers.ranks", str(folder), *map(str, modules)]
+    processes = [
+        subprocess.Popen(command, env=environment | one, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        for one in each
+    ]
     try:
         errors = [process.communicate(timeout=400)[1] for process in processes]
     finally:
         for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * ranks, "\n".join(errors)
+            kill_group(process)
+    assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(errors)
     results = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
     failed = [
         f"{case} on rank {rank} of {ranks}:\n{text}"
@@ -51,6 +58,29 @@ def run_ranks(modules: Sequence[Path], ranks: int, device: str, folder: Path) ->
         if text
     ]
     return list(results[0]), failed
+
+
+def kill_group(process: subprocess.Popen[str]) -> None:
+    """A process of a session of its own, and what it has forked, as far as they are still there."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def fork_ranks(ranks: int) -> None:
+    """Returns in each of as many children, with $RANK and $LOCAL_RANK set; here it ends with 1 if one of them fails.
+
+    What this process has imported, which takes longest, need not be imported by each.
+    """
+    gc.freeze()  # the children need not look through what is there already
+    children = []
+    for rank in range(ranks):
+        child = os.fork()
+        if child == 0:
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+            return
+        children.append(child)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    sys.exit(int(any(codes)))
 
 
 def _cases(paths: Sequence[str], ranks: int) -> Iterator[tuple[str, Callable[[], None]]]:
@@ -66,11 +96,16 @@ def _cases(paths: Sequence[str], ranks: int) -> Iterator[tuple[str, Callable[[],
                 yield name, case
 
 
-def main(output: str, *paths: str) -> None:
+def main(folder: str, *paths: str) -> None:
     import torch
+    import torch._dynamo
     from torch import distributed
 
+    import torch_nvfp4.distributed  # noqa: F401
+
     torch.set_num_threads(1)
+    if "RANK" not in os.environ:
+        fork_ranks(int(os.environ["WORLD_SIZE"]))
     backend = "gloo"
     if os.environ["RANKS_DEVICE"] == "cuda":
         backend = "nccl"
@@ -84,7 +119,7 @@ def main(output: str, *paths: str) -> None:
         except BaseException:
             result[name] = traceback.format_exc()
             break  # the other ranks may be somewhere else
-    Path(output).write_text(json.dumps(result))
+    (Path(folder) / f"{os.environ['RANK']}.json").write_text(json.dumps(result))
     if any(result.values()):
         os._exit(0)  # without waiting for the others
     distributed.destroy_process_group()

@@ -1,6 +1,6 @@
-"""One rank of models of transformers with NVFP4 weights: python run_hf_parallel.py OUTPUT [MODE CHECKPOINT]...
+"""The ranks of models of transformers with NVFP4 weights: python run_hf_parallel.py OUTPUT [MODE CHECKPOINT]...
 
-The launcher sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; MODE is tp or ep. Each rank saves one dict per model,
+The launcher sets WORLD_SIZE, MASTER_ADDR and MASTER_PORT; MODE is tp or ep. Each rank saves one dict per model,
 {"logits", "tokens", "experts", "linears", "saving"}, into OUTPUT.RANK.
 """
 
@@ -21,6 +21,7 @@ from torch_nvfp4.integrations.transformers.modules import PackedExperts, PackedL
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from helpers.hf_models import greedy, prompt
+from helpers.ranks import fork_ranks
 
 
 def run(path: str, mode: str, folder: Path) -> dict[str, Any]:
@@ -51,6 +52,7 @@ def main(output: str, *models: str) -> None:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     register(mxfp4=True)
+    fork_ranks(int(os.environ["WORLD_SIZE"]))
     pairs = zip(models[::2], models[1::2], strict=True)
     results = [run(path, mode, Path(f"{output}.saved")) for mode, path in pairs]
     torch.save(results, f"{output}.{os.environ['RANK']}")

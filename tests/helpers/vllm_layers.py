@@ -32,10 +32,12 @@ def select(plugin: Plugin, **changes: Any) -> Any:
     return plugin.user.select_nvfp4_moe_backend(moe_config(**changes), weight_key, activation_key=activation_key)
 
 
-def vllm_layer(layer: Any, layout: str) -> tuple[SimpleNamespace, dict[str, Tensor]]:
+def vllm_layer(
+    layer: Any, layout: str, config: SimpleNamespace | None = None
+) -> tuple[SimpleNamespace, dict[str, Tensor]]:
     """What a layer of vLLM holds after loading, and what its quantization method hands to the conversion."""
     w13, w2 = layer
-    held = SimpleNamespace()
+    held = SimpleNamespace(moe_config=moe_config() if config is None else config)
     if layout == "modelopt":
         held.w13_weight_scale_2, held.w2_weight_scale_2 = w13.global_scale, w2.global_scale
         gate, down = w13.global_scale[:, 0], w2.global_scale
@@ -52,7 +54,7 @@ def build(plugin: Plugin, layer: Any, layout: str, config: SimpleNamespace) -> t
     backend = plugin.module.Backend.TORCH_NVFP4
     batched_format = config.moe_parallel_config.use_batched_activation_format
     cls = plugin.module.NVFP4BatchedExperts if batched_format else plugin.module.NVFP4Experts
-    held, handed = vllm_layer(layer, layout)
+    held, handed = vllm_layer(layer, layout, config)
     w13, w13_scale, w13_scale_2, a13_scale, w2, w2_scale, w2_scale_2, a2_scale = (
         plugin.user.convert_to_nvfp4_moe_kernel_format(
             nvfp4_backend=backend, layer=held, is_act_and_mul=True, **handed

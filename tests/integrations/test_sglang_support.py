@@ -36,6 +36,9 @@ def config(**changes: Any) -> types.SimpleNamespace:
     return types.SimpleNamespace(**fields | changes)
 
 
+SITU = {"activation": "situ", "gemm1_alpha": 4.0}
+
+
 @pytest.mark.parametrize(
     ("changes", "gate"),
     [
@@ -51,6 +54,11 @@ def config(**changes: Any) -> types.SimpleNamespace:
             Gate(clamp_limit=7.0, alpha=1.702, beta=1.0),
         ),
         ({"activation": "gelu_tanh"}, Gate("gelu_tanh")),
+        ({"activation": "relu2", "is_gated": False}, Gate("relu2", gated=False)),
+        ({"activation": "silu", "is_gated": False}, Gate("silu", gated=False)),
+        ({"activation": "gelu", "is_gated": False}, Gate("gelu", gated=False)),
+        (SITU | {"gemm1_clamp_limit": 25.0}, Gate("situ", alpha=4.0, beta=25.0)),
+        (SITU, Gate("situ", alpha=4.0)),
     ],
 )
 def test_layer_gate(changes: dict[str, Any], gate: Gate) -> None:
@@ -58,8 +66,18 @@ def test_layer_gate(changes: dict[str, Any], gate: Gate) -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"activation": "relu2"}, "expected an activation of silu, gelu, gelu_tanh, got relu2"),
-    ({"is_gated": False}, "expected gated experts, got some without a gate"),
+    ({"activation": "relu2"}, "expected an activation of silu, gelu, gelu_tanh, situ, got relu2"),
+    ({"activation": "gelu_tanh", "is_gated": False}, "of silu, gelu, relu2 for experts without a gate, got gelu_tanh"),
+    ({"activation": "situ", "is_gated": False}, "of silu, gelu, relu2 for experts without a gate, got situ"),
+    ({"is_gated": False, "swiglu_limit": 7.0}, "expected no swiglu_limit for experts without a gate, got 7"),
+    ({"is_gated": False, "gemm1_clamp_limit": 7.0}, "expected no gemm1_clamp_limit for experts without a gate, got 7"),
+    ({"is_gated": False, "gemm1_alpha": 1.5}, "expected no gemm1_alpha for experts without a gate, got 1.5"),
+    ({"is_gated": False, "gemm1_beta": 1.0}, "expected no gemm1_beta for experts without a gate, got 1"),
+    ({"activation": "situ"}, "expected a gemm1_alpha with situ, as SGLang's models give, got none"),
+    (SITU | {"swiglu_limit": 7.0}, "expected no swiglu_limit with situ, got 7"),
+    (SITU | {"gemm1_beta": 1.0}, "expected no gemm1_beta with situ, got 1"),
+    (SITU | {"gemm1_clamp_limit": 0.0}, "expected a gemm1_clamp_limit above 0 with situ, or none, got 0"),
+    (SITU | {"gemm1_alpha": -4.0}, "expected alpha > 0"),
     ({"swiglu_limit": 7.0, "gemm1_clamp_limit": 8.0}, "swiglu_limit 7 and gemm1_clamp_limit 8"),
     # One clamps before SiLU and the other behind it.
     ({"swiglu_limit": 7.0, "gemm1_clamp_limit": 7.0}, "expected one limit per layer, got swiglu_limit 7 and gemm1_c"),
@@ -108,41 +126,62 @@ def test_layer_error(process: Process, changes: dict[str, Any], message: str | N
 
 
 def test_layers_with_biases_and_a_missing_library_are_refused() -> None:
-    assert "expected no biases" in str(layer_error(config(), HOPPER, torch.bfloat16, with_bias=True))
+    words = "expected no biases, for which SGLang's NVFP4 layers have no parameters, got some"
+    assert layer_error(config(), HOPPER, torch.bfloat16, with_bias=True) == words
     nothing = Libraries(cpu_ops=False, cuda_ops=False, flashinfer=False)
     assert device_error("cuda", (9, 0), nothing) is not None
 
 
-@pytest.mark.parametrize("shared_scale", [False, True])
-def test_pack_layer(shared_scale: bool) -> None:
+def layer_of(tensors: dict[str, torch.Tensor]) -> torch.nn.Module:
+    layer = torch.nn.Module()
+    for name, tensor in tensors.items():
+        layer.register_parameter(name, torch.nn.Parameter(tensor.clone(), requires_grad=False))
+    return layer
+
+
+@pytest.mark.parametrize("scale_shape", [(3, 2), (3, 1), (3,)], ids=str)
+@pytest.mark.parametrize("gated", [True, False])
+def test_pack_layer(gated: bool, scale_shape: tuple[int, ...]) -> None:
     experts, hidden, intermediate = 3, 64, 32
     torch.manual_seed(0)
-    w13, w2 = (
-        quantize(torch.randn(experts, 2 * intermediate, hidden)),
-        quantize(torch.randn(experts, hidden, intermediate)),
-    )
-    w13_global = torch.rand(experts) if shared_scale else torch.rand(experts, 2)
-    layer = torch.nn.Module()
+    rows = intermediate * (2 if gated else 1)
+    w13, w2 = quantize(torch.randn(experts, rows, hidden)), quantize(torch.randn(experts, hidden, intermediate))
+    w13_global = torch.rand(scale_shape)
     tensors = {
         "w13_weight": w13.data, "w13_weight_scale": w13.scale, "w2_weight": w2.data, "w2_weight_scale": w2.scale,
         "w13_weight_scale_2": w13_global, "w13_input_scale": torch.ones(experts, 2),
     }  # fmt: skip
-    for name, tensor in tensors.items():
-        layer.register_parameter(name, torch.nn.Parameter(tensor.clone(), requires_grad=False))
-    pack_layer(layer, ("w13_weight", "w2_weight"), (w13_global, w2.global_scale), 2.5)
+    layer = layer_of(tensors)
+    if not gated and scale_shape == (3, 2):
+        with pytest.raises(RuntimeError, match=r"w13 with 32 rows without a gate, got 32 and global scales \[3, 2\]"):
+            pack_layer(layer, ("w13_weight", "w2_weight"), (w13_global, w2.global_scale), 2.5, gated=False)
+        return
+    pack_layer(layer, ("w13_weight", "w2_weight"), (w13_global, w2.global_scale), 2.5, gated=gated)
 
     packed13, global13, packed2, global2 = (getattr(layer, name) for name in PACKED)
-    for packed, k, wanted, gated in ((packed13, hidden, w13, True), (packed2, intermediate, w2, False)):
-        got = unpack(packed, k, wanted.global_scale, gated=gated)
+    for packed, k, wanted, packed_gated in ((packed13, hidden, w13, gated), (packed2, intermediate, w2, False)):
+        got = unpack(packed, k, wanted.global_scale, gated=packed_gated)
         assert isinstance(got, NVFP4Weight)
         assert torch.equal(got.data, wanted.data)
         assert torch.equal(got.scale.view(torch.uint8), wanted.scale.view(torch.uint8))
-    assert torch.equal(global13, w13_global[:, None].expand(-1, 2) if shared_scale else w13_global)
+    columns = w13_global.reshape(experts, -1)
+    assert torch.equal(global13, columns.expand(-1, 2) if gated else columns[:, 0])
     torch.testing.assert_close(global2, w2.global_scale * 2.5, rtol=0, atol=0)
     for name in tensors:
         assert getattr(layer, name).numel() == 0
         with pytest.raises(RuntimeError, match="expected no new weights after loading, got some"):
             getattr(layer, name).weight_loader(getattr(layer, name), tensors[name])
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_rows_that_do_not_fit_the_gate(gated: bool) -> None:
+    w13, w2 = quantize(torch.randn(3, 32 if gated else 64, 64)), quantize(torch.randn(3, 64, 32))
+    layer = layer_of(
+        {"w13_weight": w13.data, "w13_weight_scale": w13.scale, "w2_weight": w2.data, "w2_weight_scale": w2.scale}
+    )
+    words = "expected w13 with 64 rows with a gate, got 32" if gated else "with 32 rows without a gate, got 64"
+    with pytest.raises(RuntimeError, match=words):
+        pack_layer(layer, ("w13_weight", "w2_weight"), (torch.ones(3), w2.global_scale), 1.0, gated=gated)
 
 
 def test_versions() -> None:

@@ -35,6 +35,20 @@ def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return module.write_model(directory / "model", module.TINY, device=CPU)
 
 
+def test_a_failure_frees_the_shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path, vocab: int) -> None:
+        assert (path / "complete.json").is_file()
+        raise MemoryError("out of memory")
+
+    monkeypatch.setattr(command, "write_tokenizer", fail)
+    monkeypatch.setattr(command, "_directory", lambda asked, *_: asked or tmp_path / "default")
+    for arguments, left in (([], []), (["--dir", str(tmp_path / "named")], ["model"])):
+        with pytest.raises(MemoryError):
+            command.main(["qwen3", "--tiny", "--layers", "1", *arguments])
+        directory = tmp_path / ("named" if arguments else "default")
+        assert [path.name for path in directory.iterdir()] == left
+
+
 def test_deepseek_is_a_checkpoint_that_clamps_as_meant(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(deepseek.write_model(tmp_path, deepseek.TINY, device=CPU))
     assert (checkpoint.layers, checkpoint.num_experts, checkpoint.top_k) == ((0, 1, 2), 8, 2)

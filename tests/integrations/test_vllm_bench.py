@@ -261,3 +261,35 @@ def test_where_the_model_goes(tmp_path, monkeypatch):
     assert command._directory(None, 0.0) == tmp_path / "torch-nvfp4-bench-vllm"
     assert command._directory(None, 1e9).parent != tmp_path  # no room for it
     assert Sizes().layers == 24
+
+
+@pytest.mark.parametrize("error", [BenchError("no result"), KeyboardInterrupt(), RuntimeError("CUDA out of memory")])
+@pytest.mark.parametrize("named", [False, True])
+def test_a_failure_frees_the_shared_memory(runs, tmp_path, monkeypatch, error, named):
+    """Of the gigabytes nothing is left, of the logs everything; a directory of the user's stays as it is."""
+
+    def fail(job, number, directory, **_):
+        assert (directory / "model" / "complete.json").is_file()
+        (directory / "log_probs-require.pt").write_bytes(b"scores")
+        (directory / "0-require.log").write_text("what happened")
+        raise error
+
+    monkeypatch.setattr(command, "run_pair", fail)
+    monkeypatch.setattr(command, "_SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(command.shutil, "disk_usage", lambda path: SimpleNamespace(free=1e12))
+    directory = tmp_path / "torch-nvfp4-bench-vllm"
+    arguments = ["--tiny", "--layers", "1", *(["--dir", str(directory)] if named else [])]
+    if isinstance(error, BenchError):
+        assert command.main(arguments) == 1
+    else:
+        with pytest.raises(type(error)):
+            command.main(arguments)
+    left = {path.name for path in directory.iterdir()}
+    assert left == ({"0-require.log", "log_probs-require.pt", "model"} if named else {"0-require.log"})
+
+
+def test_a_success_leaves_the_model_for_another_run(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "_SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(command.shutil, "disk_usage", lambda path: SimpleNamespace(free=1e12))
+    assert command.main(["--tiny", "--layers", "1", "--pairs", "0"]) == 0
+    assert (tmp_path / "torch-nvfp4-bench-vllm" / "model" / "complete.json").is_file()

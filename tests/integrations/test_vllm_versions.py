@@ -42,7 +42,7 @@ def test_every_version_is_as_its_sources_have_it(version: str) -> None:
     assert number is not None
     for module, name in versions.SIGNATURES:
         assert versions.parameters(module, name, number) == tuple(names[module, name]), name
-    for place, wanted in versions.ATTRIBUTES.items():
+    for place, wanted in versions.attributes(number).items():
         assert wanted == tuple(names[place])
     assert list(unmet(version, loader(fake_vllm.stubs(version)))) == []
     check_installed(version, loader(fake_vllm.stubs(version)))
@@ -70,12 +70,13 @@ def test_a_changed_signature_is_named_with_both() -> None:
     expected = f"{ORACLE}.select_nvfp4_moe_backend: expected (config, weight_key, activation_key), got (config, key)"
     assert f"does not know this vLLM (0.32.0): {expected}. Set TORCH_NVFP4_VLLM=off" in str(raised.value)
     # The signature of another version is a changed one too.
-    modules = fake_vllm.stubs("0.28.0")
-    problems = list(unmet("0.32.0", loader(modules)))
+    modules = fake_vllm.stubs("0.26.0")
+    problems = list(unmet("0.33.0", loader(modules)))
     assert [problem.split(":")[0].rpartition(".")[2] for problem in problems] == [
-        "convert_to_nvfp4_moe_kernel_format", "make_nvfp4_moe_quant_config", "nvfp4_w4a16_moe_quant_config",
+        "convert_to_nvfp4_moe_kernel_format", "make_nvfp4_moe_quant_config", "make", "FusedMoEConfig", "MoEActivation",
     ]  # fmt: skip
-    assert "w2_scale, gemm1_clamp_limit)" in problems[2]
+    assert problems[2].endswith("weight_dtype, is_scale_swizzled, gemm1_alpha, gemm1_beta, gemm1_clamp_limit)")
+    assert problems[4].endswith("RELU2_NO_MUL, SITU, got one without SITU")
 
 
 def test_what_is_missing_is_named() -> None:

@@ -314,6 +314,6 @@ def test_out_has_no_gradient(op: str, device: str) -> None:
 def test_unknown_cpu_level(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_NVFP4_CPU_LEVEL", "sse2")
     with pytest.raises(
-        RuntimeError, match=r"TORCH_NVFP4_CPU_LEVEL: expected one of avx512, avx2, portable, got 'sse2'"
+        RuntimeError, match=r"TORCH_NVFP4_CPU_LEVEL: expected one of amx, avx512, avx2, portable, got 'sse2'"
     ):
         call(op, good_arguments(op, "cpu"))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,10 @@ from torch import Tensor
 
 from torch_nvfp4.format import E4M3_MAX, GROUP_SIZE
 
-__all__ = ["BRANCH", "FP8_BLOCK", "LOGITS", "ROUTER_LOGITS", "fp8", "normal", "ones", "projections", "write_once"]
+__all__ = [
+    "BRANCH", "FP8_BLOCK", "LOGITS", "ROUTER_LOGITS", "fp8", "normal", "ones", "projections", "removed_on_failure",
+    "write_once",
+]  # fmt: skip
 
 # Where block scales lie, and the root mean squares that follow for values of random codes and random scales.
 _SCALES = (60.0, 260.0)
@@ -91,3 +96,25 @@ def write_once(path: Path, content: Mapping[str, Any], write: Callable[[], None]
     write()
     complete.write_text(text)
     return path
+
+
+@contextlib.contextmanager
+def removed_on_failure(directory: Path | None, *patterns: str) -> Iterator[None]:
+    """Removes what stands in a directory under these names (glob patterns) where the block raises or is interrupted.
+
+    What a benchmark writes into shared memory takes memory until it is removed. After a success it is left for another
+    run of the same sizes.
+
+    Args:
+        directory: None: nothing is removed; of a directory that the user has named nobody knows what else it holds.
+    """
+    try:
+        yield
+    except BaseException:
+        if directory is not None:
+            for path in [path for pattern in patterns for path in directory.glob(pattern)]:
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
+        raise

@@ -23,7 +23,7 @@ Exit codes:
 \b
 Environment:
   TORCH_NVFP4_BACKEND    a backend instead of the first that can run a layer; --backend wins over it
-  TORCH_NVFP4_CPU_LEVEL  avx512, avx2 or portable, at most what the processor can; default: the highest
+  TORCH_NVFP4_CPU_LEVEL  amx, avx512, avx2 or portable, at most what the processor can; default: the highest
   TORCH_NVFP4_ARCH       80: the GPU kernels for compute capability 8.0 on any GPU; default: the GPU's own
   TORCH_NVFP4_DEBUG      1: the traceback of an error, after its line
   NO_COLOR, COLUMNS      no colours; the width of tables in a terminal (elsewhere 120)

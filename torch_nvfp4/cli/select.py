@@ -14,13 +14,14 @@ from torch_nvfp4.bench import CPU_LEVEL_VARIABLE, Shape, dtype_name
 from torch_nvfp4.ops import library_paths
 from torch_nvfp4.ops.select import CudaDevice, explain_select
 
-# kFewTokens in csrc/cpu/levels/avx512.cpp and avx2.cpp; the portable level has one way.
-FEW_TOKENS = {"avx512": 8, "avx2": 4}
-LEVELS = ("avx512", "avx2", "portable")
-# Levels whose way for few tokens takes fp32 activations too.
-_FEW_IN_FP32 = {"avx512"}
-# kMaxTileTokens in csrc/cpu/level_kernels.h.
+# kFewTokens in csrc/cpu/levels/amx.cpp, avx512.cpp and avx2.cpp; the portable level has one way.
+FEW_TOKENS = {"amx": 4, "avx512": 8, "avx2": 4}
+LEVELS = ("amx", "avx512", "avx2", "portable")
+# Levels whose way for few tokens takes fp32 activations too; fp32 at the level amx goes the way of avx512.
+_FEW_IN_FP32 = {"amx", "avx512"}
+# kMaxTileTokens in csrc/cpu/level_kernels.h, and kMostTokens in csrc/cpu/levels/amx.cpp, which counts for 16 bits.
 TILE_TOKENS = 128
+AMX_TOKENS = 512
 
 
 # What the choice of a CUDA kernel depends on, of GPUs that need not be here: capability, multiprocessors, shared
@@ -97,9 +98,13 @@ def _cpu_choice(shape: Shape, tokens: int, dtype: torch.dtype, level: str) -> Cp
     slots = tokens * shape.top_k
     fewest, most = max(1, slots // shape.experts), -(-slots // shape.experts)
     exact = dtype == torch.float32 or level not in FEW_TOKENS
+    if exact and level == "amx":
+        level = "avx512"
+    tiles = level == "amx"
     arithmetic = "fp32" if exact else "int16"
+    blocked = "bf16" if tiles else arithmetic
     limit = FEW_TOKENS.get(level, 0) if not exact or level in _FEW_IN_FP32 else 0
-    chunk = min(most, TILE_TOKENS)
+    chunk = min(most, AMX_TOKENS if tiles else TILE_TOKENS)
     block = f"blocks of 64 columns decoded into L1, for up to {chunk} tokens at a time"
     if limit == 0:
         what = f"the level {level}" if level not in FEW_TOKENS else f"{dtype_name(dtype)} at the level {level}"
@@ -109,6 +114,7 @@ def _cpu_choice(shape: Shape, tokens: int, dtype: torch.dtype, level: str) -> Cp
         return CpuChoice(tokens, (fewest, most), arithmetic, registers, f"at most {limit} tokens per expert")
     if fewest > limit:
         why = f"more than {limit} tokens per expert"
-        return CpuChoice(tokens, (fewest, most), arithmetic, block, why)
+        return CpuChoice(tokens, (fewest, most), blocked, block, why)
     why = f"experts of at most {limit} tokens the first way, others the second"
-    return CpuChoice(tokens, (fewest, most), arithmetic, f"{registers}; {block}", why)
+    both = f"{arithmetic}; {blocked}" if tiles else arithmetic
+    return CpuChoice(tokens, (fewest, most), both, f"{registers}; {block}", why)

@@ -22,6 +22,8 @@ def backend_error(
     dtype: torch.dtype | None,
     gate: Gate,
     libraries: Libraries | None,
+    *,
+    biases: bool = False,
 ) -> str | None:
     """Why this package's kernels cannot run a layer, as "expected ..., got ...", or None.
 
@@ -33,6 +35,7 @@ def backend_error(
         dtype: of hidden_states; None: one that the backend takes.
         gate: of the layer.
         libraries: None: those of this process.
+        biases: whether the experts have some.
     """
     backend = _OUR_BACKEND.get(device_type)
     if backend is None:
@@ -41,5 +44,7 @@ def backend_error(
         got = "{}.{}".format(*capability)
         return f"expected a GPU without FP4 tensor cores, for which {engine} has kernels, got compute capability {got}"
     libraries = Libraries.detect() if libraries is None else libraries
-    config = MoEBackendConfig(device_type, hidden, intermediate, capability, dtype, gate, libraries=libraries)
+    config = MoEBackendConfig(
+        device_type, hidden, intermediate, capability, dtype, gate, biases=biases, libraries=libraries
+    )
     return explain_moe_backends(config)[backend]

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from torch_nvfp4.bench.layer import BenchError
+from torch_nvfp4.bench.random_model import removed_on_failure
 from torch_nvfp4.bench.report import cpu_name
 from torch_nvfp4.bench.transformers import deepseek
 from torch_nvfp4.bench.transformers.report import DENSE, PACKED, load_table, print_values, time_table
@@ -112,15 +113,22 @@ def _experts_gigabytes(sizes: Any, dense: bool) -> float:
 
 
 def _measure(options: argparse.Namespace, run: _Run, device: torch.device) -> None:
-    from torch_nvfp4.bench.transformers.dense import write_dense
-    from torch_nvfp4.bench.transformers.loading import load
-
     module = _MODELS[options.model]
     sizes = module.TINY if options.tiny else module.Sizes()
     layers = options.layers or (12 if options.model == "qwen3" and not options.tiny else sizes.layers)
     sizes = dataclasses.replace(sizes, layers=layers)
-    work = _TINY_WORK if options.tiny else Work()
     directory = _directory(options.dir, options.model, _experts_gigabytes(sizes, not options.no_dense))
+    with removed_on_failure(directory if options.dir is None else None, "model", "dense", "tiny", "tiny-dense"):
+        _measure_in(directory, sizes, options, run, device)
+
+
+def _measure_in(directory: Path, sizes: Any, options: argparse.Namespace, run: _Run, device: torch.device) -> None:
+    """What ``_measure`` does, with the models in ``directory``."""
+    from torch_nvfp4.bench.transformers.dense import write_dense
+    from torch_nvfp4.bench.transformers.loading import load
+
+    module = _MODELS[options.model]
+    work = _TINY_WORK if options.tiny else Work()
     path = module.write_model(directory / "model", sizes, device=device, progress=run.tell)
     write_tokenizer(path, sizes.vocab)
     run.tell(f"the model is in {path}")

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from torch_nvfp4.bench.layer import BenchError
+from torch_nvfp4.bench.random_model import removed_on_failure
 from torch_nvfp4.bench.report import cpu_name
 from torch_nvfp4.bench.vllm.engine import Job
 from torch_nvfp4.bench.vllm.model import TINY, Sizes, write_model
@@ -107,6 +108,12 @@ def _serve(options: argparse.Namespace, progress: _Progress) -> dict[str, Any]:
     if options.layers is not None:
         sizes = Sizes(**{**asdict(sizes), "layers": options.layers})
     directory = _directory(options.dir, 0.36 * sizes.layers)
+    with removed_on_failure(directory if options.dir is None else None, "model", "*.pt"):  # the logs stay
+        return _serve_from(directory, sizes, options, progress)
+
+
+def _serve_from(directory: Path, sizes: Sizes, options: argparse.Namespace, progress: _Progress) -> dict[str, Any]:
+    """What ``_serve`` does, with the model, the scores and the logs in ``directory``."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = write_model(directory / "model", sizes, device=device, progress=progress)
     progress(f"the model is in {model}")

@@ -6,6 +6,9 @@ NVFP4 experts (ModelOpt, compressed-tensors), which chooses a runner, converts t
 SGLang's MoeRunner calls, ``support`` says which layers are taken and why not the others, ``versions`` what is known of
 each version of SGLang, ``report`` what ``torch-nvfp4 info`` prints.
 
+Experts with biases are left to SGLang: its NVFP4 classes make no parameters for them, and the one model of its own with
+such experts, gpt-oss, has no names for NVFP4 tensors.
+
 Importing this package does not import SGLang.
 """
 

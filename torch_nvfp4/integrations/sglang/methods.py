@@ -32,7 +32,7 @@ def _output_factor(layer: Any) -> float:
 
 
 class ModelOptNVFP4(ModelOptNvFp4FusedMoEMethod):  # type: ignore[misc]
-    """ModelOpt's checkpoints (mixed precision and DeepSeek-V4's config too): ``weight_scale_2`` per gate and up.
+    """ModelOpt's checkpoints (mixed precision and DeepSeek-V4's config too): ``weight_scale_2`` per projection.
 
     No object is made of this class: ``hooks`` turns one of SGLang's class into it when the layer is known. SGLang's
     loader wants "ModelOpt" in the name. Activations stay in 16 bits, so input scales are not used.
@@ -52,14 +52,15 @@ class ModelOptNVFP4(ModelOptNvFp4FusedMoEMethod):  # type: ignore[misc]
             layer.w13_weight.data = deinterleave_w13(layer.w13_weight.data)
             layer.w13_weight_scale.data = deinterleave_w13(layer.w13_weight_scale.data)
         scale_2 = (layer.w13_weight_scale_2, layer.w2_weight_scale_2)
-        pack_layer(layer, ("w13_weight", "w2_weight"), scale_2, _output_factor(layer))
+        gated = layer.moe_runner_config.is_gated
+        pack_layer(layer, ("w13_weight", "w2_weight"), scale_2, _output_factor(layer), gated=gated)
 
     def apply(self, layer: torch.nn.Module, dispatch_output: Any) -> Any:
         return self.runner.run(dispatch_output, _quant_info(layer))
 
 
 class CompressedTensorsNVFP4(CompressedTensorsW4A16Nvfp4MoE):  # type: ignore[misc]
-    """compressed-tensors' checkpoints, W4A16 and W4A4: ``weight_global_scale``, a divisor, per gate and up."""
+    """compressed-tensors' checkpoints, W4A16 and W4A4: ``weight_global_scale``, a divisor, per projection."""
 
     def create_moe_runner(self, layer: torch.nn.Module, moe_runner_config: MoeRunnerConfig) -> None:
         self.moe_runner_config = moe_runner_config
@@ -69,7 +70,8 @@ class CompressedTensorsNVFP4(CompressedTensorsW4A16Nvfp4MoE):  # type: ignore[mi
         if hasattr(layer, PACKED[0]):
             return
         scale_2 = (1.0 / layer.w13_weight_global_scale.detach(), 1.0 / layer.w2_weight_global_scale.detach())
-        pack_layer(layer, ("w13_weight_packed", "w2_weight_packed"), scale_2, _output_factor(layer))
+        gated = layer.moe_runner_config.is_gated
+        pack_layer(layer, ("w13_weight_packed", "w2_weight_packed"), scale_2, _output_factor(layer), gated=gated)
 
     def apply_weights(self, layer: torch.nn.Module, dispatch_output: Any) -> Any:
         return self.runner.run(dispatch_output, _quant_info(layer))

@@ -26,8 +26,8 @@ NAME = "torch_nvfp4"
 class NVFP4QuantInfo(MoeQuantInfo):  # type: ignore[misc]
     """A layer's weights as ``torch.ops.nvfp4.moe`` takes them; the experts of this rank."""
 
-    w13: Tensor  # packed [E, 2I, K], gate rows first
-    w13_global_scale: Tensor  # [E, 2] float32: gate, up
+    w13: Tensor  # packed [E, 2I, K], gate rows first, or [E, I, K] without a gate
+    w13_global_scale: Tensor  # [E, 2] float32: gate, up; [E] without a gate
     w2: Tensor  # packed [E, K, I]
     w2_global_scale: Tensor  # [E] float32
 

@@ -13,7 +13,16 @@ from torch_nvfp4.integrations.device import backend_error
 
 __all__ = ["Process", "device_error", "layer_error", "layer_gate"]
 
-_ACTIVATIONS = {"silu": Activation.silu, "gelu": Activation.gelu, "gelu_tanh": Activation.gelu_tanh}
+_ACTIVATIONS = {
+    "silu": Activation.silu,
+    "gelu": Activation.gelu,
+    "gelu_tanh": Activation.gelu_tanh,
+    "situ": Activation.situ,
+}
+_OF_SITU = ("gemm1_alpha", "gemm1_clamp_limit")
+"""The fields in which SGLang's models hand over ``activation_situ_beta`` and ``activation_situ_linear_beta``."""
+
+_WITHOUT_GATE = {"silu": Activation.silu, "gelu": Activation.gelu, "relu2": Activation.relu2}
 
 
 @dataclass(frozen=True)
@@ -37,7 +46,8 @@ def layer_gate(config: Any) -> Gate:
 
     ``swiglu_limit`` clamps before SiLU (DeepSeek-V4), and so does ``gemm1_clamp_limit`` with ``gemm1_alpha`` (gpt-oss).
     Without one, ``gemm1_clamp_limit`` clamps what comes out of SiLU, as Step-3.5 and Ling do: ``swiglustep``, which
-    SGLang's Marlin runner leaves out. Where the runners disagree and no model says what is meant, nothing is taken.
+    SGLang's Marlin runner leaves out. With ``situ`` the two are its constants (Kimi-K3). Where the runners disagree and
+    no model says what is meant, nothing is taken.
 
     Args:
         config: a MoeRunnerConfig (``activation``, ``is_gated``, ``swiglu_limit``, ``gemm1_alpha``, ``gemm1_beta``,
@@ -45,11 +55,13 @@ def layer_gate(config: Any) -> Gate:
 
     Raises ValueError (expected and got) for what torch_nvfp4 has not, or where SGLang's meaning is not certain.
     """
-    activation = _ACTIVATIONS.get(config.activation)
+    known = _ACTIVATIONS if config.is_gated else _WITHOUT_GATE
+    activation = known.get(config.activation)
     if activation is None:
-        raise ValueError(f"expected an activation of {', '.join(_ACTIVATIONS)}, got {config.activation}")
-    if not config.is_gated:
-        raise ValueError("expected gated experts, got some without a gate")
+        plain = "" if config.is_gated else " for experts without a gate"
+        raise ValueError(f"expected an activation of {', '.join(known)}{plain}, got {config.activation}")
+    if not config.is_gated or activation is Activation.situ:
+        return _gate_without_clamp(config, activation)
     before, limit, alpha = config.swiglu_limit, config.gemm1_clamp_limit, config.gemm1_alpha
     if before is not None and limit is not None and (alpha is None or before != limit):
         raise ValueError(f"expected one limit per layer, got swiglu_limit {before:g} and gemm1_clamp_limit {limit:g}")
@@ -70,6 +82,26 @@ def layer_gate(config: Any) -> Gate:
     if config.gate_up_interleaved:
         raise ValueError("expected gate rows first with gemm1_alpha, got gate_up_interleaved")
     return Gate(activation, limit, alpha, 1.0)
+
+
+def _gate_without_clamp(config: Any, activation: Activation) -> Gate:
+    """Of experts without a gate, which SGLang's runners give no constants, and of ``situ``, which has two."""
+    gated = config.is_gated
+    refused = ("swiglu_limit", "gemm1_beta") if gated else ("swiglu_limit", "gemm1_beta", *_OF_SITU)
+    for name in refused:
+        value = getattr(config, name)
+        if value is not None:
+            raise ValueError(
+                f"expected no {name} {'with situ' if gated else 'for experts without a gate'}, got {value:g}"
+            )
+    if not gated:
+        return Gate(activation, gated=False)
+    alpha, linear_beta = (getattr(config, name) for name in _OF_SITU)
+    if alpha is None:  # then Marlin's runner takes its other limit from another field than Triton's
+        raise ValueError("expected a gemm1_alpha with situ, as SGLang's models give, got none")
+    if linear_beta is not None and linear_beta <= 0.0:
+        raise ValueError(f"expected a gemm1_clamp_limit above 0 with situ, or none, got {linear_beta:g}")
+    return Gate(activation, None, alpha, 0.0 if linear_beta is None else linear_beta)
 
 
 def device_error(
@@ -106,12 +138,12 @@ def layer_error(config: Any, process: Process, dtype: torch.dtype | None, *, wit
         "paged experts": process.paged_experts,
         "weights replicated after loading (--dwdp-size)": process.replicated_weights,
         "experts on the CPU beside those here (--kt-weight-path)": process.cpu_experts,
-        "biases": with_bias,
+        "biases, for which SGLang's NVFP4 layers have no parameters": with_bias,
         "outputs per expert (no_combine)": config.no_combine,
     }
     for what, present in refused.items():
         if present:
-            return f"expected no {what}, got it"
+            return f"expected no {what}, got {'some' if what.startswith('biases') else 'it'}"
     factor = config.routed_scaling_factor
     if process.device_type != "cuda" and factor not in (None, 1.0):
         return f"expected a routed_scaling_factor of 1 off CUDA, where SGLang's models apply it again, got {factor:g}"

@@ -16,7 +16,9 @@ PACKED = ("nvfp4_w13", "nvfp4_w13_global_scale", "nvfp4_w2", "nvfp4_w2_global_sc
 """The parameters of a layer whose weights are packed, in the op's order."""
 
 
-def pack_layer(layer: Any, names: tuple[str, str], scale_2: tuple[Tensor, Tensor], factor: float) -> None:
+def pack_layer(
+    layer: Any, names: tuple[str, str], scale_2: tuple[Tensor, Tensor], factor: float, *, gated: bool
+) -> None:
     """Packs a layer's weights into the parameters ``PACKED`` and frees what SGLang loaded.
 
     Of every parameter that was loaded an empty one stays behind, whose ``weight_loader`` raises: SGLang's models look
@@ -27,15 +29,23 @@ def pack_layer(layer: Any, names: tuple[str, str], scale_2: tuple[Tensor, Tensor
         names: of the codes, [E, 2I, K / 2] with gate rows first and [E, K, I / 2].
         scale_2: the global scales of w13, [E, 2] (gate, up) or [E] for both, and of w2, [E]; factors, not divisors.
         factor: what the layer's output is multiplied by.
+        gated: False: w13 has I rows, and global scales [E] or [E, 1].
 
-    Raises ValueError or TypeError (see ``torch_nvfp4.pack``), for instance for NaN scales.
+    Raises ValueError or TypeError (see ``torch_nvfp4.pack``), for instance for NaN scales; RuntimeError (expected and
+    got) where w13 has other rows.
     """
     loaded = dict(layer.named_parameters(recurse=False))
     w13_global, w2_global = (scale.detach().to(torch.float32) for scale in scale_2)
-    if w13_global.dim() == 1:
-        w13_global = w13_global[:, None].expand(-1, 2)
+    w13_global = w13_global.reshape(len(w2_global), -1)
+    w13_global = w13_global.expand(-1, 2) if gated else w13_global.flatten()
     w13_global, w2_global = w13_global.clone(memory_format=torch.contiguous_format), w2_global * factor
-    w13 = pack(NVFP4Weight(loaded[names[0]].detach(), loaded["w13_weight_scale"].detach(), w13_global), gated=True)
+    rows = loaded[names[1]].shape[2] * (4 if gated else 2)
+    if loaded[names[0]].shape[1] != rows or w13_global.shape[0] != len(w2_global):
+        got = f"{loaded[names[0]].shape[1]} and global scales {list(scale_2[0].shape)}"
+        raise RuntimeError(
+            f"torch_nvfp4: expected w13 with {rows} rows {'with' if gated else 'without'} a gate, got {got}"
+        )
+    w13 = pack(NVFP4Weight(loaded[names[0]].detach(), loaded["w13_weight_scale"].detach(), w13_global), gated=gated)
     _free(layer, names[0], "w13_weight_scale")
     del loaded
     w2 = pack(NVFP4Weight(getattr(layer, names[1]).detach(), layer.w2_weight_scale.detach(), w2_global))

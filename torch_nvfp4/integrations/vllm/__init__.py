@@ -3,7 +3,13 @@
 ``torch_nvfp4_vllm.register``, vLLM's entry point, calls ``install``. vLLM chooses a backend for NVFP4 experts, converts
 their weights and configures the kernel in three functions of one module (its oracle), whichever checkpoint format they
 came from; ``oracle`` wraps the three, ``support`` says which layers are taken and why not the others, ``experts`` holds
-the classes that vLLM calls, ``weights`` the conversion, ``versions`` what is known of each version of vLLM.
+the classes that vLLM calls, ``weights`` the conversion, ``parameters`` the biases of experts, for which vLLM's methods
+make no parameters, ``versions`` what is known of each version of vLLM.
+
+MXFP4 experts (gpt-oss, DeepSeek-V4-Flash as published) are left to vLLM. It has another oracle for them, with two
+choices and several conversions, and on GPUs without FP4 tensor cores runs them on Triton's or Marlin's kernels, to
+which it gives the layer's limit. Here they would take 6 % more bytes, and a matrix whose exponents span more than 18
+octaves could not be loaded. ``torch-nvfp4 quantize`` makes NVFP4 of such a checkpoint with every value the same.
 
 Importing this package does not import vLLM.
 """

@@ -18,7 +18,7 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import kNvfp4Dyna
 
 from torch_nvfp4.gate import Gate
 from torch_nvfp4.integrations.vllm.platform import batch_invariant, copies_output, device, step_limit
-from torch_nvfp4.integrations.vllm.support import device_error, layer_gate
+from torch_nvfp4.integrations.vllm.support import device_error, layer_gate, situ_of
 from torch_nvfp4.ops.batch_invariance import invariance_keywords, refuse_batch_invariance
 
 __all__ = ["NVFP4BatchedExperts", "NVFP4Experts"]
@@ -39,7 +39,11 @@ class _Experts(mk.FusedMoEExpertsModular):  # type: ignore[misc]
         num_dispatchers: int | None = None,
     ) -> None:
         super().__init__(moe_config, quant_config, max_num_tokens, num_dispatchers)
-        self._gate_kwargs = _gate(moe_config, quant_config).kwargs()
+        gate = _gate(moe_config, quant_config)
+        self._gated, self._gate_kwargs = gate.gated, gate.kwargs()
+        self._biased = bool(moe_config.has_bias)
+        if self._biased and (self.w1_bias is None or self.w2_bias is None):
+            raise RuntimeError("expected the biases of w13 and w2 for a layer whose experts have some, got none")
 
     @staticmethod
     def _supports_current_device() -> bool:
@@ -47,7 +51,7 @@ class _Experts(mk.FusedMoEExpertsModular):  # type: ignore[misc]
 
     @staticmethod
     def _supports_no_act_and_mul() -> bool:
-        return False
+        return True  # layer_error looks at it as at the activation
 
     @staticmethod
     def _supports_quant_scheme(weight_key: Any, activation_key: Any) -> bool:
@@ -63,8 +67,12 @@ class _Experts(mk.FusedMoEExpertsModular):  # type: ignore[misc]
 
     def moe_problem_size(self, a1: Tensor, w1: Tensor, w2: Tensor, topk_ids: Tensor) -> tuple[int, int, int, int, int]:
         """E, M, N, K, top_k; the shapes of packed weights name their layout and not N and K."""
-        n = 2 * self.moe_config.intermediate_size_per_partition
+        n = (2 if self._gated else 1) * self.moe_config.intermediate_size_per_partition
         return w1.size(0), a1.size(-2), n, a1.size(-1), topk_ids.size(1)
+
+    def _biases(self) -> tuple[Tensor, ...]:
+        """The op's two arguments, none where the experts have no biases: torch takes time for every argument."""
+        return (self.w1_bias, self.w2_bias) if self._biased else ()
 
 
 class _IntoOutput(TopKWeightAndReduceNoOP):  # type: ignore[misc]
@@ -144,6 +152,7 @@ class NVFP4Experts(_Experts):
             topk_weights = torch.ones_like(topk_weights)
         arguments = (
             hidden_states, w1, self.g1_alphas, w2, self.g2_alphas, topk_weights.to(torch.float32), topk_ids, expert_map,
+            *self._biases(),
         )  # fmt: skip
         keywords = self._gate_kwargs | invariance_keywords(self._batch_invariant)
         if not self._late:
@@ -189,8 +198,9 @@ class NVFP4BatchedExperts(_Experts):
             raise RuntimeError("expected expert_num_tokens with batched activations, got none")
         refuse_batch_invariance("batched_moe")
         torch.ops.nvfp4.batched_moe.out(
-            hidden_states, w1, self.g1_alphas, w2, self.g2_alphas, counts, **self._gate_kwargs, out=output
-        )
+            hidden_states, w1, self.g1_alphas, w2, self.g2_alphas, counts, *self._biases(), **self._gate_kwargs,
+            out=output,
+        )  # fmt: skip
 
 
 def _gate(moe_config: Any, quant_config: Any) -> Gate:
@@ -206,4 +216,4 @@ def _gate(moe_config: Any, quant_config: Any) -> Gate:
             raise RuntimeError(f"expected one {name} per layer, got {of_layer:g} (moe) and {of_quant:g} (quantization)")
         values.append(of_layer if of_quant is None else of_quant)
     limit, alpha, beta = values
-    return layer_gate(moe_config.activation.name, limit, alpha, beta, step_limit())
+    return layer_gate(moe_config.activation.name, limit, alpha, beta, step_limit(), situ_of(moe_config))

@@ -17,10 +17,11 @@ from typing import Any
 
 from torch_nvfp4._version import __version__
 from torch_nvfp4.integrations.vllm.experts import NVFP4BatchedExperts, NVFP4Experts
+from torch_nvfp4.integrations.vllm.parameters import check_loaded, convert_biases, layer_biases, wrap_create_weights
 from torch_nvfp4.integrations.vllm.platform import device, step_limit
-from torch_nvfp4.integrations.vllm.support import layer_error, layer_gate
-from torch_nvfp4.integrations.vllm.versions import ORACLE, check_installed, cpu_error, marlin_error
-from torch_nvfp4.integrations.vllm.weights import gate_up_scales, pack_experts
+from torch_nvfp4.integrations.vllm.support import INTERLEAVED, config_gate, layer_error, needs_parameters
+from torch_nvfp4.integrations.vllm.versions import ORACLE, bias_error, check_installed, cpu_error, marlin_error
+from torch_nvfp4.integrations.vllm.weights import gate_up_scales, pack_experts, up_scales
 
 __all__ = ["Backend", "install"]
 
@@ -71,12 +72,12 @@ def _select(original: Callable[..., Any], mode: Callable[[], str]) -> Callable[.
         config = arguments["config"]
         batched = config.moe_parallel_config.use_batched_activation_format
         experts = NVFP4BatchedExperts if batched else NVFP4Experts
-        reason = _reason_against(experts, _quant_method(sys._getframe(1)), **arguments)
+        method = _quant_method(sys._getframe(1))
+        reason = _reason_against(experts, None if method is None else type(method), **arguments)
         if reason is None:
-            limit = step_limit()
-            gate = layer_gate(
-                config.activation.name, config.swiglu_limit, config.swiglu_alpha, config.swiglu_beta, limit
-            )
+            if needs_parameters(config):
+                wrap_create_weights(method)
+            gate = f"{config_gate(config, step_limit())}{', biases' if config.has_bias else ''}"
             _log_once(logging.INFO, f"Using torch_nvfp4 {__version__} for NVFP4 experts ({experts.__name__}, {gate})")
             return Backend.TORCH_NVFP4, experts
         if asked == "require":
@@ -97,23 +98,24 @@ def _reason_against(
     reason = layer_error(config, *where, step_limit=step_limit(), quant_method=quant_method) or marlin_error(version)
     if reason is None and where[0] == "cpu":
         reason = cpu_error(version)
+    if reason is None and config.has_bias:
+        reason = bias_error(version)
     if reason is not None:
         return reason
-    # What vLLM asks of every backend: not gated, the quantization scheme, LoRA, batch invariance.
+    # What vLLM asks of every backend: the quantization scheme, LoRA, batch invariance.
     supported, why = experts.is_supported_config(
         experts, config, weight_key, activation_key, experts.activation_format()
     )
     return None if supported else str(why)
 
 
-def _quant_method(caller: FrameType) -> type | None:
-    """The class of the quantization method that asks for a backend while it is being made.
+def _quant_method(caller: FrameType) -> Any:
+    """The quantization method that asks for a backend while it is being made, or None.
 
     vLLM passes the oracle nothing that tells one from another, and a class that is derived from one of its own may
     rely on a backend of vLLM's.
     """
-    owner = caller.f_locals.get("self")
-    return None if owner is None else type(owner)
+    return caller.f_locals.get("self")
 
 
 def _convert(original: Callable[..., Any], mode: Callable[[], str]) -> Callable[..., Any]:
@@ -122,11 +124,20 @@ def _convert(original: Callable[..., Any], mode: Callable[[], str]) -> Callable[
         given = inspect.signature(original).bind(*args, **kwargs).arguments
         if given["nvfp4_backend"] is not Backend.TORCH_NVFP4:
             return original(*args, **kwargs)
-        w13_global_scale = gate_up_scales(given["layer"], given["w13_scale_2"])
+        layer, gated = given["layer"], bool(given["is_act_and_mul"])
+        interleaved = layer.moe_config.activation.name == INTERLEAVED
+        if given["w13"].dim() == 3 and needs_parameters(layer.moe_config):
+            check_loaded(layer)
+        if gated:
+            w13_global_scale = gate_up_scales(layer, given["w13_scale_2"], interleaved=interleaved)
+        else:
+            w13_global_scale = up_scales(layer, given["w13_scale_2"])
         w2_global_scale = given["w2_scale_2"].detach().float().contiguous()
         w13, w2 = pack_experts(
-            given["w13"], given["w13_scale"], w13_global_scale, given["w2"], given["w2_scale"], w2_global_scale
-        )
+            given["w13"], given["w13_scale"], w13_global_scale, given["w2"], given["w2_scale"], w2_global_scale,
+            gated=gated, interleaved=interleaved,
+        )  # fmt: skip
+        convert_biases(layer)
         # The packed weights hold the block scales. In their place vLLM wants tensors, of each of which an expert has a
         # part; activations are not quantized, so they have no scales.
         no_scale = w13.new_empty((w13.shape[0], 0))
@@ -142,16 +153,13 @@ def _configure(original: Callable[..., Any], mode: Callable[[], str]) -> Callabl
         if given["backend"] is not Backend.TORCH_NVFP4:
             return original(*args, **kwargs)
         config = importlib.import_module("vllm.model_executor.layers.fused_moe.config")
-        make = config.nvfp4_w4a16_moe_quant_config
-        gate = {
-            "gemm1_clamp_limit": given.get("swiglu_limit"),
-            "gemm1_alpha": given.get("swiglu_alpha"),
-            "gemm1_beta": given.get("swiglu_beta"),
-        }
-        known = inspect.signature(make).parameters  # alpha and beta from 0.29 on; the experts also have the layer's
-        return make(
-            g1_alphas=given["w13_scale_2"], g2_alphas=given["w2_scale_2"], w1_scale=given["w13_scale"],
-            w2_scale=given["w2_scale"], **{name: value for name, value in gate.items() if name in known},
+        layer = given.get("layer")  # from 0.25 on; layers with biases are not taken before
+        w13_bias, w2_bias = (layer is not None and layer_biases(layer)) or (None, None)
+        return config.FusedMoEQuantConfig.make(  # weights in 4 bits, activations in 16
+            quant_dtype=None, weight_dtype="nvfp4", g1_alphas=given["w13_scale_2"], g2_alphas=given["w2_scale_2"],
+            w1_scale=given["w13_scale"], w2_scale=given["w2_scale"], w1_bias=w13_bias, w2_bias=w2_bias,
+            gemm1_clamp_limit=given.get("swiglu_limit"), gemm1_alpha=given.get("swiglu_alpha"),
+            gemm1_beta=given.get("swiglu_beta"),
         )  # fmt: skip
 
     return make_nvfp4_moe_quant_config

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from torch_nvfp4.integrations.interface import Load, differences
 
 __all__ = [
-    "FIRST", "FIRST_ON_CPU", "LAST", "LAST_WITH_COPY", "ORACLE", "check_installed", "cpu_error", "marlin_error",
-    "parameters", "release", "unknown_version", "unmet",
+    "FIRST", "FIRST_ON_CPU", "FIRST_WITH_BIASES", "LAST", "LAST_WITH_COPY", "ORACLE", "attributes", "bias_error",
+    "check_installed", "cpu_error", "marlin_error", "parameters", "release", "unknown_version", "unmet",
 ]  # fmt: skip
 
 FIRST, LAST = (0, 24), (0, 33)
@@ -23,6 +23,9 @@ FIRST, LAST = (0, 24), (0, 33)
 
 FIRST_ON_CPU = (0, 30)
 """Earlier ones take the buffers of every modular MoE kernel through an interface that needs an accelerator."""
+
+FIRST_WITH_BIASES = (0, 25)
+"""Earlier ones configure the kernel without the layer, which holds the biases of its experts."""
 
 LAST_WITH_COPY = (0, 26)
 """Later ones hand standard experts the layer's output itself where it is contiguous, on CUDA and on CPUs."""
@@ -45,7 +48,12 @@ _APPLY = (
 _WORKSPACE = (
     "self", "M", "N", "K", "topk", "global_num_experts", "local_num_experts", "expert_tokens_meta", "activation",
 )  # fmt: skip
-_W4A16 = ("g1_alphas", "g2_alphas", "w1_scale", "w2_scale")
+_QUANTIZED = (
+    "quant_dtype", "per_act_token_quant", "per_out_ch_quant", "block_shape", "w1_scale", "w2_scale", "a1_scale",
+    "a2_scale", "g1_alphas", "g2_alphas", "a1_gscale", "a2_gscale", "w1_bias", "w2_bias", "w1_zp", "w2_zp",
+    "weight_dtype", "is_scale_swizzled",
+)  # fmt: skip
+_GATE = ("gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit")
 
 # (module, function) -> its parameters, by the first version that has them.
 SIGNATURES: dict[tuple[str, str], dict[tuple[int, int], tuple[str, ...]]] = {
@@ -61,9 +69,9 @@ SIGNATURES: dict[tuple[str, str], dict[tuple[int, int], tuple[str, ...]]] = {
         (0, 28): (*_CONFIGURE, "swiglu_alpha", "swiglu_beta", "layer"),
         (0, 29): (*_CONFIGURE, "swiglu_alpha", "swiglu_beta", "layer", "use_a16"),
     },
-    (f"{_MOE}.config", "nvfp4_w4a16_moe_quant_config"): {
-        (0, 24): (*_W4A16, "gemm1_clamp_limit"),
-        (0, 29): (*_W4A16, "gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit"),
+    (f"{_MOE}.config", "FusedMoEQuantConfig.make"): {
+        (0, 24): (*_QUANTIZED, *_GATE),
+        (0, 33): (*_QUANTIZED, "is_scale_transposed", *_GATE),
     },
     (f"{_MOE}.modular_kernel", "FusedMoEExperts.__init__"): {
         (0, 24): ("self", "moe_config", "quant_config", "max_num_tokens", "num_dispatchers"),
@@ -88,30 +96,51 @@ SIGNATURES: dict[tuple[str, str], dict[tuple[int, int], tuple[str, ...]]] = {
 # (module, class) -> attributes, fields or members that are read.
 ATTRIBUTES: dict[tuple[str, str], tuple[str, ...]] = {
     (f"{_MOE}.config", "FusedMoEConfig"): (
-        "activation", "hidden_dim", "intermediate_size_per_partition", "in_dtype", "moe_backend", "has_bias",
+        "activation", "hidden_dim", "hidden_dim_unpadded", "intermediate_size_per_partition",
+        "intermediate_size_per_partition_unpadded", "in_dtype", "moe_backend", "has_bias", "is_act_and_mul",
         "moe_parallel_config", "swiglu_limit", "swiglu_alpha", "swiglu_beta",
     ),
     (f"{_MOE}.config", "FusedMoEParallelConfig"): (
-        "all2all_backend", "dp_size", "enable_eplb", "use_all2all_kernels", "use_batched_activation_format",
+        "all2all_backend", "dp_size", "enable_eplb", "tp_rank", "use_all2all_kernels", "use_batched_activation_format",
     ),
-    (f"{_MOE}.config", "FusedMoEQuantConfig"): ("gemm1_clamp_limit", "gemm1_alpha", "gemm1_beta"),
+    (f"{_MOE}.config", "FusedMoEQuantConfig"): (
+        "gemm1_clamp_limit", "gemm1_alpha", "gemm1_beta", "w1_bias", "w2_bias",
+    ),
     (f"{_MOE}.modular_kernel", "ExpertTokensMetadata"): ("expert_num_tokens",),
     (f"{_MOE}.modular_kernel", "FusedMoEActivationFormat"): ("Standard", "BatchedExperts"),
     (f"{_MOE}.modular_kernel", "FusedMoEExperts"): (
-        "activation_format", "g1_alphas", "g2_alphas", "_supports_current_device",
+        "activation_format", "g1_alphas", "g2_alphas", "w1_bias", "w2_bias", "_supports_current_device",
         "_supports_no_act_and_mul", "_supports_quant_scheme", "_supports_activation", "_supports_parallel_config",
         "_supports_batch_invariance",
     ),
     (f"{_MOE}.activation", "MoEActivation"): (
-        "SILU", "GELU", "GELU_TANH", "RELU2", "SWIGLUOAI_UNINTERLEAVE", "SWIGLUSTEP",
+        "SILU", "GELU", "GELU_TANH", "RELU2", "SWIGLUOAI", "SWIGLUOAI_UNINTERLEAVE", "SWIGLUSTEP", "SILU_NO_MUL",
+        "GELU_NO_MUL", "GELU_TANH_NO_MUL", "RELU2_NO_MUL",
     ),
 }  # fmt: skip
+
+# Likewise, of what is in all versions from one on and in none before.
+LATER_ATTRIBUTES: dict[tuple[int, int], dict[tuple[str, str], tuple[str, ...]]] = {
+    (0, 27): {
+        (f"{_MOE}.config", "FusedMoEConfig"): ("activation_situ_beta", "activation_situ_linear_beta"),
+        (f"{_MOE}.activation", "MoEActivation"): ("SITU",),
+    },
+}
 
 
 def parameters(module: str, function: str, version: tuple[int, int]) -> tuple[str, ...]:
     """The parameters that a function has in a known version of vLLM."""
     by_version = SIGNATURES[module, function]
     return by_version[max(first for first in by_version if first <= version)]
+
+
+def attributes(version: tuple[int, int]) -> dict[tuple[str, str], tuple[str, ...]]:
+    """(module, class) -> what is read of it in a known version of vLLM."""
+    merged = dict(ATTRIBUTES)
+    for first, added in LATER_ATTRIBUTES.items():
+        if first <= version:
+            merged |= {place: (*merged[place], *names) for place, names in added.items()}
+    return merged
 
 
 def release(version: str) -> tuple[int, int] | None:
@@ -136,6 +165,15 @@ def cpu_error(version: str) -> str | None:
     return f"expected vllm {FIRST_ON_CPU[0]}.{FIRST_ON_CPU[1]} or later on a CPU, got {version}"
 
 
+def bias_error(version: str) -> str | None:
+    """Why a known version of vLLM cannot hand over the biases of experts, or None."""
+    number = release(version)
+    if number is not None and number >= FIRST_WITH_BIASES:
+        return None
+    first = "{}.{}".format(*FIRST_WITH_BIASES)
+    return f"expected vllm {first} or later for experts with biases, got {version}"
+
+
 def marlin_error(version: str) -> str | None:
     """Why a known version of vLLM wants its own backend whatever the device, or None."""
     number = release(version)
@@ -156,7 +194,7 @@ def unmet(version: str, load: Load = importlib.import_module) -> Iterator[str]:
         yield problem or version
         return
     signatures = {(module, function): parameters(module, function, number) for module, function in SIGNATURES}
-    yield from differences(signatures, ATTRIBUTES, load)
+    yield from differences(signatures, attributes(number), load)
 
 
 def check_installed(version: str, load: Load = importlib.import_module) -> None:
