@@ -155,6 +155,8 @@ def test_a_contender_without_the_clamp_is_not_timed():
 class FakeProbes:
     """1 GB/s and 1 TFLOP/s in even rounds, 2 GB/s and 2 TFLOP/s in odd ones."""
 
+    matmul_dtype = torch.float32
+
     def __init__(self):
         self.reads = self.matmuls = 0
 
@@ -201,10 +203,29 @@ def test_ratios_are_taken_within_a_round(monkeypatch):
     assert row.over_floor == row.over_read  # 13.9 us to read, 0.15 us to multiply
     assert row.read_seconds == pytest.approx(touched / 1.5e9)  # the median of 1 and 2 GB/s
     assert row.floor_seconds == row.read_seconds
+    assert row.matmul_dtype == "fp32"
     assert row.seconds == {"torch_nvfp4": pytest.approx(6e-6), "peer": pytest.approx(18e-6)}
     assert row.extra_bytes == 5
     assert row.best("p") == "peer"
     assert row.best("x") is None
+
+
+@pytest.mark.parametrize("fastest", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_the_floor_multiplies_as_torch_is_fastest(fastest, monkeypatch):
+    multiplied = []
+
+    def linear(x, weight):
+        assert x.dtype == weight.dtype
+        multiplied.append(x.dtype)
+
+    monkeypatch.setattr(cpu.F, "linear", linear)
+    monkeypatch.setattr(cpu, "wall_seconds", lambda run: [run(), 1.0 if multiplied[-1] is fastest else 3.0][1])
+    probes = cpu.Probes(read_bytes=64, matmul_size=(8, 4, 16))
+    assert set(multiplied) == {torch.bfloat16, torch.float16, torch.float32}
+    assert probes.matmul_dtype is fastest
+    multiplied.clear()
+    assert probes.matmul_rate() == 2 * 8 * 4 * 16
+    assert multiplied == [fastest]
 
 
 def test_a_slow_peer_sits_rounds_out(monkeypatch):
