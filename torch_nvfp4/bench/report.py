@@ -92,8 +92,8 @@ def caption(report: Report) -> str:
         return f"floor: the larger of bytes of the experts hit and operations over {rates}. A call in a CUDA graph."
     return (
         f"floor: the larger of bytes of the experts hit over the read bandwidth and operations over the rate of "
-        f"torch's fastest matmul ({report.rows[0].matmul_dtype}), measured in the same rounds ({rates}). x: time of the other "
-        f"over ours. Medians over "
+        f"torch's fastest matmul ({report.rows[0].matmul_dtype}), measured in the same rounds ({rates}). x: time of "
+        f"the other over ours. Medians over "
         f"{_span([row.rounds for row in report.rows])} rounds with different routings."
     )
 
