@@ -34,14 +34,13 @@ def test_a_row_has_the_same_bits_in_every_batch(
 @pytest.mark.parametrize("m", [1, 3, 4, 5, 12, 17])
 def test_largest_sums(m: int, target: str) -> None:
     """Rows whose scales can just be made integers of one unit, or just not: no sum of products may overflow."""
-    # Mantissas of 8 to 15 times 2^0 .. 2^5: the sum of four, of codes 6 and of activations near 2^14 fills 31 bits.
+    # As integers the scales of a block are 3 * 224 and 8 to 15: with codes 6 and activations near 2^14 their sum fills
+    # 31 bits or just does not. A panel of 16 rows has one kind.
     rows, k = 96, 128
-    generator = seeded(5)
-    largest = torch.tensor([0x7E, 0x7E, 0x7E, 0x5E])  # 448 448 448 and 28, 16 times less
-    low = torch.tensor([0x58, 0x59, 0x5F, 0x60, 0x57, 0x48, 0x01, 0x00])[torch.arange(rows) % 8]
-    scale = largest.repeat(rows, k // 64)
-    scale[:, 3::4] = low[:, None]
-    scale = scale[:, torch.randperm(k // 16, generator=generator)]
+    scale = torch.tensor([0x7E, 0x7E, 0x7E, 0]).repeat(rows, k // 64)  # 448 448 448
+    # 16 18 30 32 15 0
+    scale[:, 3::4] = torch.tensor([0x58, 0x59, 0x5F, 0x60, 0x57, 0x00]).repeat_interleave(16)[:, None]
+    scale = scale.unflatten(1, (-1, 4))[:, :, torch.randperm(4, generator=seeded(5))].flatten(1)
     codes = torch.full((rows, k // 2), 0x77, dtype=torch.uint8)
     codes[1::2] = 0xFF
     weight = NVFP4Weight(codes, scale.to(torch.uint8).view(torch.float8_e4m3fn), torch.tensor(2.0**-8))
