@@ -27,6 +27,7 @@ from torch_nvfp4.bench.host import HOST_SHAPE, HostReport, HostRow, measure_host
 from torch_nvfp4.bench.layer import (
     COMPILED,
     DEQUANTIZE,
+    GGML,
     OURS,
     SHAPES,
     BenchError,
@@ -49,6 +50,7 @@ __all__ = [
     "CPU_PEERS",
     "CUDA_PEERS",
     "DEQUANTIZE",
+    "GGML",
     "HOST_SHAPE",
     "OURS",
     "SHAPES",
