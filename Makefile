@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 RUN_CXX = CXX="$$($(BIN)/python build_tools.py)"
 CXX_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inl')
 
-.PHONY: help library install demo test vllm-environment test-vllm test-sglang test-tensorrt test-transformers lint format bench gpu-test gpu-sanitize cuda-build wheel sanitized-library sanitize test-amx fuzz fuzz-checkpoints clean
+.PHONY: help library install demo test vllm-environment test-vllm test-sglang test-tensorrt test-transformers lint format bench gpu-test gpu-sanitize cuda-build test-aarch64 wheel sanitized-library sanitize test-amx fuzz fuzz-checkpoints clean
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -124,6 +124,17 @@ test-transformers: library  ## models of transformers on the oldest version that
 
 cuda-build: install  ## compile the CUDA library for one architecture, without a GPU, so that it does not rot
 	TORCH_NVFP4_BUILD_CUDA=1 TORCH_NVFP4_CUDA_ARCHS=90a $(BIN)/python setup.py -q build_ext --build-lib build/cuda
+
+# A compiler that links for aarch64 and an emulator: Debian's g++-aarch64-linux-gnu and qemu-user. Another compiler:
+# AARCH64_CXX='python -m ziglang c++ -target aarch64-linux-musl' (pip install ziglang).
+AARCH64_CXX ?= aarch64-linux-gnu-g++
+AARCH64_EMULATOR ?= qemu-aarch64
+PORTABLE_SOURCES = $(wildcard csrc/cpu/*.cpp) csrc/cpu/levels/portable.cpp csrc/cpu/bench/moe_of_file.cpp
+
+test-aarch64: install  ## the CPU kernels' portable level, compiled for aarch64 and run by an emulator
+	@mkdir -p build/aarch64
+	$(AARCH64_CXX) -static -O2 -std=c++20 $(PORTABLE_SOURCES) -o build/aarch64/moe_of_file
+	PYTHONPATH=tests $(BIN)/python tests/emulated_cpu.py "$(AARCH64_EMULATOR)" build/aarch64/moe_of_file
 
 # Says CUDA or CPU in the name: TORCH_NVFP4_BUILD_CUDA=1 make wheel stops where the CUDA library cannot be built.
 wheel: install  ## dist/torch_nvfp4-*-0cpu-*.whl, or 0cu130 with the CUDA library, for any Python >= 3.10 of this platform

@@ -5,6 +5,8 @@ import importlib.util
 import itertools
 import json
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,12 +14,12 @@ from torch._inductor.utils import fresh_cache
 from typer.testing import CliRunner
 
 from torch_nvfp4 import bench, ops, reference
-from torch_nvfp4.bench import cpu
+from torch_nvfp4.bench import cpu, cpu_engines
 from torch_nvfp4.cli import app
 from torch_nvfp4.cli.bench_table import bench_table
 from torch_nvfp4.cli.terminal import Terminal
 from torch_nvfp4.compiler import GraphPass
-from torch_nvfp4.format import NVFP4Weight
+from torch_nvfp4.format import NVFP4Weight, dequantize
 from torch_nvfp4.testing import random_routing, random_weight, relative_l2
 
 TINY = bench.Shape(experts=4, hidden=64, intermediate=32, top_k=2)
@@ -155,6 +157,8 @@ def test_a_contender_without_the_clamp_is_not_timed():
 class FakeProbes:
     """1 GB/s and 1 TFLOP/s in even rounds, 2 GB/s and 2 TFLOP/s in odd ones."""
 
+    matmul_dtype = torch.float32
+
     def __init__(self):
         self.reads = self.matmuls = 0
 
@@ -201,10 +205,29 @@ def test_ratios_are_taken_within_a_round(monkeypatch):
     assert row.over_floor == row.over_read  # 13.9 us to read, 0.15 us to multiply
     assert row.read_seconds == pytest.approx(touched / 1.5e9)  # the median of 1 and 2 GB/s
     assert row.floor_seconds == row.read_seconds
+    assert row.matmul_dtype == "fp32"
     assert row.seconds == {"torch_nvfp4": pytest.approx(6e-6), "peer": pytest.approx(18e-6)}
     assert row.extra_bytes == 5
     assert row.best("p") == "peer"
     assert row.best("x") is None
+
+
+@pytest.mark.parametrize("fastest", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_the_floor_multiplies_as_torch_is_fastest(fastest, monkeypatch):
+    multiplied = []
+
+    def linear(x, weight):
+        assert x.dtype == weight.dtype
+        multiplied.append(x.dtype)
+
+    monkeypatch.setattr(cpu.F, "linear", linear)
+    monkeypatch.setattr(cpu, "wall_seconds", lambda run: [run(), 1.0 if multiplied[-1] is fastest else 3.0][1])
+    probes = cpu.Probes(read_bytes=64, matmul_size=(8, 4, 16))
+    assert set(multiplied) == {torch.bfloat16, torch.float16, torch.float32}
+    assert probes.matmul_dtype is fastest
+    multiplied.clear()
+    assert probes.matmul_rate() == 2 * 8 * 4 * 16
+    assert multiplied == [fastest]
 
 
 def test_a_slow_peer_sits_rounds_out(monkeypatch):
@@ -392,7 +415,10 @@ def test_plot(tmp_path):
         (["--shape", "4,60,32,2"], "expected positive sizes with K and I multiples of 16, got '4,60,32,2'"),
         (["--shape", "4,64,32,5"], "expected TOPK <= E, got '4,64,32,5'"),
         (["--dtype", "int8"], "--dtype: expected one of bf16, fp16, fp32 on cpu, got 'int8'"),
-        (["--peer", "vllm"], "--peer: expected one of dequantize, transformers, compiled, none on cpu, got 'vllm'"),
+        (
+            ["--peer", "vllm"],
+            "--peer: expected one of dequantize, transformers, compiled, ggml, kt, none on cpu, got 'vllm'",
+        ),
         (["--clamp-limit", "-1"], "expected clamp_limit to be finite and positive"),
         (["--device", "tpu"], "--device: expected cpu or cuda, got 'tpu'"),
         (["--skew", "-1"], "--skew: expected a finite sigma of at least 0, got -1"),
@@ -432,9 +458,58 @@ def test_global_scales_of_the_random_layer_fit_peers_with_one_per_expert():
     assert layer.w2.data.shape == (4, 64, 16)
 
 
-@pytest.mark.parametrize(("package", "make"), [("vllm", bench.vllm_contender), ("humming", bench.humming_contenders)])
+def test_ggml_blocks_hold_the_weight():
+    weight = random_weight((2, 8, 128), generator=torch.Generator().manual_seed(0))
+    blocks = cpu_engines.ggml_blocks(weight)
+    assert blocks.shape == (2, 8, 2, 36)
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    values = torch.cat((values, -values))
+    dense = torch.empty(2, 8, 128)
+    for column in range(128):
+        block, group, place = column // 64, column % 64 // 16, column % 16
+        byte = blocks[..., block, 4 + group * 8 + place % 8].int()
+        code = byte >> 4 if place >= 8 else byte & 15
+        dense[..., column] = values[code] * blocks[..., block, group].view(torch.float8_e4m3fn).float()
+    assert torch.equal(dense * weight.global_scale[:, None, None], dequantize(weight, torch.float32))
+
+
+def test_ggml_agrees():
+    pytest.importorskip("ggml")
+    shape = bench.Shape(experts=4, hidden=128, intermediate=64, top_k=2)
+    layer = bench.Layer.random(shape, clamp_limit=1.0)
+    contenders = [bench.our_contender(layer, torch.bfloat16), cpu_engines.ggml_contender(layer)]
+    for tokens in (1, 2, 7, 1):
+        bench.check_agreement(contenders, next(bench.cases(shape, tokens)))
+
+
+def test_kt_is_refused_with_its_reason(monkeypatch):
+    """kt-kernel's own words, where it is installed: a layer without its clamp is another function."""
+
+    def wrapper(*_, method, swiglu_limit, **__):
+        raise ValueError(f"swiglu_limit={swiglu_limit} is only supported on 'MXFP4', got {method}")
+
+    monkeypatch.setitem(sys.modules, "kt_kernel", SimpleNamespace(KTMoEWrapper=wrapper))
+    words = (
+        r"--peer kt: expected a kt-kernel whose NVFP4 takes swiglu_limit=10, got: swiglu_limit=10.0 is only .* NVFP4"
+    )
+    with pytest.raises(bench.BenchError, match=words):
+        cpu_engines.kt_contender(bench.Layer.random(TINY, clamp_limit=10.0))
+
+
+@pytest.mark.parametrize(
+    ("package", "make"),
+    [
+        ("vllm", bench.vllm_contender),
+        ("humming", bench.humming_contenders),
+        ("ggml", lambda layer, _: cpu_engines.ggml_contender(layer)),
+        ("kt_kernel", lambda layer, _: cpu_engines.kt_contender(layer)),
+    ],
+)
 def test_a_peer_that_is_not_installed(package, make):
     if importlib.util.find_spec(package) is not None:
         pytest.skip(f"{package} is installed")
-    with pytest.raises(bench.BenchError, match=f"--peer {package}: expected .*, got: No module named '{package}'"):
+    with pytest.raises(
+        bench.BenchError,
+        match=f"--peer {package.removesuffix('_kernel')}: expected .*, got: No module named '{package}'",
+    ):
         make(bench.Layer.random(TINY, clamp_limit=10.0), torch.bfloat16)

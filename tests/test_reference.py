@@ -111,6 +111,19 @@ def test_infinities_are_clamped() -> None:
         assert out[1] < 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("activation", Activation)
+def test_minus_infinity_gives_the_limit(activation: Activation, dtype: torch.dtype) -> None:
+    gate, up = torch.tensor([-math.inf, -1e30], dtype=dtype), torch.tensor([3.0, 3.0], dtype=dtype)
+    limits = [None, 4.0] if activation.can_clamp else [None]
+    for out in [gated_activation(gate, up, activation, limit) for limit in limits]:
+        assert out.tolist() == [0.0, 0.0]
+    if activation.works_without_gate:
+        assert plain_activation(gate, activation).tolist() == [0.0, 0.0]
+    if activation is Activation.silu:
+        assert gated_activation(gate, up, activation, alpha=-1.0)[0] == -math.inf
+
+
 FLOAT32_TOO_LARGE = 1e39
 CLAMP_WORDS = "expected clamp_limit to be finite and positive (in fp32) or None for no clamp, got "
 

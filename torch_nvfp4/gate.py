@@ -192,6 +192,8 @@ def gated_activation(
 ) -> Tensor:
     """``act(gate, up)`` in the dtype of its inputs, without rounding in between; NaN passes through every clamp.
 
+    Each act(gate) has its limit at infinities: 0 for silu, swiglustep and gelu at minus infinity, not NaN.
+
     With L = clamp_limit (None: no clamp):
 
     - silu: ``g' = min(gate, L)``, ``u' = max(min(up, L), -L)``, ``g' * sigmoid(alpha * g') * (u' + beta)``
@@ -211,14 +213,19 @@ def gated_activation(
     if act is Activation.silu:
         if clamp_limit is not None:
             gate = gate.clamp(max=clamp_limit)
-        return gate * torch.sigmoid(alpha * gate) * (up + beta)
+        return _share_of(gate, torch.sigmoid(alpha * gate)) * (up + beta)
     if act is Activation.swiglustep:
-        activated = gate * torch.sigmoid(gate)
+        activated = _share_of(gate, torch.sigmoid(gate))
         return (activated if clamp_limit is None else activated.clamp(max=clamp_limit)) * up
     if act is Activation.situ:
         up = beta * torch.tanh(up / beta) if beta != 0.0 else up
         return alpha * torch.tanh(gate / alpha) * torch.sigmoid(gate) * up
     return plain_activation(gate, act) * up
+
+
+def _share_of(x: Tensor, share: Tensor) -> Tensor:
+    """``x * share``, 0 where ``share`` is 0, also where x is infinite: there it tends to 0 faster than x grows."""
+    return torch.where(share == 0, 0.0, x) * share
 
 
 def plain_activation(x: Tensor, activation: int) -> Tensor:
@@ -229,9 +236,11 @@ def plain_activation(x: Tensor, activation: int) -> Tensor:
     check_gate(activation, None, 1.0, 0.0, gated=False)
     act = Activation(activation)
     if act is Activation.silu:
-        return x * torch.sigmoid(x)
+        return _share_of(x, torch.sigmoid(x))
     if act is Activation.relu2:
         return torch.relu(x).square()
+    # Clamped for minus infinity, of which torch makes NaN.
+    x = x.clamp(min=torch.finfo(x.dtype).min)
     return F.gelu(x, approximate="tanh" if act is Activation.gelu_tanh else "none")
 
 

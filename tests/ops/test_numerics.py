@@ -196,6 +196,33 @@ def test_clamp_comes_before_rounding(activation: str, target: str) -> None:
     assert_accurate(out, reference.moe(x, *layer, *routing, **options))
 
 
+@pytest.mark.parametrize("gate", ["silu-clamped", "gpt-oss", "swiglustep-clamped"])
+@pytest.mark.parametrize("m", [1, 2, 24])
+def test_gates_that_overflow_fp32_are_zero(m: int, gate: str, target: str) -> None:
+    """Finite activations of which fp32 makes a gate of minus infinity: silu of it is 0, as of the exact number."""
+    layer = make_layer(2, 128, 64, seed=71, global_scale=1.0)
+    x = torch.zeros(m, 128)
+    x[0, 5] = 3e38
+    x[m - 1, 5] = 3e38 if m == 1 else -3e38
+    routing = random_routing(m, 2, 2, generator=seeded(72))
+    expected = reference.moe(x, *layer, *routing, **GATES[gate])
+    assert bool(expected.isfinite().all())
+    gate_up = reference.grouped_gemm(x, layer.w13, *reference.route(routing[1], None, 2))
+    assert float((gate_up[:, :64] < -torch.finfo(FP32).max).double().mean()) > 0.25 / m
+    for dtype in dtypes_of(target):
+        if dtype is not FP16:
+            assert_accurate(run_moe(layer, x, *routing, device=target, dtype=dtype, **GATES[gate]), expected)
+
+
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "without-gate"])
+def test_minus_infinity_gates_to_zero(gated: bool, target: str, dtype: torch.dtype) -> None:
+    x = torch.tensor([[-math.inf, -3e38 if dtype is not FP16 else -6e4] * 8, [2.0] * 16]).reshape(1 if gated else 2, -1)
+    for name in GATES if gated else ("silu", "gelu", "gelu_tanh", "relu2"):
+        if GATES[name].get("alpha", 1.0) > 0:
+            out = torch_nvfp4.swiglu(x.to(target, dtype), gated=gated, **GATES[name]).cpu()
+            assert bool((out[0] == 0).all()), name
+
+
 # Memory
 
 

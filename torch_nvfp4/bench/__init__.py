@@ -5,8 +5,9 @@ with that round's own routing, between two probes of the machine's speed; the ta
 its ratios are medians of the ratios within a round.
 
 On the CPU the floor of a layer call is the larger of two times: the bytes of the experts hit over the read bandwidth,
-and the operations over the bf16 matmul rate, both measured in the same rounds. On CUDA a contender is one graph of
-several calls with different routings, and the bandwidth and matmul rate are constants of the card.
+and the operations over the rate of torch's fastest matmul (bf16, fp16 or fp32), both measured in the same rounds. On
+CUDA a contender is one graph of several calls with different routings, and the bandwidth and the rate of bf16 matmuls
+are constants of the card.
 """
 
 from torch_nvfp4.bench.contenders import (
@@ -26,6 +27,7 @@ from torch_nvfp4.bench.host import HOST_SHAPE, HostReport, HostRow, measure_host
 from torch_nvfp4.bench.layer import (
     COMPILED,
     DEQUANTIZE,
+    GGML,
     OURS,
     SHAPES,
     BenchError,
@@ -48,6 +50,7 @@ __all__ = [
     "CPU_PEERS",
     "CUDA_PEERS",
     "DEQUANTIZE",
+    "GGML",
     "HOST_SHAPE",
     "OURS",
     "SHAPES",

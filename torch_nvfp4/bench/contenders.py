@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torch_nvfp4 import ops
+from torch_nvfp4.bench.cpu_engines import ggml_contender, kt_contender
 from torch_nvfp4.bench.layer import (
     COMPILED,
     DEQUANTIZE,
+    GGML,
     OURS,
     BenchError,
     Case,
@@ -297,6 +299,8 @@ CPU_PEERS: dict[str, Callable[[Layer, torch.dtype], list[Contender]]] = {
     DEQUANTIZE: lambda layer, dtype: [dequantize_contender(layer, dtype)],
     "transformers": lambda layer, dtype: transformers_contenders(layer),
     "compiled": compiled_contenders,
+    GGML: lambda layer, dtype: [ggml_contender(layer)],
+    "kt": lambda layer, dtype: [kt_contender(layer)],
 }
 CUDA_PEERS: dict[str, Callable[[Layer, torch.dtype], list[Contender]]] = {
     "vllm": lambda layer, dtype: [vllm_contender(layer, dtype)],

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from torch_nvfp4.bench.layer import Contender, Shape, cases, cast
+from torch_nvfp4.bench.layer import Contender, Shape, cases, cast, dtype_name
 from torch_nvfp4.bench.report import Row
 
 _MIB = 2**20
@@ -19,7 +19,11 @@ _MAX_ROUNDS = 40
 
 
 class Probes:
-    """The machine's own rates, to be measured beside the contenders: read bandwidth and bf16 matmul."""
+    """The machine's own rates, to be measured beside the contenders: read bandwidth and torch's matmul.
+
+    Which of bf16, fp16 and fp32 torch multiplies fastest depends on the processor's instructions and is found out
+    first: without AVX512-BF16 or AMX its bf16 matmul can be ten times slower than fp32.
+    """
 
     def __init__(self, *, read_bytes: int | None = None, matmul_size: tuple[int, int, int] = (512, 4096, 4096)) -> None:
         if read_bytes is None:
@@ -28,8 +32,9 @@ class Probes:
         self._buffer = torch.ones(read_bytes // 8, dtype=torch.int64)
         m, n, k = matmul_size
         self._matmul_flop = 2 * m * n * k
-        self._x = torch.randn(m, k).to(torch.bfloat16)
-        self._weight = torch.randn(n, k).to(torch.bfloat16)
+        x, weight = torch.randn(m, k), torch.randn(n, k)
+        self.matmul_dtype = _fastest_matmul(x[: max(m // 4, 1)], weight)
+        self._x, self._weight = x.to(self.matmul_dtype), weight.to(self.matmul_dtype)
 
     def read_rate(self) -> float:
         """Bytes a second of one pass over the buffer by all threads.
@@ -41,6 +46,14 @@ class Probes:
 
     def matmul_rate(self) -> float:
         return self._matmul_flop / wall_seconds(lambda: F.linear(self._x, self._weight))
+
+
+def _fastest_matmul(x: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
+    def seconds(dtype: torch.dtype) -> float:
+        a, b = x.to(dtype), weight.to(dtype)
+        return min(wall_seconds(lambda: F.linear(a, b)) for _ in range(3))  # the first one also sets up
+
+    return min((torch.bfloat16, torch.float16, torch.float32), key=seconds)
 
 
 def wall_seconds(run: Callable[[], object]) -> float:
@@ -119,6 +132,7 @@ def measure_cpu(
         rounds=rounds,
         read_rate=read_rate,
         matmul_rate=matmul_rate,
+        matmul_dtype=dtype_name(probes.matmul_dtype),
         read_seconds=mean_touched / read_rate,
         compute_seconds=flop / matmul_rate,
         seconds={name: statistics.median(values) for name, values in times.items()},

@@ -18,6 +18,7 @@ _AGREEMENT = 3e-2
 
 OURS = "torch_nvfp4"
 DEQUANTIZE = "dequantize"
+GGML = "ggml"
 # What stands between the two GEMMs: their epilogue, a kernel of Inductor's, aten ops.
 COMPILED = ("gate fused", "gate Inductor", "gate eager")
 

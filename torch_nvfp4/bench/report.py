@@ -28,6 +28,7 @@ class Row:
     over_read: float
     over_floor: float
     speedup: dict[str, float]  # over each other contender
+    matmul_dtype: str = "bf16"  # what was multiplied at matmul_rate: on the CPU torch's fastest
     extra_bytes: int | None = None  # peak of a call's memory, its output included; None where it cannot be measured
     kernels: dict[str, float] = field(default_factory=dict)  # CUDA kernel name -> seconds a call
 
@@ -90,8 +91,9 @@ def caption(report: Report) -> str:
     if report.device == "cuda":
         return f"floor: the larger of bytes of the experts hit and operations over {rates}. A call in a CUDA graph."
     return (
-        f"floor: the larger of bytes of the experts hit over the read bandwidth and operations over the bf16 matmul "
-        f"rate, measured in the same rounds ({rates}). x: time of the other over ours. Medians over "
+        f"floor: the larger of bytes of the experts hit over the read bandwidth and operations over the rate of "
+        f"torch's fastest matmul ({report.rows[0].matmul_dtype}), measured in the same rounds ({rates}). x: time of "
+        f"the other over ours. Medians over "
         f"{_span([row.rounds for row in report.rows])} rounds with different routings."
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from torch_nvfp4.bench import COMPILED, DEQUANTIZE, OURS, HostReport, Report
+from torch_nvfp4.bench import COMPILED, DEQUANTIZE, GGML, OURS, HostReport, Report
 from torch_nvfp4.cli.wording import significant
 
 _MIB = 2**20
@@ -26,7 +26,7 @@ def _cpu_table(report: Report) -> BenchTable:
     peers = list(report.rows[0].speedup)
     halves = {name: name.replace(" ", "\n") for name in peers} | {DEQUANTIZE: "dequan-\ntize"}
     columns = ["M", "experts\nhit", "time\nms", "floor\nms", "time /\nfloor", "time /\nread", "GB/s"]
-    best = [name for name in peers if name not in (DEQUANTIZE, *COMPILED)]
+    best = [name for name in peers if name not in (DEQUANTIZE, GGML, *COMPILED)]
     rows = []
     for row in report.rows:
         seconds = row.seconds[OURS]

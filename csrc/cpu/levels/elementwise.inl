@@ -136,6 +136,10 @@ NVFP4_INLINE float normal_cdf(float x) {
 NVFP4_INLINE float at_most(float x, float limit) { return x > limit ? limit : x; }
 NVFP4_INLINE float at_least(float x, float limit) { return x < limit ? limit : x; }
 
+// x times a share that tends to 0 faster than x grows. The product is 0 where the share is, also where x is infinite: a
+// pre-activation that has overflowed to minus infinity stands for a finite number.
+NVFP4_INLINE float share_of(float x, float share) { return (share == 0.0f ? 0.0f : x) * share; }
+
 template <Activation kActivation, bool kClamped>
 NVFP4_INLINE float activate(const Gate& gate, float g, float u) {
   if constexpr (kActivation == Activation::silu) {
@@ -143,18 +147,18 @@ NVFP4_INLINE float activate(const Gate& gate, float g, float u) {
       g = at_most(g, gate.limit);
       u = at_least(at_most(u, gate.limit), -gate.limit);
     }
-    return g * sigmoid(gate.alpha * g) * (u + gate.beta);
+    return share_of(g, sigmoid(gate.alpha * g)) * (u + gate.beta);
   } else if constexpr (kActivation == Activation::swiglustep) {
-    float s = g * sigmoid(g);
+    float s = share_of(g, sigmoid(g));
     if constexpr (kClamped) {
       s = at_most(s, gate.limit);
       u = at_least(at_most(u, gate.limit), -gate.limit);
     }
     return s * u;
   } else if constexpr (kActivation == Activation::gelu) {
-    return g * normal_cdf(g) * u;
+    return share_of(g, normal_cdf(g)) * u;
   } else if constexpr (kActivation == Activation::gelu_tanh) {
-    return g * sigmoid(1.59576912f * (g + 0.044715f * g * g * g)) * u;
+    return share_of(g, sigmoid(1.59576912f * (g + 0.044715f * g * g * g))) * u;
   } else if constexpr (kActivation == Activation::situ) {
     if (gate.beta != 0.0f) u = gate.beta * tanh_of(u / gate.beta);
     return gate.alpha * tanh_of(g / gate.alpha) * sigmoid(g) * u;

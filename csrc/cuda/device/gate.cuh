@@ -15,6 +15,10 @@ __device__ __forceinline__ float sigmoid(float x, float alpha = 1.0f) {
   return ptx::reciprocal(1.0f + ptx::exp2(x * (-kLog2E * alpha)));
 }
 
+// x times a share that tends to 0 faster than x grows. The product is 0 where the share is, also where x is infinite: a
+// pre-activation that has overflowed to minus infinity stands for a finite number.
+__device__ __forceinline__ float share_of(float x, float share) { return (share == 0.0f ? 0.0f : x) * share; }
+
 // tanh(x) to 4e-7 relative, without a branch: a series where 1 - exp(-2 |x|) would cancel.
 __device__ __forceinline__ float tanh_of(float x) {
   constexpr float kTwoLog2E = 2.8853900817779268f;
@@ -37,7 +41,7 @@ __device__ __forceinline__ float apply_gate(const Gate& gate, float g, float u) 
       g = clamp_above(g, limit);
       u = clamp_below(clamp_above(u, limit), -limit);
     }
-    return g * sigmoid(g, gate.alpha) * (u + gate.beta);
+    return share_of(g, sigmoid(g, gate.alpha)) * (u + gate.beta);
   }
   if constexpr (kExtended) {
     if (gate.activation == Activation::situ) {
@@ -47,7 +51,7 @@ __device__ __forceinline__ float apply_gate(const Gate& gate, float g, float u) 
   }
   switch (gate.activation) {
     case Activation::swiglustep: {
-      float s = g * sigmoid(g);
+      float s = share_of(g, sigmoid(g));
       if (gate.clamped) {
         s = clamp_above(s, limit);
         u = clamp_below(clamp_above(u, limit), -limit);
@@ -55,9 +59,9 @@ __device__ __forceinline__ float apply_gate(const Gate& gate, float g, float u) 
       return s * u;
     }
     case Activation::gelu:
-      return 0.5f * g * (1.0f + erff(g * 0.7071067811865476f)) * u;
+      return share_of(g, 0.5f * (1.0f + erff(g * 0.7071067811865476f))) * u;
     case Activation::gelu_tanh:
-      return 0.5f * g * (1.0f + tanhf(0.7978845608028654f * (g + 0.044715f * g * g * g))) * u;
+      return share_of(g, 0.5f * (1.0f + tanhf(0.7978845608028654f * (g + 0.044715f * g * g * g)))) * u;
     case Activation::relu2: {
       const float r = clamp_below(g, 0.0f);
       return r * r * u;

@@ -1,0 +1,65 @@
+"""What an instruction level of the CPU promises beyond the ops' own accuracy."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import torch_nvfp4
+from helpers.layers import BF16, FP16, activations, make_layer, seeded
+from helpers.levels import LEVELS
+from torch_nvfp4 import NVFP4Weight, reference
+from torch_nvfp4.testing import assert_accurate, random_routing, random_weight
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("all_scales", [False, True], ids=["close-scales", "all-scales"])
+@pytest.mark.parametrize("level", [level for level in LEVELS if level in ("avx2", "portable")])
+def test_a_row_has_the_same_bits_in_every_batch(
+    level: str, all_scales: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without batch_invariant too. Scales that lie close together are multiplied in another way than others."""
+    monkeypatch.setenv("TORCH_NVFP4_CPU_LEVEL", level)
+    layer = make_layer(2, 208, 80, seed=1, all_scales=all_scales).packed("cpu")
+    weights, ids = random_routing(64, 2, 1, generator=seeded(2))
+    x = activations(64, 208, seed=3, scale=1e-2).to(dtype)
+    whole = torch_nvfp4.moe(x, *layer, weights, ids, clamp_limit=7.0)
+    assert bool(whole.isfinite().all())
+    for count in (*range(1, 20), 40):
+        rows = torch.randperm(64, generator=seeded(count))[:count]
+        some = torch_nvfp4.moe(x[rows], *layer, weights[rows], ids[rows], clamp_limit=7.0)
+        assert torch.equal(some.view(torch.int16), whole[rows].view(torch.int16)), count
+
+
+@pytest.mark.parametrize("m", [1, 3, 4, 5, 12, 17])
+def test_largest_sums(m: int, target: str) -> None:
+    """Rows whose scales can just be made integers of one unit, or just not: no sum of products may overflow."""
+    # As integers the scales of a block are 3 * 224 and 8 to 15: with codes 6 and activations near 2^14 their sum fills
+    # 31 bits or just does not. A panel of 16 rows has one kind.
+    rows, k = 96, 128
+    scale = torch.tensor([0x7E, 0x7E, 0x7E, 0]).repeat(rows, k // 64)  # 448 448 448
+    # 16 18 30 32 15 0
+    scale[:, 3::4] = torch.tensor([0x58, 0x59, 0x5F, 0x60, 0x57, 0x00]).repeat_interleave(16)[:, None]
+    scale = scale.unflatten(1, (-1, 4))[:, :, torch.randperm(4, generator=seeded(5))].flatten(1)
+    codes = torch.full((rows, k // 2), 0x77, dtype=torch.uint8)
+    codes[1::2] = 0xFF
+    weight = NVFP4Weight(codes, scale.to(torch.uint8).view(torch.float8_e4m3fn), torch.tensor(2.0**-8))
+    x = torch.full((m, k), 1.9921875)
+    x[1::2] = -1.9921875
+    packed = torch_nvfp4.pack(NVFP4Weight(*(part.to(target) for part in weight)))
+    out = torch_nvfp4.linear(x.to(target, BF16), packed, weight.global_scale.to(target)).cpu()
+    assert_accurate(out, reference.linear(x, weight))
+
+
+def test_random_weights_reach_both_kinds_of_blocks() -> None:
+    """Rows of four scales that fit integers of one unit, as FoldedScales of levels/avx2.cpp has it, or do not."""
+
+    def share_that_fits(all_scales: bool) -> float:
+        scale = random_weight((256, 1024), generator=seeded(6), all_scales=all_scales).scale.float()
+        rows = scale.unflatten(-1, (-1, 4))
+        unit = torch.exp2(rows.abs().amin(-1, keepdim=True).clamp(min=2.0**-6).log2().floor() - 3)
+        fits = (rows >= 0).all(-1) & ((rows / unit).sum(-1) <= 680)
+        return float(fits.unflatten(0, (-1, 16)).all(1).double().mean())
+
+    assert share_that_fits(all_scales=False) > 0.9
+    assert share_that_fits(all_scales=True) < 0.1
