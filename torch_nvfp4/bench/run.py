@@ -70,7 +70,12 @@ def run_cuda(
 def _report(
     device: str, shape: Shape, dtype: torch.dtype, clamp_limit: float, peers: Sequence[str], skew: float
 ) -> Report:
-    of_peers = {"humming": "humming-kernels", "transformers": "transformers", "vllm": "vllm"}
+    of_peers = {
+        "humming": "humming-kernels",
+        "flashinfer": "flashinfer-python",
+        "transformers": "transformers",
+        "vllm": "vllm",
+    }
     packages = ["torch", *(of_peers[peer] for peer in peers if peer in of_peers)]
     return Report(
         device=device,
