@@ -38,7 +38,7 @@ Problem problem_of(const MoeArgs& args) {
           .top_k = args.routing.top_k,
           .experts = args.routing.experts,
           .gemm = {{args.w13.n, args.w13.k}, {args.w2.n, args.w2.k}},
-          .silu = args.gate.activation == Activation::silu && !is_extended(args),
+          .wide_gate = has_wide_tiles(args.w13, &args.gate),
           .batch_invariant = args.batch_invariant};
 }
 

@@ -49,7 +49,7 @@ const char* against_few_slots(const Problem& problem, const Device& device, Choi
 WgmmaTiles wgmma_tiles(const Problem& problem) {
   constexpr int64_t kWideSlotsPerExpert = 176;
   using namespace wgmma_experts;
-  if (!problem.silu || problem.slots() <= Tall::kMaxWidth * problem.experts) return WgmmaTiles::tall;
+  if (!problem.wide_gate || problem.slots() <= Tall::kMaxWidth * problem.experts) return WgmmaTiles::tall;
   const bool most_fit = problem.slots() <= kWideSlotsPerExpert * problem.experts;
   return most_fit || problem.dtype == DType::fp16 ? WgmmaTiles::wide : WgmmaTiles::tall;
 }
@@ -288,11 +288,11 @@ std::string explain(const Problem& problem, const Device& device) {
 // does, and this is no operation on tensors.
 //
 // op: "moe", "batched_moe" (tokens: T; top_k is 1), "grouped_gemm" or "linear". k: columns of x. n: I of the MLPs, else
-// the weight's rows. silu: Problem::silu. gated: whether the MLPs have gate rows. Writes at most `size`
+// the weight's rows. wide_gate: Problem::wide_gate. gated: whether the MLPs have gate rows. Writes at most `size`
 // bytes with the ending zero, and returns the text's length without it, or its negative length where it is an error.
 extern "C" __attribute__((visibility("default"))) int64_t
 nvfp4_explain_select(const char* op, const char* dtype, int64_t tokens, int64_t top_k, int64_t experts, int64_t k,
-                     int64_t n, int silu, int gated, int batch_invariant, int major, int multiprocessors,
+                     int64_t n, int wide_gate, int gated, int batch_invariant, int major, int multiprocessors,
                      int shared_memory_per_cta, char* text, int64_t size) {
   using namespace nvfp4::cuda;
   const auto answer = [&](const std::string& result, bool good) {
@@ -309,7 +309,7 @@ nvfp4_explain_select(const char* op, const char* dtype, int64_t tokens, int64_t 
                   .top_k = top_k,
                   .experts = experts,
                   .gemm = {},
-                  .silu = silu != 0,
+                  .wide_gate = wide_gate != 0,
                   .batch_invariant = batch_invariant != 0};
   const bool batched = std::strcmp(op, "batched_moe") == 0;
   if (batched || std::strcmp(op, "moe") == 0) {
