@@ -120,6 +120,22 @@ def test_weights_leave_l2_first_where_the_results_fit(layer: dict[str, Any], las
     assert ask(last, **layer, op="grouped_gemm")["L2"] == "no hints"
 
 
+@pytest.mark.parametrize(
+    ("layer", "last"),
+    [(FLASH, 2), (KIMI, 1), (GEMMA, 3), (QWEN, 4)],  # Kimi-K3, M = 2: 3584 halves in w2 for 132 x 16 warps
+)
+def test_parts_where_warps_have_few(layer: dict[str, Any], last: int) -> None:
+    for tokens in range(1, last + 1):
+        answer = ask(tokens, **layer, batch_invariant=True)
+        assert answer["tile"] == f"16 rows x at most {tokens} tokens"
+        assert answer["split"] == "none"
+    answer = ask(last + 1, **layer, batch_invariant=True)
+    assert answer["kernel"].startswith("stream_gemm")
+    if (last + 1) * layer["top_k"] <= 32:
+        assert answer["not few_slots_mlp"].startswith("a warp would have more than two items")
+    assert ask(1, A100, **layer, batch_invariant=True)["kernel"].startswith("stream_gemm")
+
+
 def test_split() -> None:
     # 132 x 16 = 2112 warps. 8 of them per item up to 264 items, 4 up to 528, then 2; each with 4 blocks of k or more,
     # and 2 only with 6.

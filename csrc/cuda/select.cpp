@@ -12,8 +12,8 @@ namespace {
 
 // ---- the table: the first kernel that has no reason against it
 
-// Batch invariance: stream_gemm and wgmma_experts sum along k in the same order and to the same bits (NOTES.md, "Batch
-// invariance"), whatever their tiles, as long as one warp sums all of an item's k.
+// Batch invariance: all kernels sum along k in the same order and to the same bits (NOTES.md, "Batch invariance"),
+// whatever their tiles, as long as one warp sums all of an item's k.
 
 // Where wgmma_experts overtakes stream_gemm, in slots per expert. Streaming reads weights faster, but where all of a
 // layer's weights are few, the ends of its items take what it gains: they are equal at 4.6 (0.43 GB) and 5.6 (0.45 GB),
@@ -38,10 +38,12 @@ int64_t stream_slots_per_expert(const Problem& problem) {
 
 const char* against_few_slots(const Problem& problem, const Device& device, Choice& choice) {
   if (problem.op != Op::moe) return "it runs whole MLPs only";
-  if (problem.batch_invariant) return "how it splits k depends on the batch";
+  if (problem.batch_invariant && choice.isa != Isa::sm90) return "how it splits k depends on the batch";
   if (problem.slots() > kInlineSlots) return "it sorts nothing and takes at most 32 slots";
   choice.few_slots = plan_few_slots(problem, device, choice.isa);
-  return choice.few_slots.width > 0 ? nullptr : "the tokens do not fit into a CTA's shared memory beside its rings";
+  if (choice.few_slots.width > 0) return nullptr;
+  return problem.batch_invariant ? "a warp would have more than two items of w13 or one of w2, or no room for tokens"
+                                 : "the tokens do not fit into a CTA's shared memory beside its rings";
 }
 
 // Tall tiles fill the tensor cores better. Wide ones decode each weight once where an expert has more tokens than a
@@ -179,9 +181,13 @@ void describe(const Problem& p, const Device& device, Isa isa, std::string& text
 void describe_plan(const Problem& problem, const Choice& c, std::string& text) {
   switch (c.kernel) {
     case Kernel::few_slots_mlp:
-      line(text, "tile: %d rows x at most %d tokens", c.few_slots.halves ? kBlockRows / 2 : kBlockRows,
+      line(text, "tile: %d rows x at most %d tokens", kBlockRows / items_per_panel(c.few_slots.items, 0),
            c.few_slots.width);
-      line(text, "split: each of %d warps takes an equal run of its CTA's weight blocks", kFewSlotsWarps);
+      if (c.few_slots.items == FewSlotsItems::parts) {
+        line(text, "%s", "split: none");
+      } else {
+        line(text, "split: each of %d warps takes an equal run of its CTA's weight blocks", kFewSlotsWarps);
+      }
       line(text, "shared memory: %d bytes, %d of them tokens", c.few_slots.shared_bytes, c.few_slots.token_bytes);
       break;
     case Kernel::wgmma_experts: {
