@@ -36,6 +36,13 @@ def brief(tokens: int, device: CudaDevice = H100, **changes: Any) -> str:
         (5, {"dtype": torch.float16}, "few_slots_mlp 64 rows x at most 2 tokens"),
         (6, {}, "stream_gemm 64 rows x at most 16 tokens (narrow)"),
         (298, {}, "stream_gemm 64 rows x at most 16 tokens (narrow)"),
+        # fp16: 4 slots per expert are 170.7 tokens.
+        (6, {"dtype": torch.float16}, "stream_gemm 64 rows x at most 8 tokens (split)"),
+        (170, {"dtype": torch.float16}, "stream_gemm 64 rows x at most 8 tokens (split)"),
+        (171, {"dtype": torch.float16}, "stream_gemm 64 rows x at most 16 tokens (narrow)"),
+        (64, {"dtype": torch.float16, "batch_invariant": True}, "stream_gemm 64 rows x at most 16 tokens (narrow)"),
+        (64, {"dtype": torch.float16, "op": "grouped_gemm"}, "stream_gemm 64 rows x at most 16 tokens (narrow)"),
+        (64, {"dtype": torch.float16, "device": A100}, "stream_gemm 64 rows x at most 16 tokens (narrow)"),
         (299, {}, "wgmma_experts 256 rows x at most 64 tokens (tall)"),
         (1365, {}, "wgmma_experts 256 rows x at most 64 tokens (tall)"),
         (1366, {}, "wgmma_experts 256 rows x at most 112 tokens (tall)"),

@@ -103,10 +103,18 @@ static_assert(kInlineSlots == 32 && kStreamSlotsPerExpert == 7 && kStreamSlotsPe
                   kWgmmaMaxExperts == 2048 && wgmma_experts::kMinStages == 3,
               "the reasons above name these numbers");
 
+// fp16 tokens as two columns of bf16 each: weights are then decoded to bf16, which takes less, but a tile has half as
+// many tokens, and an expert of more has its weights read again.
+bool stream_splits(const Problem& problem, Isa isa) {
+  constexpr int64_t kMostSlotsPerExpert = 4;
+  return problem.op == Op::moe && problem.dtype == DType::fp16 && isa == Isa::sm90 && !problem.batch_invariant &&
+         problem.slots() <= kMostSlotsPerExpert * problem.experts;
+}
+
 // A CTA that sorts for itself spares a launch and the way of its table through memory, 2-3 us per call, and streams
 // weights 0.5 % slower. That pays while the weights of the experts hit take less than about 0.4 ms.
 bool stream_sorts(const Problem& problem, StreamTiles tiles, Isa isa) {
-  if (problem.op != Op::moe || isa != Isa::sm90 || tiles != StreamTiles::narrow) return false;
+  if (problem.op != Op::moe || isa != Isa::sm90 || tiles == StreamTiles::wide) return false;
   if (problem.slots() == 0 || problem.slots() > kCtaSortSlots || problem.experts > kCtaSortExperts) return false;
   const int64_t experts_hit = std::min(problem.slots(), problem.experts);
   constexpr double kMostBytes = 1.2e9;
@@ -115,6 +123,7 @@ bool stream_sorts(const Problem& problem, StreamTiles tiles, Isa isa) {
 
 const char* against_stream(const Problem& problem, const Device& device, Choice& choice) {
   choice.stream.tiles = problem.slots() <= kNarrowTile * problem.experts ? StreamTiles::narrow : StreamTiles::wide;
+  if (stream_splits(problem, choice.isa)) choice.stream.tiles = StreamTiles::split;
   choice.stream.sorting = stream_sorts(problem, choice.stream.tiles, choice.isa);
   // How many tiles there will be is a guess: the routing is not known here. A dense layer has no routing.
   const int64_t tiles = problem.op == Op::linear ? ceil_div<int64_t>(problem.tokens, tile_width(choice.stream.tiles))
@@ -203,7 +212,9 @@ void describe_plan(const Problem& problem, const Choice& c, std::string& text) {
     }
     case Kernel::stream_gemm:
       line(text, "tile: %d rows x at most %d tokens (%s)", kBlockRows, tile_width(c.stream.tiles),
-           c.stream.tiles == StreamTiles::wide ? "wide" : "narrow");
+           c.stream.tiles == StreamTiles::wide    ? "wide"
+           : c.stream.tiles == StreamTiles::split ? "split"
+                                                  : "narrow");
       if (problem.op == Op::moe) {
         line(text, "split: k over %d warps in w13, over %d in w2", c.stream.k_ways[0], c.stream.k_ways[1]);
         line(text, "sort: %s", c.stream.sorting ? "by every CTA" : "by a launch before");
