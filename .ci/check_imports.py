@@ -53,7 +53,7 @@ OWNERS = {
     "transformers": {"integrations.transformers", "bench"},
     "vllm": {"integrations.vllm", "bench"},
     "sglang": {"integrations.sglang", "bench"},
-    "flashinfer": {"backends.flashinfer_trtllm"},
+    "flashinfer": {"backends.flashinfer_trtllm", "bench"},
     "tensorrt": {"compiler.tensorrt"},
     "torch_tensorrt": {"compiler.tensorrt"},
     "torch._inductor": {"compiler"},

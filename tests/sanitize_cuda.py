@@ -46,6 +46,8 @@ def check_moe(e: int, k: int, i: int, top_k: int, m: int, dtype: torch.dtype, de
     weights = p13, w13.global_scale, p2, w2.global_scale
     out = torch_nvfp4.moe(x, *weights, topk_weights, topk_ids, clamp_limit=LIMIT)
     assert_accurate(out, expected)
+    invariant = torch_nvfp4.moe(x, *weights, topk_weights, topk_ids, clamp_limit=LIMIT, batch_invariant=True)
+    assert_accurate(invariant, expected)
     in_place = x.clone()
     assert torch.equal(
         torch_nvfp4.moe(in_place, *weights, topk_weights, topk_ids, clamp_limit=LIMIT, out=in_place), out

@@ -496,6 +496,41 @@ def test_kt_is_refused_with_its_reason(monkeypatch):
         cpu_engines.kt_contender(bench.Layer.random(TINY, clamp_limit=10.0))
 
 
+def test_flashinfer_is_tuned_for_each_number_of_tokens(monkeypatch):
+    layer = bench.Layer.random(TINY, clamp_limit=10.0)
+    ran = []
+
+    def run_moe(x, ids, weights, w1, s1, g1, w2, s2, g2, out, workspace, **how):
+        assert (w1.shape, g1.shape, w2.shape) == ((4, 64, 32), (4,), (4, 64, 16))
+        assert (how["activation"], how["activation_fp4"]) == (("swiglu", 10.0), False)
+        ran.append((workspace, how["block_size"], how["gemm1_config"], how["gemm2_config"]))
+        return bench.dequantize_then_matmul(bench.Case(x, weights, ids), layer.w13, layer.w2, clamp_limit=10.0)
+
+    def time_once(run, case):
+        run(case)
+        _, slots, first, second = ran[-1]
+        return abs(slots - 64) + (first != (256, 64, 2)) + (second != (128, 256, 2))
+
+    fp4 = SimpleNamespace(
+        run_moe=run_moe, allocate_workspace=lambda **sizes: sizes["num_tokens"], GemmConfig=lambda *tile: tile
+    )
+    modules = {"flashinfer.fused_moe.cutile.fp4": fp4}
+    modules["flashinfer.fused_moe.api"] = SimpleNamespace(SwiGLU=lambda limit: ("swiglu", limit))
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr("torch_nvfp4.bench.contenders._time_once", time_once)
+    with pytest.raises(bench.BenchError, match="expected --dtype bf16, its only activations, got fp16"):
+        bench.flashinfer_contender(layer, torch.float16)
+    contenders = [bench.our_contender(layer, torch.bfloat16), bench.flashinfer_contender(layer, torch.bfloat16)]
+    for tokens, slots in ((3, 32), (40, 64)):  # few slots per expert: tiles of 16 and 32 alone
+        case = next(bench.cases(TINY, tokens))
+        bench.check_agreement(contenders, case)
+        assert ran[-1] == (tokens, slots, (256, 64, 2), (128, 256, 2))
+        tried = len(ran)
+        bench.check_agreement(contenders, case)
+        assert len(ran) == tried + 1  # tuned once
+
+
 @pytest.mark.parametrize(
     ("package", "make"),
     [
@@ -503,6 +538,7 @@ def test_kt_is_refused_with_its_reason(monkeypatch):
         ("humming", bench.humming_contenders),
         ("ggml", lambda layer, _: cpu_engines.ggml_contender(layer)),
         ("kt_kernel", lambda layer, _: cpu_engines.kt_contender(layer)),
+        ("flashinfer", bench.flashinfer_contender),
     ],
 )
 def test_a_peer_that_is_not_installed(package, make):

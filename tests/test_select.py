@@ -36,13 +36,23 @@ def brief(tokens: int, device: CudaDevice = H100, **changes: Any) -> str:
         (5, {"dtype": torch.float16}, "few_slots_mlp 64 rows x at most 2 tokens"),
         (6, {}, "stream_gemm 64 rows x at most 16 tokens (narrow)"),
         (298, {}, "stream_gemm 64 rows x at most 16 tokens (narrow)"),
+        # fp16: 4 slots per expert are 170.7 tokens.
+        (6, {"dtype": torch.float16}, "stream_gemm 64 rows x at most 8 tokens (split)"),
+        (170, {"dtype": torch.float16}, "stream_gemm 64 rows x at most 8 tokens (split)"),
+        (171, {"dtype": torch.float16}, "stream_gemm 64 rows x at most 16 tokens (narrow)"),
+        (64, {"dtype": torch.float16, "batch_invariant": True}, "stream_gemm 64 rows x at most 16 tokens (narrow)"),
+        (64, {"dtype": torch.float16, "op": "grouped_gemm"}, "stream_gemm 64 rows x at most 16 tokens (narrow)"),
+        (64, {"dtype": torch.float16, "device": A100}, "stream_gemm 64 rows x at most 16 tokens (narrow)"),
         (299, {}, "wgmma_experts 256 rows x at most 64 tokens (tall)"),
         (1365, {}, "wgmma_experts 256 rows x at most 64 tokens (tall)"),
         (1366, {}, "wgmma_experts 256 rows x at most 112 tokens (tall)"),
         (4778, {}, "wgmma_experts 256 rows x at most 112 tokens (tall)"),
         (4779, {}, "wgmma_experts 192 rows x at most 192 tokens (wide)"),
         (4779, {"activation": "gelu"}, "wgmma_experts 256 rows x at most 112 tokens (tall)"),
-        (4779, {"activation": "silu", "biases": True}, "wgmma_experts 256 rows x at most 112 tokens (tall)"),
+        (4779, {"activation": "silu", "biases": True}, "wgmma_experts 192 rows x at most 192 tokens (wide)"),
+        (4779, {"activation": "situ", "biases": True}, "wgmma_experts 192 rows x at most 192 tokens (wide)"),
+        (4779, {"activation": "gelu", "biases": True}, "wgmma_experts 256 rows x at most 112 tokens (tall)"),
+        (4779, {"activation": "situ", "gated": False}, "wgmma_experts 256 rows x at most 112 tokens (tall)"),
         (4779, {"gated": False}, "wgmma_experts 256 rows x at most 112 tokens (tall)"),
         (1, {"activation": "relu2", "gated": False}, "few_slots_mlp 64 rows x at most 1 tokens"),
         (4779, {"activation": None}, "wgmma_experts 192 rows x at most 192 tokens (wide)"),
@@ -115,6 +125,22 @@ def test_weights_leave_l2_first_where_the_results_fit(layer: dict[str, Any], las
     assert ask(last, **layer)["L2"] == "weights leave first"
     assert ask(last + 1, **layer)["L2"] == "no hints"
     assert ask(last, **layer, op="grouped_gemm")["L2"] == "no hints"
+
+
+@pytest.mark.parametrize(
+    ("layer", "last"),
+    [(FLASH, 2), (KIMI, 1), (GEMMA, 3), (QWEN, 4)],  # Kimi-K3, M = 2: 3584 halves in w2 for 132 x 16 warps
+)
+def test_parts_where_warps_have_few(layer: dict[str, Any], last: int) -> None:
+    for tokens in range(1, last + 1):
+        answer = ask(tokens, **layer, batch_invariant=True)
+        assert answer["tile"] == f"16 rows x at most {tokens} tokens"
+        assert answer["split"] == "none"
+    answer = ask(last + 1, **layer, batch_invariant=True)
+    assert answer["kernel"].startswith("stream_gemm")
+    if (last + 1) * layer["top_k"] <= 32:
+        assert answer["not few_slots_mlp"].startswith("a warp would have more than two items")
+    assert ask(1, A100, **layer, batch_invariant=True)["kernel"].startswith("stream_gemm")
 
 
 def test_split() -> None:

@@ -29,8 +29,7 @@ Problem problem_of(const BatchedMoeArgs& args) {
           .top_k = 1,
           .experts = args.w13.experts,
           .gemm = {{args.w13.n, args.w13.k}, {args.w2.n, args.w2.k}},
-          .silu = args.gate.activation == Activation::silu && !is_extended(args.w13, &args.gate) &&
-                  !is_extended(args.w2, nullptr),
+          .wide_gate = has_wide_tiles(args.w13, &args.gate),
           .batch_invariant = false};
 }
 

@@ -26,8 +26,7 @@ Problem problem_of(const GroupedGemmArgs& args) {
           .top_k = args.slots / args.rows,
           .experts = args.weight.experts,
           .gemm = {{args.weight.n, args.weight.k}, {}},
-          .silu = (args.gate == nullptr || args.gate->activation == Activation::silu) &&
-                  !is_extended(args.weight, args.gate),
+          .wide_gate = has_wide_tiles(args.weight, args.gate),
           .batch_invariant = args.batch_invariant};
 }
 

@@ -13,7 +13,7 @@ Problem problem_of(const LinearArgs& args) {
           .top_k = 1,
           .experts = 1,
           .gemm = {{args.weight.n, args.weight.k}, {}},
-          .silu = true,
+          .wide_gate = true,
           .batch_invariant = args.batch_invariant};
 }
 

@@ -18,7 +18,8 @@ struct Plan {
   int64_t slots;
   void* aligned_x;   // [tokens, k of w13], for hidden_states that are not
   void* expert_out;  // [slots, n of w2], fp32 with few_slots_mlp
-  void* hidden;      // [slots, k of w2], few_slots_mlp and stream_gemm
+  void* hidden;      // [slots, k of w2], few_slots_mlp and stream_gemm; twice that where it splits tokens
+  void* split_x;     // [tokens, 2, k of w13], only there
   int32_t* order;    // these three sort, unless the kernel's CTAs do: wgmma_experts and stream_gemm
   int32_t* offsets;  //
   void* sort;        //
@@ -38,7 +39,7 @@ Problem problem_of(const MoeArgs& args) {
           .top_k = args.routing.top_k,
           .experts = args.routing.experts,
           .gemm = {{args.w13.n, args.w13.k}, {args.w2.n, args.w2.k}},
-          .silu = args.gate.activation == Activation::silu && !is_extended(args),
+          .wide_gate = has_wide_tiles(args.w13, &args.gate),
           .batch_invariant = args.batch_invariant};
 }
 
@@ -77,7 +78,11 @@ Plan plan_of(const MoeArgs& args, const Context& context) {
   }
   plan.expert_out = workspace.take<uint16_t>(plan.slots * args.w2.n);
   const bool streams = plan.choice.kernel == Kernel::stream_gemm;
-  if (streams) plan.hidden = workspace.take<uint16_t>(plan.slots * args.w2.k);
+  if (streams) {
+    const bool splits = plan.choice.stream.tiles == StreamTiles::split;
+    plan.hidden = workspace.take<uint16_t>(plan.slots * args.w2.k * (splits ? 2 : 1));
+    if (splits) plan.split_x = workspace.take<uint16_t>(args.routing.tokens * args.w13.k * 2);
+  }
   if (!(streams ? plan.choice.stream.sorting : plan.choice.wgmma.sorting)) {
     plan.order = workspace.take<int32_t>(plan.slots);
     plan.offsets = workspace.take<int32_t>(args.routing.experts + 1);
@@ -121,6 +126,11 @@ void run_stream(const MoeArgs& args, const Plan& plan, void* stream) {
   const StreamPlan& sizes = plan.choice.stream;
   StreamGemmParams gate_up = stream_gemm_params(args.w13, sizes.k_ways[0]);
   gate_up.x = args.hidden_states;
+  if (plan.split_x != nullptr) {
+    stream_split_rows(args.hidden_states, args.routing.tokens, args.w13.k, plan.split_x, stream);
+    gate_up.x = plan.split_x;
+    gate_up.plan_is_older = true;
+  }
   gate_up.slots_per_row = static_cast<int>(args.routing.top_k);
   gate_up.tile_table = plan.tile_table;
   gate_up.order = plan.order;

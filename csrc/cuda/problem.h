@@ -19,7 +19,7 @@ struct Problem {
   int64_t top_k;         // slots per row; 1 for linear
   int64_t experts;       // local ones; 1 for linear
   GemmSize gemm[2];      // moe: w13 and w2; else the second is empty
-  bool silu;             // SiLU of gate and up, or nothing, and no expert has a bias
+  bool wide_gate;        // wgmma_experts has wide tiles for the gate: has_wide_tiles()
   bool batch_invariant;  // a row's bits must not depend on what else is in the batch
 
   int64_t slots() const { return tokens * top_k; }
@@ -29,6 +29,12 @@ struct Problem {
 // SiTU.
 inline bool is_extended(const Weight& weight, const Gate* gate) {
   return weight.bias != nullptr || (gate != nullptr && (!weight.gated || gate->activation == Activation::situ));
+}
+
+// Whether wgmma_experts' wide tiles are compiled for what the GEMM ends with.
+inline bool has_wide_tiles(const Weight& weight, const Gate* gate) {
+  return gate == nullptr ||
+         (weight.gated && (gate->activation == Activation::silu || gate->activation == Activation::situ));
 }
 
 }  // namespace nvfp4::cuda

@@ -12,8 +12,8 @@ namespace {
 
 // ---- the table: the first kernel that has no reason against it
 
-// Batch invariance: stream_gemm and wgmma_experts sum along k in the same order and to the same bits (NOTES.md, "Batch
-// invariance"), whatever their tiles, as long as one warp sums all of an item's k.
+// Batch invariance: all kernels sum along k in the same order and to the same bits (NOTES.md, "Batch invariance"),
+// whatever their tiles, as long as one warp sums all of an item's k.
 
 // Where wgmma_experts overtakes stream_gemm, in slots per expert. Streaming reads weights faster, but where all of a
 // layer's weights are few, the ends of its items take what it gains: they are equal at 4.6 (0.43 GB) and 5.6 (0.45 GB),
@@ -38,10 +38,12 @@ int64_t stream_slots_per_expert(const Problem& problem) {
 
 const char* against_few_slots(const Problem& problem, const Device& device, Choice& choice) {
   if (problem.op != Op::moe) return "it runs whole MLPs only";
-  if (problem.batch_invariant) return "how it splits k depends on the batch";
+  if (problem.batch_invariant && choice.isa != Isa::sm90) return "how it splits k depends on the batch";
   if (problem.slots() > kInlineSlots) return "it sorts nothing and takes at most 32 slots";
   choice.few_slots = plan_few_slots(problem, device, choice.isa);
-  return choice.few_slots.width > 0 ? nullptr : "the tokens do not fit into a CTA's shared memory beside its rings";
+  if (choice.few_slots.width > 0) return nullptr;
+  return problem.batch_invariant ? "a warp would have more than two items of w13 or one of w2, or no room for tokens"
+                                 : "the tokens do not fit into a CTA's shared memory beside its rings";
 }
 
 // Tall tiles fill the tensor cores better. Wide ones decode each weight once where an expert has more tokens than a
@@ -49,7 +51,7 @@ const char* against_few_slots(const Problem& problem, const Device& device, Choi
 WgmmaTiles wgmma_tiles(const Problem& problem) {
   constexpr int64_t kWideSlotsPerExpert = 176;
   using namespace wgmma_experts;
-  if (!problem.silu || problem.slots() <= Tall::kMaxWidth * problem.experts) return WgmmaTiles::tall;
+  if (!problem.wide_gate || problem.slots() <= Tall::kMaxWidth * problem.experts) return WgmmaTiles::tall;
   const bool most_fit = problem.slots() <= kWideSlotsPerExpert * problem.experts;
   return most_fit || problem.dtype == DType::fp16 ? WgmmaTiles::wide : WgmmaTiles::tall;
 }
@@ -101,10 +103,18 @@ static_assert(kInlineSlots == 32 && kStreamSlotsPerExpert == 7 && kStreamSlotsPe
                   kWgmmaMaxExperts == 2048 && wgmma_experts::kMinStages == 3,
               "the reasons above name these numbers");
 
+// fp16 tokens as two columns of bf16 each: weights are then decoded to bf16, which takes less, but a tile has half as
+// many tokens, and an expert of more has its weights read again.
+bool stream_splits(const Problem& problem, Isa isa) {
+  constexpr int64_t kMostSlotsPerExpert = 4;
+  return problem.op == Op::moe && problem.dtype == DType::fp16 && isa == Isa::sm90 && !problem.batch_invariant &&
+         problem.slots() <= kMostSlotsPerExpert * problem.experts;
+}
+
 // A CTA that sorts for itself spares a launch and the way of its table through memory, 2-3 us per call, and streams
 // weights 0.5 % slower. That pays while the weights of the experts hit take less than about 0.4 ms.
 bool stream_sorts(const Problem& problem, StreamTiles tiles, Isa isa) {
-  if (problem.op != Op::moe || isa != Isa::sm90 || tiles != StreamTiles::narrow) return false;
+  if (problem.op != Op::moe || isa != Isa::sm90 || tiles == StreamTiles::wide) return false;
   if (problem.slots() == 0 || problem.slots() > kCtaSortSlots || problem.experts > kCtaSortExperts) return false;
   const int64_t experts_hit = std::min(problem.slots(), problem.experts);
   constexpr double kMostBytes = 1.2e9;
@@ -113,6 +123,7 @@ bool stream_sorts(const Problem& problem, StreamTiles tiles, Isa isa) {
 
 const char* against_stream(const Problem& problem, const Device& device, Choice& choice) {
   choice.stream.tiles = problem.slots() <= kNarrowTile * problem.experts ? StreamTiles::narrow : StreamTiles::wide;
+  if (stream_splits(problem, choice.isa)) choice.stream.tiles = StreamTiles::split;
   choice.stream.sorting = stream_sorts(problem, choice.stream.tiles, choice.isa);
   // How many tiles there will be is a guess: the routing is not known here. A dense layer has no routing.
   const int64_t tiles = problem.op == Op::linear ? ceil_div<int64_t>(problem.tokens, tile_width(choice.stream.tiles))
@@ -179,9 +190,13 @@ void describe(const Problem& p, const Device& device, Isa isa, std::string& text
 void describe_plan(const Problem& problem, const Choice& c, std::string& text) {
   switch (c.kernel) {
     case Kernel::few_slots_mlp:
-      line(text, "tile: %d rows x at most %d tokens", c.few_slots.halves ? kBlockRows / 2 : kBlockRows,
+      line(text, "tile: %d rows x at most %d tokens", kBlockRows / items_per_panel(c.few_slots.items, 0),
            c.few_slots.width);
-      line(text, "split: each of %d warps takes an equal run of its CTA's weight blocks", kFewSlotsWarps);
+      if (c.few_slots.items == FewSlotsItems::parts) {
+        line(text, "%s", "split: none");
+      } else {
+        line(text, "split: each of %d warps takes an equal run of its CTA's weight blocks", kFewSlotsWarps);
+      }
       line(text, "shared memory: %d bytes, %d of them tokens", c.few_slots.shared_bytes, c.few_slots.token_bytes);
       break;
     case Kernel::wgmma_experts: {
@@ -197,7 +212,9 @@ void describe_plan(const Problem& problem, const Choice& c, std::string& text) {
     }
     case Kernel::stream_gemm:
       line(text, "tile: %d rows x at most %d tokens (%s)", kBlockRows, tile_width(c.stream.tiles),
-           c.stream.tiles == StreamTiles::wide ? "wide" : "narrow");
+           c.stream.tiles == StreamTiles::wide    ? "wide"
+           : c.stream.tiles == StreamTiles::split ? "split"
+                                                  : "narrow");
       if (problem.op == Op::moe) {
         line(text, "split: k over %d warps in w13, over %d in w2", c.stream.k_ways[0], c.stream.k_ways[1]);
         line(text, "sort: %s", c.stream.sorting ? "by every CTA" : "by a launch before");
@@ -288,11 +305,11 @@ std::string explain(const Problem& problem, const Device& device) {
 // does, and this is no operation on tensors.
 //
 // op: "moe", "batched_moe" (tokens: T; top_k is 1), "grouped_gemm" or "linear". k: columns of x. n: I of the MLPs, else
-// the weight's rows. silu: Problem::silu. gated: whether the MLPs have gate rows. Writes at most `size`
+// the weight's rows. wide_gate: Problem::wide_gate. gated: whether the MLPs have gate rows. Writes at most `size`
 // bytes with the ending zero, and returns the text's length without it, or its negative length where it is an error.
 extern "C" __attribute__((visibility("default"))) int64_t
 nvfp4_explain_select(const char* op, const char* dtype, int64_t tokens, int64_t top_k, int64_t experts, int64_t k,
-                     int64_t n, int silu, int gated, int batch_invariant, int major, int multiprocessors,
+                     int64_t n, int wide_gate, int gated, int batch_invariant, int major, int multiprocessors,
                      int shared_memory_per_cta, char* text, int64_t size) {
   using namespace nvfp4::cuda;
   const auto answer = [&](const std::string& result, bool good) {
@@ -309,7 +326,7 @@ nvfp4_explain_select(const char* op, const char* dtype, int64_t tokens, int64_t 
                   .top_k = top_k,
                   .experts = experts,
                   .gemm = {},
-                  .silu = silu != 0,
+                  .wide_gate = wide_gate != 0,
                   .batch_invariant = batch_invariant != 0};
   const bool batched = std::strcmp(op, "batched_moe") == 0;
   if (batched || std::strcmp(op, "moe") == 0) {

@@ -17,13 +17,14 @@ import torch_nvfp4
 from helpers.layers import BF16, FP32, GATES, PackedLayer, activations, make_layer, seeded, to
 from helpers.recorded import RecordedOps
 from torch_nvfp4.ops.moe import decomposed_moe
-from torch_nvfp4.ops.select import explain_select
+from torch_nvfp4.ops.select import CudaDevice, explain_select
 from torch_nvfp4.testing import random_routing
 
-E, K, FEATURES, TOP_K = 6, 656, 208, 3  # parts of blocks and panels, and an odd number of k-blocks
-M = 360
-# CUDA: stream_gemm up to 5 slots per expert (10 tokens), wgmma_experts above, with narrow, tall and wide tiles.
-COUNTS = (1, 2, 7, 10, 11, 33, 100, 224, 225, 352, 353)
+E, K, FEATURES, TOP_K = 8, 656, 208, 3  # parts of blocks and panels, and an odd number of k-blocks
+M = 480
+# CUDA: few_slots_mlp up to 32 slots (10 tokens), stream_gemm up to 5 per expert (13 tokens), wgmma_experts above, with
+# tall and wide tiles.
+COUNTS = (1, 2, 7, 10, 11, 13, 14, 33, 100, 298, 299, 469, 470)
 
 
 @pytest.fixture(autouse=True)
@@ -53,12 +54,18 @@ def batches(seed: int) -> Iterator[Tensor]:
 
 def test_counts_reach_every_kernel() -> None:
     sizes = {"top_k": TOP_K, "experts": E, "hidden": K, "features": FEATURES, "batch_invariant": True}
-    tiles = {explain_select(m, **sizes)["kernel"].split()[0] + " " + explain_select(m, **sizes)["tile"] for m in COUNTS}
-    assert {tile.split(" (")[-1] for tile in tiles} == {"narrow)", "tall)", "wide)"}
-    for m in (1, 2, 7, 10, 33, 100):
-        answer = explain_select(m, **sizes)
-        assert answer["not few_slots_mlp"] == "how it splits k depends on the batch"
-        assert "k over" not in answer["split"] or answer["split"] == "k over 1 warps in w13, over 1 in w2"
+    answers = {m: explain_select(m, **sizes, device=CudaDevice()) for m in COUNTS}
+    tiles = {m: answer["kernel"].split()[0] + " " + answer["tile"] for m, answer in answers.items()}
+    assert {m: tile.split(" (")[-1] for m, tile in tiles.items()} == {
+        **{m: f"few_slots_mlp 16 rows x at most {min(m, 8)} tokens" for m in (1, 2, 7, 10)},
+        **dict.fromkeys((11, 13), "narrow)"),
+        **dict.fromkeys((14, 33, 100, 298, 470), "tall)"),
+        **dict.fromkeys((299, 469), "wide)"),
+    }
+    for answer in answers.values():
+        assert answer["split"] in ("none", "k over 1 warps in w13, over 1 in w2")
+    sm80 = explain_select(1, **sizes, device=CudaDevice(8, 108, 166912))
+    assert sm80["not few_slots_mlp"] == "how it splits k depends on the batch"
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -295,6 +295,99 @@ def humming_contenders(layer: Layer, dtype: torch.dtype) -> list[Contender]:
     return [Contender("humming indexed", indexed, dtype), Contender("humming grouped", grouped, dtype)]
 
 
+_Tile = tuple[int, int, int]
+# Tiles of slots, and (rows, k, CTAs per SM) of a GEMM's tile: those among which FlashInfer 0.7.2 tunes.
+_FLASHINFER_SLOTS = (16, 32, 64, 128)
+_FLASHINFER_TILES = (
+    (128, 128, 2), (256, 64, 2), (256, 128, 1), (128, 64, 2), (128, 64, 4), (128, 256, 2), (256, 64, 1), (256, 128, 2),
+    (256, 256, 1),
+)  # fmt: skip
+
+
+def flashinfer_contender(layer: Layer, dtype: torch.dtype) -> Contender:
+    """FlashInfer's cuTile MoE with NVFP4 weights and bf16 activations, tuned for each number of tokens.
+
+    Raises BenchError when FlashInfer or cuTile's compiler is not there.
+    """
+    if dtype != torch.bfloat16:
+        raise BenchError(f"--peer flashinfer: expected --dtype bf16, its only activations, got {dtype_name(dtype)}")
+    try:
+        fp4 = importlib.import_module("flashinfer.fused_moe.cutile.fp4")
+        swiglu = importlib.import_module("flashinfer.fused_moe.api").SwiGLU(limit=layer.clamp_limit)
+    except ImportError as error:
+        raise BenchError(
+            f"--peer flashinfer: expected the packages flashinfer-python (0.7.2) and cuda-tile[tileiras], got: {error}"
+        ) from error
+    shape, device = layer.shape, layer.w2.data.device
+    # On SM90 it takes the checkpoint's own layout. Layer.random gives gate and up the same global scale.
+    weights = (
+        layer.w13.data.flatten(1, -2), layer.w13.scale.flatten(1, -2), layer.w13.global_scale[:, 0].contiguous(),
+        layer.w2.data, layer.w2.scale, layer.w2.global_scale,
+    )  # fmt: skip
+    tuned: dict[int, Callable[[Case], Tensor]] = {}
+
+    def candidate(workspace: Any, slots: int, tiles: Sequence[_Tile]) -> Callable[[Case], Tensor]:
+        first, second = (fp4.GemmConfig(*tile) for tile in tiles)
+
+        def run(case: Case) -> Tensor:
+            return fp4.run_moe(
+                case.hidden_states, case.topk_ids, case.topk_weights, *weights, torch.empty_like(case.hidden_states),
+                workspace, activation=swiglu, activation_fp4=False, num_sms=0, block_size=slots, gemm1_config=first,
+                gemm2_config=second,
+            )  # fmt: skip
+
+        return run
+
+    def tune(case: Case) -> Callable[[Case], Tensor]:
+        workspace = fp4.allocate_workspace(
+            num_tokens=len(case.topk_ids), hidden_size=shape.hidden, intermediate_size=shape.intermediate,
+            num_experts=shape.experts, top_k=shape.top_k, is_gated=True, block_sizes=_FLASHINFER_SLOTS,
+            activation_fp4=False, device=device,
+        )  # fmt: skip
+        few = len(case.topk_ids) * shape.top_k <= 8 * shape.experts
+        slots = _FLASHINFER_SLOTS[:2] if few else _FLASHINFER_SLOTS[1:]
+        return min((_fastest(partial(candidate, workspace, of), case) for of in slots), key=lambda timed: timed[0])[1]
+
+    def run(case: Case) -> Tensor:
+        tokens = len(case.topk_ids)
+        if tokens not in tuned:
+            tuned[tokens] = tune(case)
+        return tuned[tokens](case)
+
+    return Contender("flashinfer", run, dtype, ids_dtype=torch.int32)
+
+
+def _fastest(
+    make: Callable[[Sequence[_Tile]], Callable[[Case], Tensor]], case: Case
+) -> tuple[float, Callable[[Case], Tensor]]:
+    """With the first GEMM's tile chosen before the second's, as FlashInfer tunes them."""
+    tiles = [_FLASHINFER_TILES[0]] * 2
+    best: tuple[float, Callable[[Case], Tensor]]
+    for gemm in range(2):
+        timed = []
+        for tile in _FLASHINFER_TILES:
+            run = make([tile if i == gemm else tiles[i] for i in range(2)])
+            timed.append((_time_once(run, case), tile, run))
+        milliseconds, tiles[gemm], run = min(timed, key=lambda t: t[0])
+        best = milliseconds, run
+    return best
+
+
+def _time_once(run: Callable[[Case], Tensor], case: Case) -> float:
+    """Milliseconds of a call; infinite where the compiler refuses the tile."""
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    try:
+        run(case)
+        begin.record()
+        for _ in range(3):
+            run(case)
+        end.record()
+        end.synchronize()
+    except (RuntimeError, ValueError):
+        return float("inf")
+    return begin.elapsed_time(end) / 3
+
+
 CPU_PEERS: dict[str, Callable[[Layer, torch.dtype], list[Contender]]] = {
     DEQUANTIZE: lambda layer, dtype: [dequantize_contender(layer, dtype)],
     "transformers": lambda layer, dtype: transformers_contenders(layer),
@@ -305,5 +398,6 @@ CPU_PEERS: dict[str, Callable[[Layer, torch.dtype], list[Contender]]] = {
 CUDA_PEERS: dict[str, Callable[[Layer, torch.dtype], list[Contender]]] = {
     "vllm": lambda layer, dtype: [vllm_contender(layer, dtype)],
     "humming": humming_contenders,
+    "flashinfer": lambda layer, dtype: [flashinfer_contender(layer, dtype)],
     "compiled": compiled_contenders,
 }

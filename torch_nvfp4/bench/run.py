@@ -70,7 +70,13 @@ def run_cuda(
 def _report(
     device: str, shape: Shape, dtype: torch.dtype, clamp_limit: float, peers: Sequence[str], skew: float
 ) -> Report:
-    of_peers = {"ggml": "ggml-python", "humming": "humming-kernels", "transformers": "transformers", "vllm": "vllm"}
+    of_peers = {
+        "flashinfer": "flashinfer-python",
+        "ggml": "ggml-python",
+        "humming": "humming-kernels",
+        "transformers": "transformers",
+        "vllm": "vllm",
+    }
     packages = ["torch", *(of_peers[peer] for peer in peers if peer in of_peers)]
     return Report(
         device=device,

@@ -87,9 +87,9 @@ def command(
         list[str] | None,
         typer.Option(
             "--peer",
-            help="What to compare with, repeatable: dequantize, transformers, ggml, kt (CPU), vllm, humming (CUDA), "
-            "compiled (the steps with their gate fused, left to Inductor, eager), none. Default on the CPU: "
-            "dequantize, and transformers where it is installed."
+            help="What to compare with, repeatable: dequantize, transformers, ggml, kt (CPU), vllm, humming, "
+            "flashinfer (CUDA), compiled (the steps with their gate fused, left to Inductor, eager), none. Default on "
+            "the CPU: dequantize, and transformers where it is installed."
         ),
     ] = None,
     seconds: Annotated[float, typer.Option("--seconds", min=0.0, help="Time to spend on each number of tokens.")] = 6.0,

@@ -65,7 +65,7 @@ def explain_select(
         dtype: ``torch.bfloat16`` or ``torch.float16``.
         activation: that of the experts, or None for a GEMM without one.
         gated: False for experts without a gate.
-        biases: whether the experts have biases.
+        biases: whether the experts have biases, which no choice depends on.
         batch_invariant: as the op takes it; not for ``op="batched_moe"``.
         device: default: the current CUDA device, or an H100 where there is none.
 
@@ -81,7 +81,7 @@ def explain_select(
     if device is None:
         device = CudaDevice.current() if torch.cuda.is_available() else CudaDevice()
     names = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-    silu = activation is None or (gated and parse_activation(activation) is Activation.silu)
+    wide = activation is None or (gated and parse_activation(activation) in (Activation.silu, Activation.situ))
     sizes = (tokens, top_k, experts, hidden, features)
     if any(not 0 <= size < 2**63 for size in sizes):
         raise ValueError(f"expected sizes from 0 to 2^63 - 1, got {sizes}")
@@ -90,7 +90,7 @@ def explain_select(
         raise ValueError(f"expected numbers of a device from 0 to 2^31 - 1, got {facts}")
     text = ctypes.create_string_buffer(4096)
     name = names.get(dtype, str(dtype))
-    flags = (silu and not biases, gated, batch_invariant)
+    flags = (wide, gated, batch_invariant)
     length = _function()(op.encode(), name.encode(), *sizes, *flags, *facts, text, len(text))
     answer = text.value.decode()
     if length < 0:

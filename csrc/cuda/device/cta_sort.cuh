@@ -15,7 +15,7 @@ class CtaSortedTiles {
 
  public:
   static constexpr int kMaxSlots = 1024;
-  static constexpr int kMaxTiles = 1088;
+  static constexpr int kMaxTiles = 1152;
   static constexpr int kMaxExperts = kBins - 1;
 
   struct Storage {

@@ -71,6 +71,36 @@ __device__ __forceinline__ float apply_gate(const Gate& gate, float g, float u) 
   }
 }
 
+// f(gate) with an activation that the compiler knows there: a loop over values in it has no branch for each of them.
+template <bool kExtended, class F>
+__device__ __forceinline__ void with_known_activation(const Gate& gate, const F& f) {
+  const auto known = [&](Activation activation) __attribute__((always_inline)) {
+    Gate g = gate;
+    g.activation = activation;
+    f(g);
+  };
+  switch (gate.activation) {
+    case Activation::silu:
+      if constexpr (kExtended) known(Activation::silu);
+      break;
+    case Activation::situ:
+      if constexpr (kExtended) known(Activation::situ);
+      break;
+    case Activation::swiglustep:
+      known(Activation::swiglustep);
+      break;
+    case Activation::gelu:
+      known(Activation::gelu);
+      break;
+    case Activation::gelu_tanh:
+      known(Activation::gelu_tanh);
+      break;
+    case Activation::relu2:
+      known(Activation::relu2);
+      break;
+  }
+}
+
 // Without a gate up is 1, which multiplies exactly.
 __device__ __forceinline__ float apply_activation(const Gate& gate, float x) { return apply_gate<true>(gate, x, 1.0f); }
 

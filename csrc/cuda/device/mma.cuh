@@ -59,13 +59,14 @@ struct TokenCursor {
 // refilled early.
 template <int kRowTiles>
 struct WeightTiles {
-  static_assert(kRowTiles == 2 || kRowTiles == 4);
+  static_assert(kRowTiles == 1 || kRowTiles == 2 || kRowTiles == 4);
   uint4 codes[kRowTiles];
-  uint32_t scales[kRowTiles / 2];
+  uint32_t scales[ceil_div(kRowTiles, 2)];
 
-  // The codes lie at the beginning of `block`, the scales where those of a whole block do: warp tiles first_tile and
-  // on.
-  static __device__ __forceinline__ WeightTiles read(const uint8_t* block, int first_tile = 0) {
+  // Warp tiles first_tile and on. The codes lie at the beginning of `block`, the scales where those of a whole block
+  // do, or behind so many bytes.
+  static __device__ __forceinline__ WeightTiles read(const uint8_t* block, int first_tile = 0,
+                                                     int scales_from = kBlockCodeBytes) {
     const int lane = threadIdx.x % kWarp;
     WeightTiles w;
 #pragma unroll
@@ -76,8 +77,12 @@ struct WeightTiles {
       const uint2 scales = *reinterpret_cast<const uint2*>(block + scales_at(0, lane));
       w.scales[0] = scales.x;
       w.scales[1] = scales.y;
+    } else if constexpr (kRowTiles == 1) {
+      w.scales[0] =
+          *reinterpret_cast<const uint16_t*>(block + scales_at(first_tile, lane) - kBlockCodeBytes + scales_from);
     } else {
-      w.scales[0] = *reinterpret_cast<const uint32_t*>(block + scales_at(first_tile, lane));
+      w.scales[0] =
+          *reinterpret_cast<const uint32_t*>(block + scales_at(first_tile, lane) - kBlockCodeBytes + scales_from);
     }
     return w;
   }

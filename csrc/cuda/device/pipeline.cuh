@@ -56,12 +56,12 @@ class CpAsyncRing {
 };
 
 // SM90: one lane starts a bulk copy that completes on the stage's mbarrier.
-template <int kStages_>
+template <int kStages_, int kStageBytes = kBlockBytes>
 class BulkRing {
  public:
   static constexpr int kStages = kStages_;
   static constexpr bool kFillQueues = false;
-  using Storage = BulkStorage<kStages>;
+  using Storage = BulkStorage<kStages, kStageBytes>;
 
   __device__ __forceinline__ void start(Storage& storage) {
     storage_ = &storage;
@@ -92,6 +92,17 @@ class BulkRing {
     ptx::bulk_load_if(elected && wanted, to, block + codes_at(first_tile, 0), kCodes, landed_ + stage * 8, policy_);
     ptx::bulk_load_if(elected && wanted, to + kBlockCodeBytes, block + kBlockCodeBytes, kBlockScaleBytes,
                       landed_ + stage * 8, policy_);
+  }
+
+  // So many warp tiles from first_tile on, and right behind their codes the scales of all four.
+  __device__ __forceinline__ void fill_part(int stage, bool wanted, const uint8_t* block, int first_tile, int tiles) {
+    const int codes = tiles * (kBlockCodeBytes / 4);
+    const bool elected = ptx::elect_one();
+    const uint32_t to = blocks_ + stage * kStageBytes;
+    ptx::mbarrier_arrive_expect_if(elected, landed_ + stage * 8, wanted ? codes + kBlockScaleBytes : 0);
+    ptx::bulk_load_if(elected && wanted, to, block + codes_at(first_tile, 0), codes, landed_ + stage * 8, policy_);
+    ptx::bulk_load_if(elected && wanted, to + codes, block + kBlockCodeBytes, kBlockScaleBytes, landed_ + stage * 8,
+                      policy_);
   }
 
   __device__ __forceinline__ const uint8_t* wait(int stage, uint32_t parity) {

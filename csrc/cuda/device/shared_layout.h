@@ -11,15 +11,18 @@ struct CpAsyncStorage {
   alignas(128) uint8_t block[kStages][kBlockBytes];
 };
 
-template <int kStages>
+template <int kStages, int kStageBytes = kBlockBytes>
 struct BulkStorage {
-  alignas(128) uint8_t block[kStages][kBlockBytes];
+  alignas(128) uint8_t block[kStages][kStageBytes];
   alignas(8) uint64_t landed[kStages];
 };
 
 // From a token's 64 rows of partial sums to the next token's: 4 floats of padding keep the stores of a fragment (8 rows
 // x 4 tokens at a time) on 32 different banks.
 constexpr int kPartialRows = kBlockRows + 4;
+
+// What a ring keeps of a block for `tiles` of its warp tiles: their codes, and the scales of all four.
+constexpr int part_bytes(int tiles) { return tiles * kBlockCodeBytes / 4 + kBlockScaleBytes; }
 
 constexpr int kTokenAtom = 8;  // rows of wgmma's swizzle
 

@@ -22,15 +22,19 @@
 namespace nvfp4::cuda {
 
 // kRowTiles: of a panel's four warp tiles, those of an item. Half panels spread a few large items evenly over the CTAs.
-// kExtended: with biases, activations without a gate and SiTU.
+// Of one warp tile in w13, and then of two in w2, they are for batch invariance: a warp multiplies whole items (parts),
+// and everything is rounded where stream_gemm, wgmma_experts and combine round it. kExtended: with biases, activations
+// without a gate and SiTU.
 template <class T, class Ring, int kWarps, int kRowTiles = 4, bool kExtended = false>
 class FewSlotsMlp {
   static constexpr bool kHalves = kRowTiles == 2;
-  static constexpr int kItemRows = 16 * kRowTiles;
+  static constexpr bool kParts = kRowTiles == 1;
+  static constexpr int kItemRows = 16 * kRowTiles;                      // of w13
+  static constexpr int kDownRows = kParts ? 2 * kItemRows : kItemRows;  // of w2
   static_assert(Ring::kStages % kTurnBlocks == 0);
   // fp16 tokens are two columns of bf16: column c holds the high part of the tile's token c, column c + kTokens the low
   // part. In shared memory a row's low parts lie behind its high ones.
-  static constexpr bool kSplit = std::is_same_v<T, fp16>;
+  static constexpr bool kSplit = std::is_same_v<T, fp16> && !kParts;
   using Operand = std::conditional_t<kSplit, bf16, T>;
   static constexpr int kTokens = kSplit ? kFewSlotsSplitWidth : kFewSlotsMaxWidth;  // of a column tile
 
@@ -86,12 +90,19 @@ class FewSlotsMlp {
         copy_tokens<true>(1, s);
       }
       ptx::cp_async_commit();
-      Outcome outcome = prepare(gemm_index, s, warp_);
+      int first = warp_;
+      if constexpr (kParts) first = p_.gemm[gemm_index].by_k_blocks.quotient(s.begin);
+      Outcome outcome = prepare(gemm_index, s, first);
       ptx::cp_async_wait<0>();
       __syncthreads();
       if (kSplit && gemm_index == 0) {
         split_rows(s);
         __syncthreads();
+      }
+      if constexpr (kParts) {
+        gemm_index == 0 ? multiply_parts<1>(0, s, first, outcome) : multiply_parts<2>(1, s, first, outcome);
+        __syncthreads();
+        continue;
       }
       const int before = p_.gemm[gemm_index].by_k_blocks.quotient(s.begin);
       int k = s.begin - before * p_.gemm[gemm_index].k_blocks;
@@ -118,7 +129,7 @@ class FewSlotsMlp {
     s.first_item = cta * each + min(cta, more);
     s.items = each + (cta < more ? 1 : 0);
     const int blocks = s.items * gemm.k_blocks;
-    s.run = round_up(ceil_div(blocks, kWarps), kTurnBlocks);
+    s.run = kParts ? ceil_div(s.items, kWarps) * gemm.k_blocks : round_up(ceil_div(blocks, kWarps), kTurnBlocks);
     s.begin = min(warp_ * s.run, blocks);
     s.blocks = min(s.run, blocks - s.begin);
     return s;
@@ -147,6 +158,12 @@ class FewSlotsMlp {
       fill_first_tile_ = panel % 2 * kRowTiles;
       panel /= 2;
     }
+    if constexpr (kParts) {
+      fill_tiles_ = fill_gemm_ == 0 ? 1 : 2;
+      const int parts = 4 / fill_tiles_;
+      fill_first_tile_ = panel % parts * fill_tiles_;
+      panel /= parts;
+    }
     const int64_t block = static_cast<int64_t>(panel) * gemm.k_blocks + fill_k_;
     fill_at_ = gemm.packed + tiles_.tile(tile).expert * gemm.expert_bytes + block * kBlockBytes;
     fill_left_ = min(fill_ahead_, gemm.k_blocks - fill_k_);
@@ -159,6 +176,8 @@ class FewSlotsMlp {
   __device__ __forceinline__ void refill(int first_stage, int i) {
     if constexpr (kHalves) {
       ring_.fill_half(first_stage + i, i < fill_left_, fill_at_ + i * kBlockBytes, fill_first_tile_);
+    } else if constexpr (kParts) {
+      ring_.fill_part(first_stage + i, i < fill_left_, fill_at_ + i * kBlockBytes, fill_first_tile_, fill_tiles_);
     } else {
       ring_.fill(first_stage + i, i < fill_left_, fill_at_ + i * kBlockBytes);
     }
@@ -259,20 +278,35 @@ class FewSlotsMlp {
     }
   }
 
-  // ---- an item's blocks k .. k + blocks - 1
-
-  __device__ __forceinline__ void multiply_blocks(int gemm_index, const Share& s, int item, int k, int blocks) {
+  // Where a lane's token of an item is, and which warp tiles of the panel are the item's.
+  struct TokenPlace {
+    uint32_t at;  // the lane's 16 k of block k
+    bool used;    // whether there is such a token
+    int first_tile;
+  };
+  template <int kTiles>
+  __device__ __forceinline__ TokenPlace find_token(int gemm_index, const Share& s, int item, int k) const {
     const FewSlotsGemm& gemm = p_.gemm[gemm_index];
     const int tile_index = gemm.by_items_per_tile.quotient(s.first_item + item);
     const ExpertTile tile = tiles_.tile(tile_index);
     const int token = lane_ / 4 % kTokens;
     const bool used = token < tile.count;
     const int row = token_row(gemm_index, s, tile_index, __shfl_sync(~0u, tiles_.slot(tile), token), used ? token : 0);
-    uint32_t x_at =
-        ptx::shared_address(tokens_) + row * gemm.row_bytes + k * (kBlockK * kElementBytes) + lane_ % 4 * 32;
-    if (kSplit && lane_ / 4 >= kTokens) x_at += gemm.row_chunks * kChunkBytes;
+    uint32_t at = ptx::shared_address(tokens_) + row * gemm.row_bytes + k * (kBlockK * kElementBytes) + lane_ % 4 * 32;
+    if (kSplit && lane_ / 4 >= kTokens) at += gemm.row_chunks * kChunkBytes;
+    constexpr int kItems = 4 / kTiles;  // of a panel
+    const int within = s.first_item + item - tile_index * gemm.items_per_tile;
+    return {at, used, kItems == 1 ? 0 : within % kItems * kTiles};
+  }
+
+  // ---- an item's blocks k .. k + blocks - 1
+
+  __device__ __forceinline__ void multiply_blocks(int gemm_index, const Share& s, int item, int k, int blocks) {
+    const TokenPlace place = find_token<kRowTiles>(gemm_index, s, item, k);
+    const bool used = place.used;
+    const int first_tile = place.first_tile;
+    uint32_t x_at = place.at;
     TokenBlock<1> x = {};
-    const int first_tile = kHalves ? (s.first_item + item - tile_index * gemm.items_per_tile) % 2 * kRowTiles : 0;
     float sum[kRowTiles][1][4] = {};
     for (int left = blocks; left > 0; left -= kTurnBlocks) {
       begin_turn();
@@ -317,6 +351,47 @@ class FewSlotsMlp {
     return partials_ + (warp + item) * p_.width * kPartialRows;
   }
 
+  // A warp has the 4 MMAs of a block to wait for, each for the one before. So weights are read a turn ahead.
+  template <int kTiles>
+  __device__ __forceinline__ void multiply_part(int gemm_index, const Share& s, int item, float* sums) {
+    const FewSlotsGemm& gemm = p_.gemm[gemm_index];
+    const TokenPlace place = find_token<kTiles>(gemm_index, s, item, 0);
+    uint32_t x_at = place.at;
+    TokenBlock<1> x[kTurnBlocks] = {};
+    WeightTiles<kTiles> next[kTurnBlocks];
+    read_turn(stage_, parity_, place.first_tile, next);
+    float sum[kTiles][1][4] = {};
+    for (int left = gemm.k_blocks; left > 0; left -= kTurnBlocks) {
+      x[0].load_shared_if(place.used, x_at);
+      x[1].load_shared_if(place.used && left > 1, x_at + kBlockK * kElementBytes);
+      const WeightTiles<kTiles> w[kTurnBlocks] = {next[0], next[1]};
+      const int stage = stage_;
+      if ((stage_ += kTurnBlocks) == Ring::kStages) {
+        stage_ = 0;
+        parity_ ^= 1;
+      }
+      if (left > kTurnBlocks) read_turn(stage_, parity_, place.first_tile, next);
+      multiply<Operand>(w[0], x[0], sum);
+      if (left > 1) multiply<Operand>(w[1], x[1], sum);
+      __syncwarp();
+      begin_turn();
+#pragma unroll
+      for (int i = 0; i < kTurnBlocks; ++i) refill(stage, i);
+      end_turn();
+      x_at += kTurnBlocks * kBlockK * kElementBytes;
+    }
+    store_partial(sums, p_.width, sum);
+  }
+
+  template <int kTiles>
+  __device__ __forceinline__ void read_turn(int stage, uint32_t parity, int first_tile,
+                                            WeightTiles<kTiles> (&w)[kTurnBlocks]) {
+#pragma unroll
+    for (int i = 0; i < kTurnBlocks; ++i) {
+      w[i] = WeightTiles<kTiles>::read(ring_.wait(stage + i, parity), first_tile, kTiles * (kBlockCodeBytes / 4));
+    }
+  }
+
   // ---- the end of a GEMM
 
   // What finishing an item takes from global memory.
@@ -356,22 +431,49 @@ class FewSlotsMlp {
     return o;
   }
 
+  // This warp's items, one after the other.
+  template <int kTiles>
+  __device__ __forceinline__ void multiply_parts(int gemm_index, const Share& s, int first, Outcome outcome) {
+    const FewSlotsGemm& gemm = p_.gemm[gemm_index];
+    float* sums = partials_ + warp_ * p_.width * kPartialRows;
+    for (int item = first, left = s.blocks; left > 0; ++item, left -= gemm.k_blocks) {
+      multiply_part<kTiles>(gemm_index, s, item, sums);
+      __syncwarp();
+      finish_item(gemm_index, sums, 1, outcome);
+      __syncwarp();
+      if (left > gemm.k_blocks) outcome = prepare(gemm_index, s, item + 1);
+    }
+  }
+
   __device__ __forceinline__ void finish(int gemm_index, const Share& s, int i, const Outcome& o) const {
     // The warps whose runs hold some of the item are consecutive.
     const int k_blocks = p_.gemm[gemm_index].k_blocks;
     const int begin = min(lane_ * s.run, s.items * k_blocks);
     const bool has = lane_ < kWarps && begin < (i + 1) * k_blocks && begin + s.run > i * k_blocks;
     const unsigned runs = __ballot_sync(~0u, has);
-    const float* sums = partial(__ffs(runs) - 1, i);
+    finish_item(gemm_index, partial(__ffs(runs) - 1, i), __popc(runs), o);
+  }
+
+  __device__ __forceinline__ void finish_item(int gemm_index, const float* sums, int ways, const Outcome& o) const {
     if constexpr (kExtended) {
-      if (gemm_index == 0 && !p_.gated) return write_plain_hidden(sums, __popc(runs), o);
+      if (gemm_index == 0 && !p_.gated) return write_plain_hidden(sums, ways, o);
     }
     if (gemm_index == 0) {
-      write_hidden(sums, __popc(runs), o);
+      write_hidden(sums, ways, o);
     } else {
-      write_expert_out(sums, __popc(runs), o);
+      write_expert_out(sums, ways, o);
       if (o.tile_index == tiles_.size() - 1) sum_panel(o);
     }
+  }
+
+  static __device__ __forceinline__ float2 sum_of(const float* sums, int stride, int ways, int token, int row) {
+    if constexpr (kParts) return *reinterpret_cast<const float2*>(sums + token * kPartialRows + row);
+    return reduce(sums, stride, ways, token, row);
+  }
+
+  static __device__ __forceinline__ float2 scale_sum(float2 sum, float slot_scale, float weight_scale) {
+    if constexpr (kParts) return scaled(scaled(sum, slot_scale), weight_scale * kDecodeFactor);
+    return scaled(sum, weight_scale * (slot_scale * kDecodeFactor));
   }
 
   __device__ __forceinline__ void write_hidden(const float* sums, int ways, const Outcome& o) const {
@@ -385,10 +487,10 @@ class FewSlotsMlp {
     for (int base = 0; base < o.tile.count; base += kWarp / kLanes) {
       const int token = base + lane_ / kLanes;
       const int64_t to = __shfl_sync(~0u, o.slot, token % kWarp);
-      const float scale = __shfl_sync(~0u, o.scale, token % kWarp) * kDecodeFactor;
+      const float scale = __shfl_sync(~0u, o.scale, token % kWarp);
       if (token >= o.tile.count || column >= columns) continue;
-      float2 g = scaled(reduce(sums, stride, ways, token, row), o.upper * scale);
-      float2 u = scaled(reduce(sums, stride, ways, token, row + 8), o.lower * scale);
+      float2 g = scale_sum(sum_of(sums, stride, ways, token, row), scale, o.upper);
+      float2 u = scale_sum(sum_of(sums, stride, ways, token, row + 8), scale, o.lower);
       if constexpr (kExtended) {
         g = with_bias(g, 0, o, column);
         u = with_bias(u, 0, o, columns + column);
@@ -408,9 +510,9 @@ class FewSlotsMlp {
     for (int base = 0; base < o.tile.count; base += kWarp / kLanes) {
       const int token = base + lane_ / kLanes;
       const int64_t to = __shfl_sync(~0u, o.slot, token % kWarp);
-      const float scale = __shfl_sync(~0u, o.scale, token % kWarp) * kDecodeFactor;
+      const float scale = __shfl_sync(~0u, o.scale, token % kWarp);
       if (token >= o.tile.count || column >= columns) continue;
-      const float2 v = with_bias(scaled(reduce(sums, stride, ways, token, row), o.upper * scale), 0, o, column);
+      const float2 v = with_bias(scale_sum(sum_of(sums, stride, ways, token, row), scale, o.upper), 0, o, column);
       ptx::store_relaxed_32(static_cast<T*>(p_.hidden) + to * columns + column,
                             pack2<T>(apply_activation(p_.gate, v.x), apply_activation(p_.gate, v.y)));
     }
@@ -426,15 +528,16 @@ class FewSlotsMlp {
   __device__ __forceinline__ void write_expert_out(const float* sums, int ways, const Outcome& o) const {
     const int stride = p_.width * kPartialRows;
     const int n = p_.gemm[1].n;
-    constexpr int kLanes = kItemRows / 2;  // of a token
+    constexpr int kLanes = kDownRows / 2;  // of a token
     const int row = lane_ % kLanes * 2;
-    const int column = o.panel * kItemRows + row;
+    const int column = o.panel * kDownRows + row;
     for (int base = 0; base < o.tile.count; base += kWarp / kLanes) {
       const int token = base + lane_ / kLanes;
       const int64_t to = __shfl_sync(~0u, o.slot, token % kWarp);
       if (token >= o.tile.count || column >= n) continue;
-      float2 v = scaled(reduce(sums, stride, ways, token, row), o.upper * kDecodeFactor);
+      float2 v = scaled(sum_of(sums, stride, ways, token, row), o.upper * kDecodeFactor);
       if constexpr (kExtended) v = with_bias(v, 1, o, column);
+      if constexpr (kParts) v = unpack2<T>(pack2<T>(v.x, v.y));
       ptx::store_relaxed_64(p_.expert_out + to * n + column, make_uint2(__float_as_uint(v.x), __float_as_uint(v.y)));
     }
   }
@@ -445,8 +548,8 @@ class FewSlotsMlp {
     const int n = p_.gemm[1].n;
     const int slots = p_.gemm[1].rows;
     const unsigned used = tiles_.used_slots();
-    const int column = o.panel * kItemRows + 2 * lane_;
-    const bool inside = 2 * lane_ < kItemRows && column < n;
+    const int column = o.panel * kDownRows + 2 * lane_;
+    const bool inside = 2 * lane_ < kDownRows && column < n;
     const float* rows = p_.expert_out + column;
     float2 total = make_float2(0.0f, 0.0f);
     int token = 0;
@@ -508,6 +611,7 @@ class FewSlotsMlp {
   int fill_item_;  // the next item
   int fill_k_;
   int fill_first_tile_ = 0;
+  int fill_tiles_ = 0;
   int stage_ = 0;
   uint32_t parity_ = 0;
 };

@@ -11,6 +11,7 @@
 #include "../../device/mma.cuh"
 #include "../../device/pipeline.cuh"
 #include "../../device/scheduler.cuh"
+#include "../../device/split.cuh"
 #include "params.h"
 
 namespace nvfp4::cuda {
@@ -46,10 +47,13 @@ __device__ __forceinline__ BatchTiles batch_tiles(const StreamGemmParams& p) {
   return BatchTiles(p.tile_table, __ldcg(p.gemm_index == 0 ? &p.tile_table->y : &p.tile_table->z));
 }
 
-// kExtended: with experts' biases, activations without a gate and SiTU.
-template <class T, class Ring, class Tiles, int kMaxTiles, int kWarps, bool kExtended>
+// kExtended: with experts' biases, activations without a gate and SiTU. kSplit: a row of x and of `hidden`, which it
+// writes for itself, is two of bf16, the high and the low parts of its fp16 values. Up to 4 tokens have them in columns
+// c and c + 4 of one column tile, more in two column tiles.
+template <class T, class Ring, class Tiles, int kMaxTiles, int kWarps, bool kExtended, bool kSplit = false>
 class StreamGemm {
   static_assert(Ring::kStages % kTurnBlocks == 0);
+  using Operand = std::conditional_t<kSplit, bf16, T>;
 
  public:
   using Storage = StreamStorage<Ring, kWarps>;
@@ -124,7 +128,7 @@ class StreamGemm {
       const Scales scales = load_scales(tile, slot);
       int next_slot;
       const auto prepare_next = [&] { next_slot = tiles_.slot(next_tile); };  // by now next_tile has arrived
-      switch (ceil_div(tile.count, 8)) {
+      switch (ceil_div(tile.count, kSplit ? 4 : 8)) {
         case 1:
           multiply_item<1>(tile, slot, place.panel, scales, prepare_next);
           break;
@@ -226,7 +230,7 @@ class StreamGemm {
         }
         if (here) {
           rows.load(x[(i + 1) % kTurnBlocks], step);
-          multiply<T>(w, x[i], sum);
+          multiply<Operand>(w, x[i], sum);
         }
         if constexpr (!Ring::kFillQueues) {  // only now: what has been multiplied has been loaded
           __syncwarp();
@@ -240,8 +244,10 @@ class StreamGemm {
       }
     }
     prepare_next();
+    constexpr int kColumnTiles = kSplit ? 1 : kTiles;
+    if constexpr (kSplit) add_low_parts(sum);
 #pragma unroll
-    for (int column_tile = 0; column_tile < kTiles; ++column_tile) {
+    for (int column_tile = 0; column_tile < kColumnTiles; ++column_tile) {
       PartialSums* partial = storage_.partial[buffer_] + team_ * k_ways();
       partial[way_].store(sum, column_tile);
       ptx::barrier_sync(team_, k_ways() * kWarp);
@@ -255,15 +261,43 @@ class StreamGemm {
     const int row = slot / p_.slots_per_row;
     const int first_k = way_ * kBlockK;
     TokenCursor<kTiles> rows;
+    if constexpr (kSplit) {
 #pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
-      const int64_t token_row = __shfl_sync(~0u, row, 8 * i + lane_ / 4);
-      rows.used[i] = 8 * i + lane_ / 4 < tile.count;
-      rows.at[i] =
-          reinterpret_cast<const uint4*>(static_cast<const T*>(p_.x) + token_row * p_.k + first_k + lane_ % 4 * 16);
+      for (int i = 0; i < kTiles; ++i) {
+        const int token = kTiles == 1 ? lane_ / 4 % 4 : lane_ / 4;
+        const int part = kTiles == 1 ? lane_ / 16 : i;
+        const int64_t token_row = 2 * __shfl_sync(~0u, row, token) + part;
+        rows.used[i] = token < tile.count;
+        rows.at[i] =
+            reinterpret_cast<const uint4*>(static_cast<const T*>(p_.x) + token_row * p_.k + first_k + lane_ % 4 * 16);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i) {
+        const int64_t token_row = __shfl_sync(~0u, row, 8 * i + lane_ / 4);
+        rows.used[i] = 8 * i + lane_ / 4 < tile.count;
+        rows.at[i] =
+            reinterpret_cast<const uint4*>(static_cast<const T*>(p_.x) + token_row * p_.k + first_k + lane_ % 4 * 16);
+      }
     }
     rows.k_left = p_.k - first_k;
     return rows;
+  }
+
+  // Lane (r, t) has columns 2 t and 2 t + 1.
+  template <int kTiles>
+  static __device__ __forceinline__ void add_low_parts(float (&sum)[4][kTiles][4]) {
+#pragma unroll
+    for (auto& tile_sum : sum) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if constexpr (kTiles == 1) {
+          tile_sum[0][i] += __shfl_down_sync(~0u, tile_sum[0][i], 2);
+        } else {
+          tile_sum[0][i] += tile_sum[1][i];
+        }
+      }
+    }
   }
 
   // ---- the end of an item
@@ -292,7 +326,7 @@ class StreamGemm {
         if (p_.has_gate) {
           const float2 v =
               make_float2(apply_gate<kExtended>(p_.gate, g.x, u.x), apply_gate<kExtended>(p_.gate, g.y, u.y));
-          store_pair<T>(p_.out, to * (p_.n / 2) + column, v);
+          store_hidden(to, p_.n / 2, column, v);
         } else {
           store_pair<T>(p_.out, to * p_.n + column, with_bias(g, column));
           store_pair<T>(p_.out, to * p_.n + p_.n / 2 + column, with_bias(u, p_.n / 2 + column));
@@ -308,10 +342,25 @@ class StreamGemm {
         float2 v = scaled(reduce(partial, k_ways(), token, 2 * lane_), scale, scales.upper);
         if constexpr (kExtended) {
           v = with_expert_bias(v, tile, column);
-          if (p_.has_gate) v = make_float2(apply_activation(p_.gate, v.x), apply_activation(p_.gate, v.y));
+          if (p_.has_gate) {
+            v = make_float2(apply_activation(p_.gate, v.x), apply_activation(p_.gate, v.y));
+            store_hidden(to, p_.n, column, v);
+            continue;
+          }
         }
         store_pair<T>(p_.out, to * p_.n + column, with_bias(v, column));
       }
+    }
+  }
+
+  __device__ __forceinline__ void store_hidden(int64_t slot, int columns, int column, float2 v) const {
+    if constexpr (kSplit) {
+      const SplitPair parts = nvfp4::cuda::split(pack2<T>(v.x, v.y));
+      uint32_t* at = reinterpret_cast<uint32_t*>(static_cast<T*>(p_.out) + slot * 2 * columns + column);
+      at[0] = parts.high;
+      at[columns / 2] = parts.low;
+    } else {
+      store_pair<T>(p_.out, slot * columns + column, v);
     }
   }
 

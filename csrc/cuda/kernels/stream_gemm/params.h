@@ -61,6 +61,9 @@ inline StreamGemmParams stream_gemm_params(const Weight& weight, int k_ways) {
 void stream_gemm_sm80(DType dtype, StreamTiles tiles, const StreamGemmParams& params, void* stream);
 void stream_gemm_sm90(DType dtype, StreamTiles tiles, const StreamGemmParams& params, void* stream);
 
+// Rows of x [rows, k] in fp16 as StreamTiles::split reads them: [rows][2][k] in bf16, the high parts first.
+void stream_split_rows(const void* x, int64_t rows, int64_t k, void* split, void* stream);
+
 inline void stream_gemm(Isa isa, DType dtype, StreamTiles tiles, const StreamGemmParams& params, void* stream) {
   (isa == Isa::sm80 ? stream_gemm_sm80 : stream_gemm_sm90)(dtype, tiles, params, stream);
 }

@@ -8,13 +8,17 @@ namespace nvfp4::cuda {
 // How many tokens a tile may have.
 constexpr int kNarrowTile = 16;
 constexpr int kWideTile = 32;
+constexpr int kSplitTile = 8;
 
 enum class StreamTiles {
   narrow,  // up to kNarrowTile tokens
   wide,    // up to kWideTile tokens; its registers halve the warps that fit into an SM
+  split,   // up to kSplitTile tokens in fp16, each of them two columns of bf16 (device/split.cuh); moe on SM90
 };
 
-constexpr int tile_width(StreamTiles tiles) { return tiles == StreamTiles::wide ? kWideTile : kNarrowTile; }
+constexpr int tile_width(StreamTiles tiles) {
+  return tiles == StreamTiles::wide ? kWideTile : tiles == StreamTiles::split ? kSplitTile : kNarrowTile;
+}
 
 // How many warps share an item: the fewer, the rarer are reductions; but some warps should be left to find work, and a
 // warp that shares an item should find more than a few blocks of it.

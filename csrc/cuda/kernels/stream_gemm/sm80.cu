@@ -36,6 +36,8 @@ StreamGemmLaunch choose(StreamTiles tiles, bool batched) {
       return with<T, 2, 8, 2, kExtended>(batched);
     case StreamTiles::wide:
       return with<T, 4, 8, 1, kExtended>(batched);
+    case StreamTiles::split:  // select() gives it none
+      break;
   }
   return {};
 }

@@ -42,28 +42,35 @@ constexpr int kGatedBytes = 64;  // of a token in a warpgroup's staging
 
 // The gate in registers. Then lane (r, t) lays what it has of token 8 i + r, the pair of features 2 t and 2 t + 1 of
 // the warp's 8, into staging at word [warp][token][t]. kTokens of them, from sum[0] on.
-template <class T, int kTokens, bool kSilu, bool kExtended>
+template <class T, int kTokens, GateKind kGate, bool kExtended>
 __device__ __forceinline__ void stage_gated(const Params& p, const Consumer& c, bool exists, const float* sum,
                                             Scales scales, uint32_t staging) {
   Gate gate = p.gate;
-  if constexpr (kSilu) gate.activation = Activation::silu;
   gate.limit = gate.clamped ? gate.limit : INFINITY;  // instead of a branch for each value
   gate.clamped = true;
   const uint32_t to = staging + c.warp * kTokens * 16 + c.lane * 4;
+  const auto stage = [&](const Gate& known) __attribute__((always_inline)) {
 #pragma unroll
-  for (int i = 0; i < kTokens / 8; ++i) {
-    float low, high;
-    if constexpr (kExtended) {
-      low = apply_gate<true>(gate, scale_and_add(sum[4 * i], scales.gate, scales.gate_bias),
-                             scale_and_add(sum[4 * i + 2], scales.up, scales.up_bias));
-      high = apply_gate<true>(gate, scale_and_add(sum[4 * i + 1], scales.gate, scales.gate_bias),
-                              scale_and_add(sum[4 * i + 3], scales.up, scales.up_bias));
-    } else {
-      low = apply_gate(gate, sum[4 * i] * scales.gate, sum[4 * i + 2] * scales.up);
-      high = apply_gate(gate, sum[4 * i + 1] * scales.gate, sum[4 * i + 3] * scales.up);
+    for (int i = 0; i < kTokens / 8; ++i) {
+      float low, high;
+      if constexpr (kExtended) {
+        low = apply_gate<true>(known, scale_and_add(sum[4 * i], scales.gate, scales.gate_bias),
+                               scale_and_add(sum[4 * i + 2], scales.up, scales.up_bias));
+        high = apply_gate<true>(known, scale_and_add(sum[4 * i + 1], scales.gate, scales.gate_bias),
+                                scale_and_add(sum[4 * i + 3], scales.up, scales.up_bias));
+      } else {
+        low = apply_gate(known, sum[4 * i] * scales.gate, sum[4 * i + 2] * scales.up);
+        high = apply_gate(known, sum[4 * i + 1] * scales.gate, sum[4 * i + 3] * scales.up);
+      }
+      const uint32_t pair = ptx::transpose(pack2<T>(low, high));
+      ptx::store_shared_32(to + i * 128, exists ? pair : 0);
     }
-    const uint32_t pair = ptx::transpose(pack2<T>(low, high));
-    ptx::store_shared_32(to + i * 128, exists ? pair : 0);
+  };
+  if constexpr (kGate == GateKind::other) {
+    with_known_activation<false>(gate, stage);
+  } else {
+    gate.activation = kGate == GateKind::silu ? Activation::silu : Activation::situ;
+    stage(gate);
   }
 }
 
@@ -118,32 +125,31 @@ __device__ __forceinline__ void store_gated(const Params& p, const Tile<S>& tile
   }
 }
 
-template <class S, class T, int N, bool kSilu, int kFirst = 0>
+template <class S, class T, int N, GateKind kGate, int kFirst = 0>
 __device__ __forceinline__ void finish_gated(const Params& p, const Tile<S>& tile, const Consumer& c,
                                              const float (&sum)[N / 2], Scales scales) {
   constexpr int kTokens = kStaged<N, kFirst, kGatedBytes>;
   const uint32_t staging = c.staging + c.group * kStagingBytes;
   const bool exists = tile.row_tile * S::kConsumers + warp_rows<S>(c.group, c.warp, true).panel < p.gemm[0].panels;
   ptx::barrier_sync(1 + c.group, kWarpgroup);
-  stage_gated<T, kTokens, kSilu, S::kExtended>(p, c, exists, &sum[kFirst / 2], scales, staging);
+  stage_gated<T, kTokens, kGate, S::kExtended>(p, c, exists, &sum[kFirst / 2], scales, staging);
   ptx::barrier_sync(1 + c.group, kWarpgroup);
   if (p.mlp) {
     store_hidden<S, kTokens>(p, tile, c, kFirst, staging);
   } else {
     store_gated<S, T, kTokens>(p, tile, c, kFirst, staging);
   }
-  if constexpr (kFirst + kTokens < N) finish_gated<S, T, N, kSilu, kFirst + kTokens>(p, tile, c, sum, scales);
+  if constexpr (kFirst + kTokens < N) finish_gated<S, T, N, kGate, kFirst + kTokens>(p, tile, c, sum, scales);
 }
 
 // Rows r and r + 8 of a warp's 16 are chunks 2 w and 2 w + 1 of a token's 64 rows. Lays the 8 tokens of d[0..3], and
 // the 8 of d[4..7] if there are two blocks, into staging.
 template <class T, int kBlocks, bool kExtended>
-__device__ __forceinline__ void stage_plain(const Params& p, bool activates, const float* d, Scales scales,
-                                            uint32_t address) {
+__device__ __forceinline__ void stage_plain(const Gate* gate, const float* d, Scales scales, uint32_t address) {
   const auto end = [&](float sum, float scale, float bias) {
     if constexpr (kExtended) {
       const float v = scale_and_add(sum, scale, bias);
-      return activates ? apply_activation(p.gate, v) : v;
+      return gate != nullptr ? apply_activation(*gate, v) : v;
     } else {
       return sum * scale;
     }
@@ -181,7 +187,7 @@ __device__ __forceinline__ void store_plain_hidden(const Params& p, const Tile<S
 
 // Writes the tile's tokens to their slots, as many at a time as staging holds. In extended kernels `activates`: what
 // the activation makes of them, to where GEMM2 reads it if there is one.
-template <class S, class T, int N, int kFirst = 0>
+template <class S, class T, int N, GateKind kGate, int kFirst = 0>
 __device__ __forceinline__ void store_plain(const Params& p, const ExpertGemm& gemm, const Tile<S>& tile,
                                             const Consumer& c, const float (&sum)[N / 2], Scales scales,
                                             bool activates) {
@@ -190,19 +196,27 @@ __device__ __forceinline__ void store_plain(const Params& p, const ExpertGemm& g
   ptx::barrier_sync(1 + c.group, kWarpgroup);
   const int matrix = c.lane / 8;
   const uint32_t to = staging + swizzled(matrix / 2 * 8 + c.lane % 8, 2 * c.warp + matrix % 2);
+  const auto stage = [&](const Gate* gate) __attribute__((always_inline)) {
 #pragma unroll
-  for (int i = 0; i + 16 <= kTokens; i += 16) {
-    stage_plain<T, 2, S::kExtended>(p, activates, &sum[(kFirst + i) / 2], scales, to + i * kTokenBytes);
-  }
-  if constexpr (kTokens % 16 != 0) {
-    constexpr int i = kTokens - 8;
-    stage_plain<T, 1, S::kExtended>(p, activates, &sum[(kFirst + i) / 2], scales, to + i * kTokenBytes);
+    for (int i = 0; i + 16 <= kTokens; i += 16) {
+      stage_plain<T, 2, S::kExtended>(gate, &sum[(kFirst + i) / 2], scales, to + i * kTokenBytes);
+    }
+    if constexpr (kTokens % 16 != 0) {
+      constexpr int i = kTokens - 8;
+      stage_plain<T, 1, S::kExtended>(gate, &sum[(kFirst + i) / 2], scales, to + i * kTokenBytes);
+    }
+  };
+  constexpr bool kActivates = S::kExtended && kGate == GateKind::other;
+  if (kActivates && activates) {
+    with_known_activation<true>(p.gate, [&](const Gate& known) __attribute__((always_inline)) { stage(&known); });
+  } else {
+    stage(nullptr);
   }
   ptx::barrier_sync(1 + c.group, kWarpgroup);
   const int panel = tile.row_tile * S::kConsumers + c.group;
   const int chunk = c.thread % 8;
   const int64_t feature = gemm.gated ? panel * int64_t{32} + chunk / 2 * 8 : panel * int64_t{64} + chunk * 8;
-  if (S::kExtended && activates && p.mlp) {
+  if (kActivates && activates && p.mlp) {
     store_plain_hidden<S, kTokens>(p, tile, c, kFirst, staging);
   } else if (feature < (gemm.gated ? gemm.n / 2 : gemm.n)) {
     T* out = static_cast<T*>(p.out) + feature + (gemm.gated ? chunk % 2 * (gemm.n / 2) : 0);
@@ -212,14 +226,16 @@ __device__ __forceinline__ void store_plain(const Params& p, const ExpertGemm& g
     }
   }
   if constexpr (kFirst + kTokens < N) {
-    store_plain<S, T, N, kFirst + kTokens>(p, gemm, tile, c, sum, scales, activates);
+    store_plain<S, T, N, kGate, kFirst + kTokens>(p, gemm, tile, c, sum, scales, activates);
   }
 }
 
-// The biases of a lane's two rows: in the gated layout a feature's gate and up, else two features.
+// The biases of a lane's two rows: in the gated layout a feature's gate and up, else two features. They are asked for
+// before the tile is multiplied.
 template <class S>
-__device__ __forceinline__ Scales with_tile_biases(const ExpertGemm& gemm, const float* bias, const Tile<S>& tile,
-                                                   const Consumer& c, Scales scales, bool gate_applies) {
+__device__ __forceinline__ Scales tile_biases(const ExpertGemm& gemm, const float* bias, const Tile<S>& tile,
+                                              const Consumer& c, bool gate_applies) {
+  Scales scales{};
   const WarpRows rows = warp_rows<S>(c.group, c.warp, gate_applies);
   const int64_t panel = tile.row_tile * S::kConsumers + rows.panel;
   const int64_t half = gemm.gated ? gemm.n / 2 : 0;
@@ -232,25 +248,22 @@ __device__ __forceinline__ Scales with_tile_biases(const ExpertGemm& gemm, const
   return scales;
 }
 
-template <class S, class T, int N, bool kSilu>
+template <class S, class T, int N, GateKind kGate>
 __device__ __forceinline__ void finish_tile(const Params& p, Shared<S>& shared, const Tile<S>& tile,
-                                            float (&sum)[N / 2], const Consumer& c, bool active) {
+                                            float (&sum)[N / 2], const Consumer& c, Scales scales, bool active) {
   const bool first_gemm = tile.gemm_index == 0;
-  Scales scales{tile.gate_scale, tile.up_scale};
-  const bool activates = S::kExtended && first_gemm && p.activates;
-  if constexpr (S::kExtended) {
-    scales = with_tile_biases(p.gemm[tile.gemm_index], p.bias[tile.gemm_index], tile, c, scales,
-                              first_gemm && p.gate_applies);
-  }
+  scales.gate = tile.gate_scale;
+  scales.up = tile.up_scale;
+  const bool activates = S::kExtended && kGate == GateKind::other && first_gemm && p.activates;
   if (first_gemm && p.slot_scale != nullptr) scale_slots<S, N>(tile, c, sum);
   if (first_gemm && p.gate_applies) {
-    finish_gated<S, T, N, kSilu>(p, tile, c, sum, scales);
+    finish_gated<S, T, N, kGate>(p, tile, c, sum, scales);
     if (p.mlp) {
       __syncwarp();
       warp_arrive(ptx::shared_address(&shared.stored), c.lane);
     }
   } else if (active) {
-    store_plain<S, T, N>(p, p.gemm[tile.gemm_index], tile, c, sum, scales, activates);
+    store_plain<S, T, N, kGate>(p, p.gemm[tile.gemm_index], tile, c, sum, scales, activates);
   }
   if (S::kExtended && activates && p.mlp) {
     __syncwarp();

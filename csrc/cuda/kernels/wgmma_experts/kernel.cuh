@@ -22,7 +22,7 @@
 
 namespace nvfp4::cuda::wgmma_experts {
 
-template <class S, class T, int N, bool kSilu>
+template <class S, class T, int N, GateKind kGate>
 __device__ __forceinline__ void consume_tile(const Params& p, Shared<S>& shared, const Tile<S>& tile, Ring& ring,
                                              uint32_t staging) {
   float sum[N / 2];
@@ -34,15 +34,17 @@ __device__ __forceinline__ void consume_tile(const Params& p, Shared<S>& shared,
   const bool gated = p.gate_applies && uniform(tile.gemm_index) == 0;
   const int first_panel = uniform(tile.row_tile) * S::kConsumers + warp_rows<S>(uniform(c.group), 0, gated).panel;
   const bool active = first_panel < gemm.panels;
+  Scales scales{};
+  if constexpr (S::kExtended) scales = tile_biases(gemm, p.bias[uniform(tile.gemm_index)], tile, c, gated);
   if (active) {
     multiply_tile<S, T, N>(sum, ring, c, warp_rows<S>(c.group, c.warp, gated), k_blocks);
   } else {
     skip_tile(ring, c, k_blocks);
   }
-  finish_tile<S, T, N, kSilu>(p, shared, tile, sum, current_consumer(staging), active);
+  finish_tile<S, T, N, kGate>(p, shared, tile, sum, current_consumer(staging), scales, active);
 }
 
-template <class S, class T, bool kSilu>
+template <class S, class T, GateKind kGate>
 __device__ __forceinline__ void consume_tiles(const Params& p, Shared<S>& shared, Ring ring, uint32_t staging) {
   TileReader<S> reader{shared};
   while (const Tile<S>* tile = reader.next()) {
@@ -50,7 +52,7 @@ __device__ __forceinline__ void consume_tiles(const Params& p, Shared<S>& shared
 #define NVFP4_WIDTH(N)                                               \
   case N / kTokenAtom:                                               \
     if constexpr (N <= S::kMaxWidth && S::tile_width(N) == N) {      \
-      consume_tile<S, T, N, kSilu>(p, shared, *tile, ring, staging); \
+      consume_tile<S, T, N, kGate>(p, shared, *tile, ring, staging); \
     }                                                                \
     break;
       NVFP4_WIDTH(8)
@@ -83,7 +85,7 @@ __device__ __forceinline__ void consume_tiles(const Params& p, Shared<S>& shared
   }
 }
 
-template <class S, class T, bool kSilu>
+template <class S, class T, GateKind kGate>
 __global__ void __launch_bounds__(kThreads<S>, 1) expert_kernel(const __grid_constant__ Params p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) uint8_t memory[];
@@ -126,7 +128,7 @@ __global__ void __launch_bounds__(kThreads<S>, 1) expert_kernel(const __grid_con
   const int warp = threadIdx.x / kWarp;
   if (warp < kConsumerWarps<S>) {
     ptx::registers_raise<S::kConsumerRegisters>();
-    consume_tiles<S, T, kSilu>(p, shared, ring, ptx::shared_address(staging));
+    consume_tiles<S, T, kGate>(p, shared, ring, ptx::shared_address(staging));
   } else {
     ptx::registers_lower<S::kProducerRegisters>();
     if (warp == kConsumerWarps<S>) {

@@ -47,9 +47,9 @@ inline Layout lay_out(void* base, const Weight& first, const Weight* second, int
   return layout;
 }
 
-template <class S, class T, bool kSilu>
+template <class S, class T, GateKind kGate>
 void launch_experts(Params params, const WgmmaPlan& plan, void* stream) {
-  const auto kernel = expert_kernel<S, T, kSilu>;
+  const auto kernel = expert_kernel<S, T, kGate>;
   for (ExpertGemm& gemm : params.gemm) gemm.row_tiles = row_tiles<S>(gemm);
   params.max_width = plan.max_width;
   params.stages = plan.stages;
@@ -65,14 +65,29 @@ inline bool is_extended(const Params& params) {
          (params.gate_applies && params.gate.activation == Activation::situ);
 }
 
-// Wide tiles are compiled for SiLU only: select() gives them to no other gate.
+inline GateKind gate_kind(const Params& params) {
+  if (params.activates) return GateKind::other;
+  if (!params.gate_applies || params.gate.activation == Activation::silu) return GateKind::silu;
+  return params.gate.activation == Activation::situ ? GateKind::situ : GateKind::other;
+}
+
+// Wide tiles are compiled for SiLU and SiTU only: select() gives them to no other gate.
 template <class T>
 void launch_experts(const Params& params, const WgmmaPlan& plan, void* stream) {
-  if (is_extended(params)) return launch_experts<TallExtended, T, false>(params, plan, stream);
-  const bool silu = !params.gate_applies || params.gate.activation == Activation::silu;
-  if (!silu) return launch_experts<Tall, T, false>(params, plan, stream);
-  plan.tiles == WgmmaTiles::wide ? launch_experts<Wide, T, true>(params, plan, stream)
-                                 : launch_experts<Tall, T, true>(params, plan, stream);
+  const bool wide = plan.tiles == WgmmaTiles::wide;
+  const bool extended = is_extended(params);
+  const auto launch = [&] {
+    switch (gate_kind(params)) {
+      case GateKind::silu:
+        if (!extended) return wide ? launch_experts<Wide, T, GateKind::silu> : launch_experts<Tall, T, GateKind::silu>;
+        return wide ? launch_experts<WideExtended, T, GateKind::silu> : launch_experts<TallExtended, T, GateKind::silu>;
+      case GateKind::situ:
+        return wide ? launch_experts<WideExtended, T, GateKind::situ> : launch_experts<TallExtended, T, GateKind::situ>;
+      default:
+        return extended ? launch_experts<TallOther, T, GateKind::other> : launch_experts<Tall, T, GateKind::other>;
+    }
+  }();
+  launch(params, plan, stream);
 }
 
 // Fills in what depends on the workspace, and launches. Permuted tokens go to x_image, or to the workspace if it is

@@ -73,12 +73,59 @@ __device__ __forceinline__ void start_step(float (&sum)[N / 2], const PackedFrag
   ptx::wgmma_commit();
 }
 
+// Starts the four MMA steps of a block of the stage.
+template <class S, class T, int N>
+__device__ __forceinline__ void start_block(float (&sum)[N / 2], const PackedFragment& packed, uint32_t (&a)[4][4],
+                                            uint32_t stage, int block) {
+  decode<T>(packed.codes, packed.scales, a);
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    ptx::Wgmma<T, N>::multiply(sum, a[j],
+                               ptx::wgmma_descriptor(stage, kWeightBytes<S> + block * token_block_bytes(N), j));
+  }
+  ptx::wgmma_commit();
+}
+
+// Of four warpgroups, one decodes a block while the others keep the tensor cores busy. The next block's packed weights
+// are read while this one's MMA steps run.
+template <class S, class T, int N>
+__device__ __forceinline__ void multiply_by_blocks(float (&sum)[N / 2], Ring& ring, const Consumer& c, WarpRows rows,
+                                                   int k_blocks) {
+  uint32_t a[4][4];
+  const uint32_t panel = rows.panel * kPanelBytes;
+  const PackedReader reader{panel + codes_at(rows.tile, c.lane), panel + scales_at(rows.tile, c.lane)};
+  ring.wait_full();
+  PackedFragment packed = reader.load(ring.stage, 0);
+  for (int kb = kStageBlocks; kb < k_blocks; kb += kStageBlocks) {
+    start_block<S, T, N>(sum, packed, a, ring.stage, 0);
+    packed = reader.load(ring.stage, 1);
+    ptx::wgmma_wait<0>();
+    start_block<S, T, N>(sum, packed, a, ring.stage, 1);
+    const uint32_t previous_empty = ring.empty_barrier();
+    ring.advance();
+    ring.wait_full();
+    packed = reader.load(ring.stage, 0);
+    ptx::wgmma_wait<0>();
+    warp_arrive(previous_empty, c.lane);
+  }
+  start_block<S, T, N>(sum, packed, a, ring.stage, 0);
+  if (k_blocks % kStageBlocks == 0) {
+    packed = reader.load(ring.stage, 1);
+    ptx::wgmma_wait<0>();
+    start_block<S, T, N>(sum, packed, a, ring.stage, 1);
+  }
+  ptx::wgmma_wait<0>();
+  warp_arrive(ring.empty_barrier(), c.lane);
+  ring.advance();
+}
+
 // Four steps are in flight: as soon as the oldest is done, the next block's fragments of that step are decoded into its
 // registers while the tensor cores work on the other three. The loop takes the second block of one stage and the first
 // of the next: with the first stage's first block before it, four steps are in flight wherever it is entered.
 template <class S, class T, int N>
-__device__ __forceinline__ void multiply_tile(float (&sum)[N / 2], Ring& ring, const Consumer& c, WarpRows rows,
-                                              int k_blocks) {
+__device__ __forceinline__ void multiply_by_steps(float (&sum)[N / 2], Ring& ring, const Consumer& c, WarpRows rows,
+                                                  int k_blocks) {
   uint32_t a[4][4];
   const uint32_t panel = rows.panel * kPanelBytes;
   const PackedReader reader{panel + codes_at(rows.tile, c.lane), panel + scales_at(rows.tile, c.lane)};
@@ -115,6 +162,16 @@ __device__ __forceinline__ void multiply_tile(float (&sum)[N / 2], Ring& ring, c
   ptx::wgmma_wait<0>();
   warp_arrive(ring.empty_barrier(), c.lane);
   ring.advance();
+}
+
+template <class S, class T, int N>
+__device__ __forceinline__ void multiply_tile(float (&sum)[N / 2], Ring& ring, const Consumer& c, WarpRows rows,
+                                              int k_blocks) {
+  if constexpr (S::kByBlocks) {
+    multiply_by_blocks<S, T, N>(sum, ring, c, rows, k_blocks);
+  } else {
+    multiply_by_steps<S, T, N>(sum, ring, c, rows, k_blocks);
+  }
 }
 
 // A warpgroup beyond the last panel frees the stages it has no use for.

@@ -50,8 +50,12 @@ constexpr bool is_short(int k_blocks) { return k_blocks < kClaimAhead * kStageBl
 // How a CTA shares its registers between weight rows and tokens. Its threads are launched with 96 or 128 registers,
 // which its warpgroups divide.
 
+// What is known of the gate when a kernel is compiled.
+enum class GateKind { silu, situ, other };
+
 // 256 rows, up to 112 tokens.
 struct Tall {
+  static constexpr bool kByBlocks = true;  // the main loop: multiply_by_blocks(), else multiply_by_steps()
   static constexpr int kConsumers = 4;
   static constexpr int kConsumerRegisters = 104;
   static constexpr int kProducerRegisters = 64;
@@ -60,16 +64,20 @@ struct Tall {
   static NVFP4_SHARED_INLINE constexpr int tile_width(int width) { return width; }
 };
 
-// With biases, activations without a gate and SiTU in the epilogue: several times the code of the others for each
-// width.
+// With biases and SiTU in the epilogue.
 struct TallExtended : Tall {
   static constexpr bool kExtended = true;
+};
+
+// And with all other activations, gated or not: several times the code for each width.
+struct TallOther : TallExtended {
   static NVFP4_SHARED_INLINE constexpr int tile_width(int width) { return round_up(width, 2 * kTokenAtom); }
 };
 
 // 192 rows, up to 192 tokens: an expert of more tokens than Tall takes has its weights decoded once all the same. ptxas
 // wants an instruction's registers to fit into the 128 that the kernel is launched with, so no wgmma is wider.
 struct Wide {
+  static constexpr bool kByBlocks = false;  // its three warpgroups keep the tensor cores less busy
   static constexpr int kConsumers = 3;
   static constexpr int kConsumerRegisters = 152;
   static constexpr int kProducerRegisters = 56;
@@ -77,6 +85,10 @@ struct Wide {
   static constexpr bool kExtended = false;
   // Every width is another main loop, and few tokens are rare here.
   static NVFP4_SHARED_INLINE constexpr int tile_width(int width) { return width <= 96 ? round_up(width, 32) : width; }
+};
+
+struct WideExtended : Wide {
+  static constexpr bool kExtended = true;
 };
 
 template <class S>
