@@ -1,9 +1,9 @@
 // The AMX level: bf16 products in tiles, for processors with AMX-BF16. Build with the flags of AVX-512 and
 // -mamx-tile -mamx-bf16
 //
-// A block of two panels is decoded to bf16, in which code times block scale is exact, and multiplied with up to 32
-// tokens at a time: two tiles of 16 tokens x 32 columns and two of 32 columns x 16 rows make four tiles of fp32 sums.
-// A decoded vector holds two columns of each of a panel's 16 rows, which is one row of AMX's second operand.
+// Blocks of two panels are decoded to bf16, in which code times block scale is exact, and multiplied with tiles of up
+// to 16 tokens: tiles of 16 tokens x 32 columns and of 32 columns x 16 rows make tiles of fp32 sums. A decoded vector
+// holds two columns of each of a panel's 16 rows, which is one row of AMX's second operand.
 //
 // bf16 activations are multiplied as they are. fp16 ones are the sum of two bf16 values, exactly, and so, to 2^-16, is
 // what the activation makes of fp16: each takes two products. Few tokens and fp32 go the way of avx512.cpp.
@@ -28,12 +28,12 @@ constexpr int kStepColumns = 32;  // of a tile
 constexpr int kBlockSteps = kBlockColumns / kStepColumns;
 constexpr int kMostTokens = 512;  // of an expert at a time
 constexpr int kMostPairs = 8;     // panel pairs at a time
-constexpr int kChunkBlocks = 16;  // decoded at a time for more than two token tiles: 64 KiB
+constexpr int kChunkBlocks = 4;   // decoded at a time for more than two token tiles: 16 KiB
 constexpr int kAheadBlocks = 4;   // how far ahead blocks are fetched for fewer
 
 #define NVFP4_UNROLL _Pragma("GCC unroll 32")
 
-// Tiles: sums of token tile t and panel p in 2 t + p, tokens in 4 and 5, weights in 6 and 7.
+// Tiles: sums of token tile t and panel p in 2 t + p, tokens in 4, weights in 6 and 7.
 
 // GCC's intrinsics do not say that loading a tile reads memory.
 NVFP4_INLINE void order_memory(const void* read) { asm volatile("" ::"r"(read) : "memory"); }
@@ -207,6 +207,27 @@ NVFP4_INLINE void fetch_tokens(const uint16_t* values, int64_t rows) {
   }
 }
 
+// Adds the products of 32 columns with one or two tiles of tokens. Operands are loaded again rather than kept in more
+// tiles: a core that runs two threads is slow where all eight are in use.
+template <bool kTwo>
+NVFP4_INLINE void multiply_step(const uint16_t (&weights)[2][kTileRows][2 * kPanelRows], const uint16_t* first,
+                                const uint16_t* second) {
+  _tile_loadd(4, first, kTokenBytes);
+  _tile_loadd(6, weights[0], 64);
+  _tile_dpbf16ps(0, 4, 6);
+  if constexpr (kTwo) {
+    _tile_loadd(6, weights[1], 64);
+    _tile_dpbf16ps(1, 4, 6);
+    _tile_loadd(4, second, kTokenBytes);
+    _tile_dpbf16ps(3, 4, 6);
+    _tile_loadd(6, weights[0], 64);
+    _tile_dpbf16ps(2, 4, 6);
+  } else {
+    _tile_loadd(7, weights[1], 64);
+    _tile_dpbf16ps(1, 4, 7);
+  }
+}
+
 // Adds the products of some decoded blocks with one or two tiles of tokens, whose first value is `values`. Meanwhile
 // fetches the values of the next block, or of the first one at `next_values`, and decodes `pieces` pieces a step.
 template <int kParts, bool kTwo>
@@ -217,28 +238,12 @@ NVFP4_INLINE void multiply_blocks(const DecodedBlock* decoded, int64_t blocks, c
     const uint16_t* fetched = block + 1 < blocks ? values + (block + 1) * tokens.block_values : next_values;
     NVFP4_UNROLL for (int step = 0; step < kBlockSteps; ++step) {
       const uint16_t* upper = values + block * tokens.block_values + step * kStepColumns;
-      _tile_loadd(6, decoded[block].weights[step][0], 64);
-      _tile_loadd(4, upper, kTokenBytes);
-      _tile_loadd(7, decoded[block].weights[step][1], 64);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
-      if constexpr (kTwo) {
-        _tile_loadd(5, upper + tokens.tile_values, kTokenBytes);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-      }
-      if (fetched != nullptr) fetch_tokens(fetched + step * tokens.tile_values, tokens.rows);
+      const auto& weights = decoded[block].weights[step];
+      multiply_step<kTwo>(weights, upper, upper + tokens.tile_values);
+      if (fetched != nullptr && (kTwo || step == 0)) fetch_tokens(fetched + step * tokens.tile_values, tokens.rows);
       decoding.advance(pieces);
       if constexpr (kParts == 2) {
-        const uint16_t* lower = upper + tokens.part_values;
-        _tile_loadd(4, lower, kTokenBytes);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        if constexpr (kTwo) {
-          _tile_loadd(5, lower + tokens.tile_values, kTokenBytes);
-          _tile_dpbf16ps(2, 5, 6);
-          _tile_dpbf16ps(3, 5, 7);
-        }
+        multiply_step<kTwo>(weights, upper + tokens.part_values, upper + tokens.part_values + tokens.tile_values);
       }
     }
   }
@@ -254,18 +259,13 @@ NVFP4_INLINE void clear_sums() {
   }
 }
 
-// `sums` are those of the first token; the second tile's begin `rows` tokens behind.
-template <bool kTwo>
-NVFP4_INLINE void load_sums(const float* sums, int64_t rows) {
+NVFP4_INLINE void load_sums(const float* sums) {
   order_memory(sums);
   _tile_loadd(0, sums, kSumBytes);
   _tile_loadd(1, sums + kPanelRows, kSumBytes);
-  if constexpr (kTwo) {
-    _tile_loadd(2, sums + rows * 2 * kPanelRows, kSumBytes);
-    _tile_loadd(3, sums + rows * 2 * kPanelRows + kPanelRows, kSumBytes);
-  }
 }
 
+// `sums` are those of the first token; the second tile's begin `rows` tokens behind.
 template <bool kTwo>
 NVFP4_INLINE void store_sums(float* sums, int64_t rows) {
   _tile_stored(0, sums, kSumBytes);
@@ -276,21 +276,21 @@ NVFP4_INLINE void store_sums(float* sums, int64_t rows) {
   }
 }
 
-// One or two tiles of tokens for a chunk of decoded blocks from `block` on; the sums are kept in memory.
-template <int kParts, bool kTwo>
+// One tile of tokens for a chunk of decoded blocks from `block` on; the sums are kept in memory.
+template <int kParts>
 NVFP4_INLINE void multiply_chunk(const DecodedBlock* decoded, int64_t block, int64_t blocks, const TokenValues& tokens,
                                  int64_t token_tile, float* sums, Decoding& decoding, int64_t pieces) {
   float* to = sums + token_tile * tokens.rows * 2 * kPanelRows;
   if (block == 0) {
-    clear_sums<kTwo>();
+    clear_sums<false>();
   } else {
-    load_sums<kTwo>(to, tokens.rows);
+    load_sums(to);
   }
   const uint16_t* values = tokens.values + block * tokens.block_values;
-  const int64_t next = token_tile + 2 < tokens.tiles ? token_tile + 2 : 0;
-  multiply_blocks<kParts, kTwo>(decoded, blocks, tokens, values + token_tile * tokens.tile_values,
-                                values + next * tokens.tile_values, decoding, pieces);
-  store_sums<kTwo>(to, tokens.rows);
+  const int64_t next = token_tile + 1 < tokens.tiles ? token_tile + 1 : 0;
+  multiply_blocks<kParts, false>(decoded, blocks, tokens, values + token_tile * tokens.tile_values,
+                                 values + next * tokens.tile_values, decoding, pieces);
+  store_sums<false>(to, tokens.rows);
 }
 
 // The panel pairs of a call. A missing last panel is multiplied as a copy of the one before, into sums that nobody
@@ -334,11 +334,11 @@ void multiply_chunks(const PanelPairs& pairs, const TokenTile& tile, const Token
   for (int64_t step = 0; step < steps; ++step) {
     order_memory(decoded);
     Decoding next = decoding_of(step + 1);
-    const int64_t products = tokens.tiles / 2 * block_count(step) * kBlockSteps;
+    const int64_t products = tokens.tiles * block_count(step) * kBlockSteps;
     const int64_t pieces = (next.pieces + products - 1) / products;
-    for (int64_t i = 0; i < tokens.tiles; i += 2) {
-      multiply_chunk<kParts, true>(decoded[step % 2], first_block(step), block_count(step), tokens, i,
-                                   sums + step % pairs.count() * pair_sums(tile.count), next, pieces);
+    for (int64_t i = 0; i < tokens.tiles; ++i) {
+      multiply_chunk<kParts>(decoded[step % 2], first_block(step), block_count(step), tokens, i,
+                             sums + step % pairs.count() * pair_sums(tile.count), next, pieces);
     }
     next.finish();
   }
@@ -373,12 +373,12 @@ void multiply_pairs(const PanelPairs& pairs, const TokenTile& tile, const TokenV
   }
 }
 
-// Tiles of equal size, one or an even number. The last may reach up to kTileSlack rows behind the last token, into
+// Tiles of equal size. The last may reach up to kTileSlack rows behind the last token, into
 // whatever lies there: a row of a tile makes its own sums only, and nobody reads those.
 template <int kParts>
 void multiply_tiles(const PanelPairs& pairs, const TokenTile& tile, float* sums) {
   static_assert(kMostTokens / kTileRows <= kTileSlack);
-  const int64_t token_tiles = tile.count <= kTileRows ? 1 : (tile.count + 2 * kTileRows - 1) / (2 * kTileRows) * 2;
+  const int64_t token_tiles = (tile.count + kTileRows - 1) / kTileRows;
   const int64_t rows = (tile.count + token_tiles - 1) / token_tiles;
   TokenValues tokens;
   tokens.values = static_cast<const uint16_t*>(tile.values);
