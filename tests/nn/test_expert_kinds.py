@@ -99,6 +99,16 @@ def test_state_dict(name: str) -> None:
             assert fresh.w2_bias.dtype == torch.float32
             assert torch.equal(fresh.w2_bias, half["w2_bias"].float())
             fresh(*args)
+        # Whatever lies in memory how, the ops get contiguous ones.
+        strided = {
+            key: value.t().contiguous().t() if key.endswith("_bias") else value for key, value in state.items()
+        }
+        for device, assign in (("cpu", False), ("cpu", True), ("meta", False)):
+            fresh = NVFP4Experts(E, K, I, **options, device=device)
+            fresh.load_state_dict(strided, assign=assign)
+            assert_accurate(fresh.half()(*args), expected)
+            with pytest.raises(RuntimeError, match="w2_bias: expected floating point numbers, got torch.int64"):
+                fresh.load_state_dict({**state, "w2_bias": state["w2_bias"].long()}, assign=assign)
 
 
 @kinds
@@ -163,9 +173,16 @@ def test_what_does_not_fit() -> None:
             {"w2_bias": torch.zeros(E, K, dtype=torch.int32)},
             r"w2_bias: expected .*\[4, 64\], got torch.int32 of",
         ),
+        (
+            gated,
+            {"w2_bias": torch.zeros(E, K, device="meta")},
+            r"w2_bias: expected .*\[4, 64\] with values, for cpu, got a tensor on the meta device",
+        ),
     ):
         with pytest.raises(ValueError, match=words):
             NVFP4Experts.from_weights(experts.w13, experts.w2, **options)
+    with pytest.raises(TypeError, match=r"w2_bias: expected floating point numbers of shape \[4, 64\], got list"):
+        NVFP4Experts.from_weights(gated.w13, gated.w2, w2_bias=[0.0])  # type: ignore[arg-type]
 
 
 def test_flashinfer_refuses_them() -> None:

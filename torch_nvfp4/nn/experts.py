@@ -362,10 +362,13 @@ def _checked_bias(name: str, bias: Tensor | None, shape: tuple[int, int], device
     """A contiguous float32 copy of its values on ``device``, or None."""
     if bias is None:
         return None
+    expected = f"{name}: expected floating point numbers of shape {list(shape)}"
+    if not isinstance(bias, Tensor):
+        raise TypeError(f"{expected}, got {type(bias).__name__}")
     if tuple(bias.shape) != shape or not bias.is_floating_point():
-        raise ValueError(
-            f"{name}: expected floating point numbers of shape {list(shape)}, got {bias.dtype} of {list(bias.shape)}"
-        )
+        raise ValueError(f"{expected}, got {bias.dtype} of {list(bias.shape)}")
+    if bias.is_meta and device.type != "meta":
+        raise ValueError(f"{expected} with values, for {device}, got a tensor on the meta device")
     return bias.detach().to(device, torch.float32, copy=True).contiguous()
 
 
