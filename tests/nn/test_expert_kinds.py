@@ -129,6 +129,17 @@ def test_conversions_copies_and_the_meta_device(name: str) -> None:
     assert not empty(args[0] * 0, *args[1:]).any()
 
 
+def test_a_pickle_from_before_biases() -> None:
+    module, args, _ = made("relu2 without a gate")
+    state = module.__getstate__()
+    del state["_buffers"]["w13_bias"], state["_buffers"]["w2_bias"], state["_exact_names"]
+    old = NVFP4Experts.__new__(NVFP4Experts)
+    old.__setstate__(state)
+    assert (old.w13_bias, old.w2_bias) == (None, None)
+    assert torch.equal(old(*args), module(*args))
+    assert old.state_dict().keys() == module.state_dict().keys()
+
+
 @kinds
 def test_from_float_and_one_gate(name: str) -> None:
     kind = KINDS[name]

@@ -246,6 +246,11 @@ class NVFP4Experts(PackedModule):
         """The limit that the kernel applies to gate and up, None for no clamp."""
         return self.quant_config.gate.clamp_limit
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A pickle from before experts could have biases names none.
+        state["_buffers"] = dict.fromkeys(_BIASES) | state["_buffers"]
+        super().__setstate__(state)
+
     def unpacked_weights(self) -> tuple[NVFP4Weight, NVFP4Weight]:
         """(w13, w2) in the canonical format, on the module's device."""
         weights = self._unpack()
