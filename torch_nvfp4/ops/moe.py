@@ -56,7 +56,7 @@ def moe(
         activation: silu, swiglustep, gelu, gelu_tanh, relu2 or situ; without a gate silu, gelu, gelu_tanh or relu2.
         clamp_limit: finite and positive, or None for no clamp; only silu and swiglustep with a gate
             have one.
-        alpha, beta: of silu, ``g * sigmoid(alpha * g) * (u + beta)``, and of situ.
+        alpha, beta: of silu, ``g * sigmoid(alpha * g) * (u + beta)``, and of situ (from 2^-64 to 2^64, or beta 0).
         apply_router_weight_on_input: topk_weights scale w13's products (before bias and clamp), not the output.
         batch_invariant: a row's bits depend on nothing but the row; None: as ``set_batch_invariant`` says.
         out: a buffer for the result (``nvfp4::moe.out``): [M, K] in hidden_states' dtype, contiguous, on CUDA beginning
