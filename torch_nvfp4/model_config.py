@@ -203,6 +203,22 @@ class ModelConfig:
             activation = Activation.swiglustep
         return Gate(activation, limit, alpha, beta)
 
+    def check_gate_of_blocks(self) -> None:
+        """Refuses blocks of gpt-oss in a model whose config does not say that it has gpt-oss's gate, or another one.
+
+        Their code multiplies with sigmoid(1.702 g) and up + 1 and clamps; a model of another name would be taken for
+        plain silu.
+        """
+        said = self._alpha is not None and self._beta is not None and self._find(("swiglu_limit",))[1] is not None
+        if said or self.interleaves_gate_and_up or self.hidden_act == "swigluoai":
+            return
+        raise self._refusal(
+            "",
+            "model_type gpt_oss, or swiglu_alpha, swiglu_beta and swiglu_limit, beside gpt-oss's blocks of experts",
+            f"model_type {shown(self.model_type)} without all of them",
+            "gpt-oss's gate has alpha 1.702, beta 1 and limit 7: say in config.json what the model applies",
+        )
+
     def _check_unread(self, hidden_act: str, alpha: float, beta: float) -> None:
         """Refuses keys that are not read and say something else about the gate than those that are."""
         for key in self._unread:
