@@ -100,14 +100,12 @@ def test_state_dict(name: str) -> None:
             assert torch.equal(fresh.w2_bias, half["w2_bias"].float())
             fresh(*args)
         # Whatever lies in memory how, the ops get contiguous ones.
-        strided = {
-            key: value.t().contiguous().t() if key.endswith("_bias") else value for key, value in state.items()
-        }
+        strided = {key: value.t().contiguous().t() if key.endswith("_bias") else value for key, value in state.items()}
         for device, assign in (("cpu", False), ("cpu", True), ("meta", False)):
             fresh = NVFP4Experts(E, K, I, **options, device=device)
             fresh.load_state_dict(strided, assign=assign)
             assert_accurate(fresh.half()(*args), expected)
-            with pytest.raises(RuntimeError, match="w2_bias: expected floating point numbers, got torch.int64"):
+            with pytest.raises(RuntimeError, match=r"w2_bias: expected floating point numbers, got torch\.int64"):
                 fresh.load_state_dict({**state, "w2_bias": state["w2_bias"].long()}, assign=assign)
 
 
