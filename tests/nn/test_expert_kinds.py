@@ -127,6 +127,21 @@ def test_conversions_copies_and_the_meta_device(name: str) -> None:
     assert not empty(args[0] * 0, *args[1:]).any()
 
 
+def test_biases_that_are_assigned() -> None:
+    """Another value counts; one where there was none would not."""
+    (biased, args, _), (plain, _, _) = made(NAMES[0]), made(NAMES[2])
+    module = copy.deepcopy(biased)
+    module.w2_bias = torch.zeros(E, K)
+    weights = biased.unpacked_weights()
+    without = NVFP4Experts.from_weights(*weights, w13_bias=biased.w13_bias, quant_config=biased.quant_config)
+    assert torch.equal(module(*args), without(*args))
+    assert not torch.equal(module(*args), biased(*args))
+    with pytest.raises(ValueError, match="w2_bias: expected a bias, as the layer was made, got none; make it anew"):
+        module.w2_bias = None
+    with pytest.raises(ValueError, match="w2_bias: expected none, as the layer was made, got a bias; make it anew"):
+        copy.deepcopy(plain).w2_bias = torch.ones(E, K)
+
+
 def test_a_pickle_from_before_biases() -> None:
     module, args, _ = made("relu2 without a gate")
     state = module.__getstate__()

@@ -246,6 +246,15 @@ class NVFP4Experts(PackedModule):
         """The limit that the kernel applies to gate and up, None for no clamp."""
         return self.quant_config.gate.clamp_limit
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # forward and the backend know which biases there are; one that came later would be left out without a word.
+        if name in _BIASES and (value is None) != (self._buffers.get(name) is None):
+            expected, got = ("none", "a bias") if value is not None else ("a bias", "none")
+            raise ValueError(
+                f"{name}: expected {expected}, as the layer was made, got {got}; make it anew with from_weights"
+            )
+        super().__setattr__(name, value)
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A pickle from before experts could have biases names none.
         state["_buffers"] = dict.fromkeys(_BIASES) | state["_buffers"]
