@@ -44,7 +44,7 @@ def moe(
     Args:
         hidden_states: [M, K] bfloat16 or float16, on the CPU also float32; K a multiple of 16.
         w13: ``pack(..., gated=True)`` of [E, 2I, K], gate rows first; of experts without a gate ``pack(...)`` of
-            [E, I, K]. (Up to I = 32, shapes cannot tell gate and up rows that were packed without gated=True from these.)
+            [E, I, K]. (Up to I = 32, shapes cannot tell gate and up rows packed without gated=True from these.)
         w13_global_scale: [E, 2] float32 (gate, up); [E] without a gate.
         w2: ``pack(...)`` of [E, K, I].
         w2_global_scale: [E] float32.
