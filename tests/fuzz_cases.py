@@ -163,9 +163,9 @@ def make_gate(r: Random) -> tuple[Arguments, bool]:
     if activation < 2 and r.chance(0.6):
         gate["clamp_limit"] = r.choice((0.01, 0.5, 7.0, 10.0, 1e-46, 1e-45, 1e-30, 3e38, 3.4028234663852886e38))
     if activation == 0 and r.chance(0.4):
-        gate["alpha"], gate["beta"] = r.choice(((1.702, 1.0), (0.0, 0.0), (-1.0, -2.0), (3e38, 1.0), (1.0, 3e38)))
+        gate["alpha"], gate["beta"] = r.choice(((1.702, 1.0), (0.0, 0.0), (-1.0, -2.0), (2.0**64, 1.0), (1.0, 3e38)))
     if activation == 5:
-        gate["alpha"], gate["beta"] = r.choice(((4.0, 25.0), (0.5, 0.0), (1e-40, 1e-40), (3e38, 3e38)))
+        gate["alpha"], gate["beta"] = r.choice(((4.0, 25.0), (0.5, 0.0), (2.0**-64, 2.0**-64), (2.0**64, 2.0**64)))
         return gate, 0.1 < gate["alpha"] < 100
     return gate, max(gate["alpha"], gate["beta"]) < 10 and (gate["clamp_limit"] or 1.0) > 1e-20
 

@@ -211,6 +211,14 @@ def test_batches_and_gated_pairs() -> None:
         to_nvfp4(weight)
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_no_matrix_at_all(gated: bool) -> None:
+    """A rank may have no experts."""
+    weight = to_nvfp4(MXFP4Weight(*(torch.zeros(0, 32, k, dtype=torch.uint8) for k in (32, 2))), gated=gated)
+    validate(weight, gated=gated)
+    assert dequantize_nvfp4(weight).shape == (0, 32, 64)
+
+
 def test_nan_scales() -> None:
     weight = matrix([0, 1, 2])
     weight.scale[0, 1] = 255

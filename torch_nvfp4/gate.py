@@ -16,6 +16,10 @@ from torch import Tensor
 
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 
+CONSTANT_MIN, CONSTANT_MAX = 2.0**-64, 2.0**64
+"""Of alpha and beta where fp32 divides by them or multiplies before an exponential: beyond, it would over- or underflow
+for usual values (a beta that rounds to 0 would even take the limit away)."""
+
 
 class Activation(IntEnum):
     """An activation ``act(gate, up)``, or ``act(up)`` of experts without a gate; ``gated_activation`` and
@@ -108,6 +112,10 @@ def _constants_error(act: Activation, alpha: float, beta: float, gated: bool) ->
         return f"expected alpha=1, beta=0 for activation {act.name}, which takes neither (only silu and situ do), {got}"
     if act is Activation.situ and not (alpha > 0.0 and beta >= 0.0):
         return f"expected alpha > 0 and beta >= 0 for activation situ (beta=0: up without a limit), {got}"
+    if act is Activation.situ and not all(CONSTANT_MIN <= c <= CONSTANT_MAX for c in (alpha, beta or alpha)):
+        return f"expected alpha and beta from 2**-64 to 2**64, or beta=0, for activation situ, {got}"
+    if abs(alpha) > CONSTANT_MAX:
+        return f"expected alpha from -2**64 to 2**64 for activation {act.name}, {got}"
     return None
 
 
@@ -142,7 +150,8 @@ class Gate:
     Attributes:
         activation: also taken by name.
         clamp_limit: finite and positive, or None for no clamp; only silu and swiglustep have one.
-        alpha, beta: of silu, ``g * sigmoid(alpha * g) * (u + beta)``, and of situ (see ``gated_activation``).
+        alpha, beta: of silu, ``g * sigmoid(alpha * g) * (u + beta)``, with alpha up to 2^64 of either sign, and of situ
+            (see ``gated_activation``), from 2^-64 to 2^64, or beta 0.
         gated: False for experts that have only up rows and no gate (Nemotron-3), whose activation is ``act(up)``.
     """
 

@@ -15,7 +15,7 @@ import torch
 
 from torch_nvfp4.config_sections import TEXT_SECTIONS, Key, keys_of, text_chain
 from torch_nvfp4.errors import CheckpointError, refusal, shown
-from torch_nvfp4.gate import Activation, Gate
+from torch_nvfp4.gate import CONSTANT_MAX, CONSTANT_MIN, Activation, Gate
 
 __all__ = ["MAX_COUNT", "TEXT_SECTIONS", "ModelConfig"]
 
@@ -203,6 +203,22 @@ class ModelConfig:
             activation = Activation.swiglustep
         return Gate(activation, limit, alpha, beta)
 
+    def check_gate_of_blocks(self) -> None:
+        """Refuses blocks of gpt-oss in a model whose config does not say that it has gpt-oss's gate, or another one.
+
+        Their code multiplies with sigmoid(1.702 g) and up + 1 and clamps; a model of another name would be taken for
+        plain silu.
+        """
+        said = self._alpha is not None and self._beta is not None and self._find(("swiglu_limit",))[1] is not None
+        if said or self.interleaves_gate_and_up or self.hidden_act == "swigluoai":
+            return
+        raise self._refusal(
+            "",
+            "model_type gpt_oss, or swiglu_alpha, swiglu_beta and swiglu_limit, beside gpt-oss's blocks of experts",
+            f"model_type {shown(self.model_type)} without all of them",
+            "gpt-oss's gate has alpha 1.702, beta 1 and limit 7: say in config.json what the model applies",
+        )
+
     def _check_unread(self, hidden_act: str, alpha: float, beta: float) -> None:
         """Refuses keys that are not read and say something else about the gate than those that are."""
         for key in self._unread:
@@ -228,6 +244,8 @@ class ModelConfig:
             if value is not None:
                 raise self._refusal("", f"hidden_act 'situ' beside {key} {value:g}", repr(hidden_act))
         alpha = self._alpha if self._alpha is not None else (1.702 if gpt_oss else 1.0)
+        if abs(alpha) > CONSTANT_MAX:
+            raise self._refusal(_CONSTANTS[0], "a number from -2**64 to 2**64", f"{alpha:g}")
         beta = self._beta if self._beta is not None else (1.0 if gpt_oss else 0.0)
         if alpha != 1.0 and self._beta is None and not gpt_oss:
             raise self._refusal("", f"swiglu_beta beside swiglu_alpha {alpha}", "no such key")
@@ -240,12 +258,12 @@ class ModelConfig:
     def _situ_constants(self) -> tuple[float, float]:
         """alpha, and beta with 0 for an up that has no limit."""
         alpha, beta = self._situ
-        # What fp32 rounds to zero would divide by zero.
-        if alpha is None or alpha < _FLOAT32_TINY:
+        if alpha is None or not CONSTANT_MIN <= alpha <= CONSTANT_MAX:
             got = "no such key" if alpha is None else f"{alpha:g}"
-            raise self._refusal(_SITU_CONSTANTS[0], "a positive number beside hidden_act 'situ'", got)
-        if beta is not None and beta != 0 and beta < _FLOAT32_TINY:
-            raise self._refusal(_SITU_CONSTANTS[1], "a positive number, or null or 0 for no limit", f"{beta:g}")
+            raise self._refusal(_SITU_CONSTANTS[0], "a positive number beside hidden_act 'situ' (to 2**64)", got)
+        if beta and not CONSTANT_MIN <= beta <= CONSTANT_MAX:
+            expected = "a positive number (to 2**64), or null or 0 for no limit"
+            raise self._refusal(_SITU_CONSTANTS[1], expected, f"{beta:g}")
         for key, value in zip(_CONSTANTS, (self._alpha, self._beta), strict=True):
             if value is not None:
                 raise self._refusal("", f"no {key} beside hidden_act 'situ'", f"{value:g}")

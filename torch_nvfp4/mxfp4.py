@@ -164,7 +164,8 @@ def to_nvfp4(weight: MXFP4Weight, *, gated: bool = False) -> NVFP4Weight:
         raise ValueError(f"data: expected an even number of rows (gate rows, then up rows), got N={n}")
     share = 2 if gated else 1
     matrices = data.reshape(math.prod(batch), share, n // share, half_k)
-    spread = spread_scales(scale).reshape(*matrices.shape[:3], -1)
+    groups = _PER_GROUP * scale.shape[-1]
+    spread = spread_scales(scale).reshape(*matrices.shape[:3], groups)  # not -1, for which no matrix at all has no size
     block_scale = torch.empty_like(spread)
     global_scale = torch.empty(len(matrices), share, dtype=torch.float32, device="cpu")
     for i in range(len(matrices)):
@@ -179,7 +180,7 @@ def to_nvfp4(weight: MXFP4Weight, *, gated: bool = False) -> NVFP4Weight:
             global_scale[i, half] = math.ldexp(1.0, exponent)
     return NVFP4Weight(
         data,
-        block_scale.reshape(*batch, n, -1).view(torch.float8_e4m3fn),
+        block_scale.reshape(*batch, n, groups).view(torch.float8_e4m3fn),
         global_scale.reshape([*batch, 2] if gated else batch).to(data.device),
     )
 

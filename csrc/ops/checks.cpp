@@ -409,6 +409,13 @@ Gate check_gate(const char* op, int64_t activation, std::optional<double> clamp_
   if (kind == Activation::situ && !(alpha > 0.0 && beta >= 0.0)) {
     fail_constants("expected alpha > 0 and beta >= 0 for activation situ (beta=0: up without a limit)");
   }
+  // Beyond, fp32 divisions by them and products before an exponential over- or underflow for usual values.
+  constexpr double kSmallest = 0x1p-64, kLargest = 0x1p64;
+  const auto usable = [&](double constant) { return kSmallest <= constant && constant <= kLargest; };
+  if (kind == Activation::situ && !(usable(alpha) && (beta == 0.0 || usable(beta)))) {
+    fail_constants("expected alpha and beta from 2**-64 to 2**64, or beta=0, for activation situ");
+  }
+  if (std::abs(alpha) > kLargest) fail_constants("expected alpha from -2**64 to 2**64 for activation ", name);
   return Gate{
       .activation = kind,
       .clamped = clamp_limit.has_value(),

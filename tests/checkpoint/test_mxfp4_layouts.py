@@ -14,7 +14,10 @@ from torch import Tensor
 from helpers.checkpoint_files import raises
 from helpers.fp64_loop import experts_of, raw_tensors
 from torch_nvfp4.checkpoint import Checkpoint, variants, write_checkpoint
+from torch_nvfp4.convert import open_conversion
 from torch_nvfp4.format import dequantize
+from torch_nvfp4.gate import Gate
+from torch_nvfp4.nn import NVFP4Experts
 
 HIDDEN, INTERMEDIATE, EXPERTS = 64, 96, 4
 DEEPSEEK = "layers.0.ffn.experts."
@@ -170,6 +173,26 @@ def test_blocks_alternate_in_any_model(tmp_path: Path) -> None:
         assert torch.equal(got[index], torch.cat((expert.gate, expert.up)))
 
 
+def test_the_gate_of_blocks_is_not_guessed(tmp_path: Path) -> None:
+    """Of a model that calls itself something else the config has to say it: silu would be wrong without a word."""
+    path = make(tmp_path / "source", "gpt-oss")
+    known = Gate("silu", 2.0, 1.702, 1.0)  # type: ignore[arg-type]
+    assert Checkpoint.open(path).gate(0) == known
+    variants.change_config(path, model_type="another")
+    checkpoint = Checkpoint.open(path)
+    words = ("expected model_type gpt_oss, or swiglu_alpha, swiglu_beta and swiglu_limit", "got model_type 'another'")
+    for load in (lambda: checkpoint.gate(1), lambda: NVFP4Experts.from_checkpoint(checkpoint, 0)):
+        with raises(*words):
+            load()
+    assert [refusal.what for refusal in checkpoint.refusals()] == ["layer 0", "layer 1"]
+    with raises(*words):
+        open_conversion(path, tmp_path / "result")
+    variants.change_config(path, swiglu_alpha=1.702, swiglu_beta=1.0)
+    assert Checkpoint.open(path).gate(0) == known
+    variants.change_config(path, swiglu_alpha=1.0, swiglu_beta=0.0, swiglu_limit=0.0)
+    assert Checkpoint.open(path).gate(0) == Gate()
+
+
 def test_gate_and_up_share_a_global_scale_where_they_can(tmp_path: Path) -> None:
     content = raw_tensors(make(tmp_path, "deepseek-mxfp4"))
     content[f"{DEEPSEEK}1.w1.scale"].view(torch.uint8)[:] = 60
@@ -263,6 +286,12 @@ def test_biases_that_do_not_fit(name: str, tensor: Tensor, words: str, tmp_path:
         checkpoint.experts(0)
     assert checkpoint.refusals() == (("layer 0", str(caught.value)),)
     checkpoint.experts(1)
+
+
+def test_two_biases_of_one_module(tmp_path: Path) -> None:
+    changed(tmp_path, "gpt-oss", down_proj__bias=torch.ones(4, 64))
+    with raises("down_proj.bias'", "expected one bias, got", "down_proj_bias' too"):
+        Checkpoint.open(tmp_path).experts(0)
 
 
 def test_a_bias_that_is_not_finite(tmp_path: Path) -> None:

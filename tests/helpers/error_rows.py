@@ -85,6 +85,7 @@ ACTIVATIONS = "expected activation to be one of 0 (silu), 1 (swiglustep), 2 (gel
 LIMIT = "expected clamp_limit to be finite and positive (in fp32) or None for no clamp"
 NO_CLAMP = ", which has no clamp, got 7; a clamp is never skipped silently: pass None or use silu or swiglustep"
 SITU = "expected alpha > 0 and beta >= 0 for activation situ (beta=0: up without a limit)"
+SITU_RANGE = "expected alpha and beta from 2**-64 to 2**64, or beta=0, for activation situ"
 NO_ALPHA_BETA = "expected alpha=1, beta=0 for activation"
 NO_CONSTANTS = ", which takes neither (only silu and situ do)"
 
@@ -117,6 +118,13 @@ GATE = [
     bad(f"{SITU}, got alpha=0, beta=25", activation=5, clamp_limit=None, alpha=0.0, beta=25.0),
     bad(f"{SITU}, got alpha=-4, beta=0", activation=5, clamp_limit=None, alpha=-4.0),
     bad(f"{SITU}, got alpha=4, beta=-25", activation=5, clamp_limit=None, alpha=4.0, beta=-25.0),
+    # fp32 has no such beta but 0, which would be no limit; and 1 / 3e38 is subnormal.
+    bad(f"{SITU_RANGE}, got alpha=4, beta=1e-46", activation=5, clamp_limit=None, alpha=4.0, beta=1e-46),
+    bad(f"{SITU_RANGE}, got alpha=4, beta=3e+38", activation=5, clamp_limit=None, alpha=4.0, beta=3e38),
+    bad(f"{SITU_RANGE}, got alpha=1e-46, beta=0", activation=5, clamp_limit=None, alpha=1e-46),
+    bad(f"{SITU_RANGE}, got alpha=3e+38, beta=25", activation=5, clamp_limit=None, alpha=3e38, beta=25.0),
+    # 3e38 * log2(e) is infinite, and 0 times that NaN.
+    bad("expected alpha from -2**64 to 2**64 for activation silu, got alpha=-3e+38, beta=0", activation=0, alpha=-3e38),
 ]
 
 # The gate of every op whose weight has none; the good arguments are then those of relu2.

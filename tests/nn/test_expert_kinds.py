@@ -99,6 +99,14 @@ def test_state_dict(name: str) -> None:
             assert fresh.w2_bias.dtype == torch.float32
             assert torch.equal(fresh.w2_bias, half["w2_bias"].float())
             fresh(*args)
+        # Whatever lies in memory how, the ops get contiguous ones.
+        strided = {key: value.t().contiguous().t() if key.endswith("_bias") else value for key, value in state.items()}
+        for device, assign in (("cpu", False), ("cpu", True), ("meta", False)):
+            fresh = NVFP4Experts(E, K, I, **options, device=device)
+            fresh.load_state_dict(strided, assign=assign)
+            assert_accurate(fresh.half()(*args), expected)
+            with pytest.raises(RuntimeError, match=r"w2_bias: expected floating point numbers, got torch\.int64"):
+                fresh.load_state_dict({**state, "w2_bias": state["w2_bias"].long()}, assign=assign)
 
 
 @kinds
@@ -117,6 +125,32 @@ def test_conversions_copies_and_the_meta_device(name: str) -> None:
         key: (b.shape, b.dtype) for key, b in before.items()
     }
     assert not empty(args[0] * 0, *args[1:]).any()
+
+
+def test_biases_that_are_assigned() -> None:
+    """Another value counts; one where there was none would not."""
+    (biased, args, _), (plain, _, _) = made(NAMES[0]), made(NAMES[2])
+    module = copy.deepcopy(biased)
+    module.w2_bias = torch.zeros(E, K)
+    weights = biased.unpacked_weights()
+    without = NVFP4Experts.from_weights(*weights, w13_bias=biased.w13_bias, quant_config=biased.quant_config)
+    assert torch.equal(module(*args), without(*args))
+    assert not torch.equal(module(*args), biased(*args))
+    with pytest.raises(ValueError, match="w2_bias: expected a bias, as the layer was made, got none; make it anew"):
+        module.w2_bias = None
+    with pytest.raises(ValueError, match="w2_bias: expected none, as the layer was made, got a bias; make it anew"):
+        copy.deepcopy(plain).w2_bias = torch.ones(E, K)
+
+
+def test_a_pickle_from_before_biases() -> None:
+    module, args, _ = made("relu2 without a gate")
+    state = module.__getstate__()
+    del state["_buffers"]["w13_bias"], state["_buffers"]["w2_bias"], state["_exact_names"]
+    old = NVFP4Experts.__new__(NVFP4Experts)
+    old.__setstate__(state)
+    assert (old.w13_bias, old.w2_bias) == (None, None)
+    assert torch.equal(old(*args), module(*args))
+    assert old.state_dict().keys() == module.state_dict().keys()
 
 
 @kinds
@@ -163,9 +197,16 @@ def test_what_does_not_fit() -> None:
             {"w2_bias": torch.zeros(E, K, dtype=torch.int32)},
             r"w2_bias: expected .*\[4, 64\], got torch.int32 of",
         ),
+        (
+            gated,
+            {"w2_bias": torch.zeros(E, K, device="meta")},
+            r"w2_bias: expected .*\[4, 64\] with values, for cpu, got a tensor on the meta device",
+        ),
     ):
         with pytest.raises(ValueError, match=words):
             NVFP4Experts.from_weights(experts.w13, experts.w2, **options)
+    with pytest.raises(TypeError, match=r"w2_bias: expected floating point numbers of shape \[4, 64\], got list"):
+        NVFP4Experts.from_weights(gated.w13, gated.w2, w2_bias=[0.0])  # type: ignore[arg-type]
 
 
 def test_flashinfer_refuses_them() -> None:

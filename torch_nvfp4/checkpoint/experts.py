@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, overload
 
 from torch_nvfp4.checkpoint.headers import TensorInfo, tensor_error
-from torch_nvfp4.checkpoint.layouts import BIAS_DTYPES, Matrix, Stored, Unsupported
+from torch_nvfp4.checkpoint.layouts import BIAS_DTYPES, BIAS_LEAVES, Matrix, Stored, Unsupported
 from torch_nvfp4.checkpoint.leftovers import Leftover
+from torch_nvfp4.errors import shown
 
 __all__ = ["Expert", "LayerExperts", "StackedExperts", "check_biases", "check_size", "expert_of"]
 
@@ -67,6 +68,11 @@ class LayerExperts(NamedTuple):
         """Whether there is a gate beside up."""
         return self.experts[0].gate is not None
 
+    @property
+    def are_blocks_of_gpt_oss(self) -> bool:
+        """Whether they are stored as no model but gpt-oss stores them, whatever config.json calls it."""
+        return self.experts[0].up.stored.spelling.is_interleaved
+
     def kinds(self, experts: Sequence[Expert] | None = None) -> Sequence[Expert]:
         """Of the experts (None: of all), those whose modules differ: one of a stack, in which all share them."""
         experts = self.experts if experts is None else experts
@@ -115,6 +121,9 @@ def check_biases(modules: Iterable[Stored]) -> bool:
             without = module
             continue
         with_bias = info
+        second = next((other for leaf, other in module.others if leaf in BIAS_LEAVES and other is not info), None)
+        if second is not None:
+            raise tensor_error(info.file, info.name, "one bias", f"{shown(second.name)} too", kind=Unsupported)
         expected = (module.num, module.rows) if module.kind == "stack" else (module.rows,)
         if module.kind == "rows" or info.shape != expected:
             text = f"shape {list(expected)}, one value per row" if module.kind != "rows" else "no bias of stacked rows"

@@ -166,11 +166,13 @@ class Checkpoint:
         """The gate that the config declares for a layer's routed experts, with its clamp limit.
 
         Raises:
-            CheckpointError: an activation that is not known, or a clamp on an activation that has none: a clamp is
-                never dropped.
+            CheckpointError: an activation that is not known, a clamp on an activation that has none (a clamp is never
+                dropped), or gpt-oss's blocks in a model whose config does not say what their gate is.
         """
         gate = self._model.gate(layer)
         content = self._contents.layers.get(layer)
+        if content is not None and content.are_blocks_of_gpt_oss:
+            self._model.check_gate_of_blocks()
         return gate if content is None or content.gated else replace(gate, gated=False)
 
     def activation(self, layer: int) -> Gate:

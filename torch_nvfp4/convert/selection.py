@@ -356,6 +356,8 @@ def _parts(
     if weight.bias is not None and weight.bias.shape != (*batch, rows):
         info = weight.bias
         raise tensor_error(info.file, info.name, f"shape {[*batch, rows]}, one value per row", f"{list(info.shape)}")
+    if weight.is_interleaved:
+        source.model.check_gate_of_blocks()  # what is written no longer shows that it comes from gpt-oss's blocks
     interleaved = source.model.interleaves_gate_and_up or weight.is_interleaved
     for expert in range(batch[0]) if name.expert is None else (name.expert,):
         index, role = (expert if name.expert is None else None), PROJECTIONS[name.projection]

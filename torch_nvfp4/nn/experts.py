@@ -246,6 +246,20 @@ class NVFP4Experts(PackedModule):
         """The limit that the kernel applies to gate and up, None for no clamp."""
         return self.quant_config.gate.clamp_limit
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # forward and the backend know which biases there are; one that came later would be left out without a word.
+        if name in _BIASES and (value is None) != (self._buffers.get(name) is None):
+            expected, got = ("none", "a bias") if value is not None else ("a bias", "none")
+            raise ValueError(
+                f"{name}: expected {expected}, as the layer was made, got {got}; make it anew with from_weights"
+            )
+        super().__setattr__(name, value)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A pickle from before experts could have biases names none.
+        state["_buffers"] = dict.fromkeys(_BIASES) | state["_buffers"]
+        super().__setstate__(state)
+
     def unpacked_weights(self) -> tuple[NVFP4Weight, NVFP4Weight]:
         """(w13, w2) in the canonical format, on the module's device."""
         weights = self._unpack()
@@ -362,10 +376,13 @@ def _checked_bias(name: str, bias: Tensor | None, shape: tuple[int, int], device
     """A contiguous float32 copy of its values on ``device``, or None."""
     if bias is None:
         return None
+    expected = f"{name}: expected floating point numbers of shape {list(shape)}"
+    if not isinstance(bias, Tensor):
+        raise TypeError(f"{expected}, got {type(bias).__name__}")
     if tuple(bias.shape) != shape or not bias.is_floating_point():
-        raise ValueError(
-            f"{name}: expected floating point numbers of shape {list(shape)}, got {bias.dtype} of {list(bias.shape)}"
-        )
+        raise ValueError(f"{expected}, got {bias.dtype} of {list(bias.shape)}")
+    if bias.is_meta and device.type != "meta":
+        raise ValueError(f"{expected} with values, for {device}, got a tensor on the meta device")
     return bias.detach().to(device, torch.float32, copy=True).contiguous()
 
 

@@ -161,8 +161,11 @@ class PackedModule(nn.Module):
             unexpected_keys,
             error_msgs,
         )
-        for name in self._exact_names:  # assigned as they are, whatever their dtype
-            self._buffers[name] = self._buffer(name).to(torch.float32)
+        for name in self._exact_names:  # assigned as they are, whatever their dtype and strides
+            given = state_dict.get(prefix + name)
+            if isinstance(given, Tensor) and not given.is_floating_point():
+                error_msgs.append(f"{prefix + name}: expected floating point numbers, got {given.dtype}")
+            self._buffers[name] = self._buffer(name).to(torch.float32).contiguous()
         shapes = self._weight_shapes()
         own = {prefix + weight_prefix + leaf for weight_prefix in shapes for leaf in LEAVES}
         unexpected_keys[:] = [key for key in unexpected_keys if key not in own]

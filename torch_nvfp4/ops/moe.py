@@ -44,7 +44,7 @@ def moe(
     Args:
         hidden_states: [M, K] bfloat16 or float16, on the CPU also float32; K a multiple of 16.
         w13: ``pack(..., gated=True)`` of [E, 2I, K], gate rows first; of experts without a gate ``pack(...)`` of
-            [E, I, K].
+            [E, I, K]. (Up to I = 32, shapes cannot tell gate and up rows packed without gated=True from these.)
         w13_global_scale: [E, 2] float32 (gate, up); [E] without a gate.
         w2: ``pack(...)`` of [E, K, I].
         w2_global_scale: [E] float32.
@@ -56,7 +56,7 @@ def moe(
         activation: silu, swiglustep, gelu, gelu_tanh, relu2 or situ; without a gate silu, gelu, gelu_tanh or relu2.
         clamp_limit: finite and positive, or None for no clamp; only silu and swiglustep with a gate
             have one.
-        alpha, beta: of silu, ``g * sigmoid(alpha * g) * (u + beta)``, and of situ.
+        alpha, beta: of silu, ``g * sigmoid(alpha * g) * (u + beta)``, and of situ (from 2^-64 to 2^64, or beta 0).
         apply_router_weight_on_input: topk_weights scale w13's products (before bias and clamp), not the output.
         batch_invariant: a row's bits depend on nothing but the row; None: as ``set_batch_invariant`` says.
         out: a buffer for the result (``nvfp4::moe.out``): [M, K] in hidden_states' dtype, contiguous, on CUDA beginning
