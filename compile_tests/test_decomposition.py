@@ -141,14 +141,18 @@ def test_make_fx_graph(render: Render) -> None:
 %14: float32[20, 32] = aten.clamp.default(%11, None, 7.0)
 %15: float32[20, 32] = aten.mul.Tensor(%14, 1.702)
 %16: float32[20, 32] = aten.sigmoid.default(%15)
-%17: float32[20, 32] = aten.mul.Tensor(%14, %16)
-%18: float32[20, 32] = aten.add.Tensor(%13, 1.0)
-%19: float32[20, 32] = aten.mul.Tensor(%17, %18)
-%20: bfloat16[20, 32] = aten._to_copy.default(%19, dtype=torch.bfloat16)
-%23: bfloat16[20, 64] = nvfp4.grouped_gemm.default(%20, %21: uint8[4, 64, 1, 36], %22: float32[4], %2, %3)
-%24: float32[10, 2] = aten.ones_like.default(%7, pin_memory=False)
-%25: bfloat16[10, 64] = nvfp4.combine.default(%23, %24, %0, None, 4)
-return [%25]""",
+%17: bool[20, 32] = aten.eq.Scalar(%16, 0)
+%18: float32[] = aten.scalar_tensor.default(0.0, device=device(type='cpu'), dtype=torch.float32,
+    layout=torch.strided)
+%19: float32[20, 32] = aten.where.self(%17, %18, %14)
+%20: float32[20, 32] = aten.mul.Tensor(%19, %16)
+%21: float32[20, 32] = aten.add.Tensor(%13, 1.0)
+%22: float32[20, 32] = aten.mul.Tensor(%20, %21)
+%23: bfloat16[20, 32] = aten._to_copy.default(%22, dtype=torch.bfloat16)
+%26: bfloat16[20, 64] = nvfp4.grouped_gemm.default(%23, %24: uint8[4, 64, 1, 36], %25: float32[4], %2, %3)
+%27: float32[10, 2] = aten.ones_like.default(%7, pin_memory=False)
+%28: bfloat16[10, 64] = nvfp4.combine.default(%26, %27, %0, None, 4)
+return [%28]""",
     )
 
 
@@ -174,13 +178,15 @@ def test_run_decompositions_graph(render: Render) -> None:
 %12: float32[2*M, 32] = getitem(%10, 1)
 %13: float32[2*M, 32] = aten.clamp.default(%12, -5.0, 5.0)
 %14: float32[2*M, 32] = aten.sigmoid.default(%11)
-%15: float32[2*M, 32] = aten.mul.Tensor(%11, %14)
-%16: float32[2*M, 32] = aten.clamp.default(%15, None, 5.0)
-%17: float32[2*M, 32] = aten.mul.Tensor(%16, %13)
-%18: bfloat16[2*M, 32] = aten._to_copy.default(%17, dtype=torch.bfloat16)
-%21: bfloat16[2*M, 64] = nvfp4.grouped_gemm.default(%18, %19: uint8[4, 64, 1, 36], %20: float32[4], %3, %4)
-%23: bfloat16[M, 64] = nvfp4.combine.default(%21, %22: float32[M, 2], %0, %1, 4)
-return [%23]""",
+%15: bool[2*M, 32] = aten.eq.Scalar(%14, 0)
+%16: float32[2*M, 32] = aten.where.ScalarSelf(%15, 0.0, %11)
+%17: float32[2*M, 32] = aten.mul.Tensor(%16, %14)
+%18: float32[2*M, 32] = aten.clamp.default(%17, None, 5.0)
+%19: float32[2*M, 32] = aten.mul.Tensor(%18, %13)
+%20: bfloat16[2*M, 32] = aten._to_copy.default(%19, dtype=torch.bfloat16)
+%23: bfloat16[2*M, 64] = nvfp4.grouped_gemm.default(%20, %21: uint8[4, 64, 1, 36], %22: float32[4], %3, %4)
+%25: bfloat16[M, 64] = nvfp4.combine.default(%23, %24: float32[M, 2], %0, %1, 4)
+return [%25]""",
     )
     for few in (args, (*(a[:3] for a in args[:3]), args[3])):
         assert relative_l2(steps.module()(*few), model.reference(*few)) <= TOLERANCE[torch.bfloat16]
@@ -400,14 +406,16 @@ def test_batched_run_decompositions_graph(render: Render) -> None:
 %24: float32[4*M, 32] = aten.clamp.default(%21, None, 7.0)
 %25: float32[4*M, 32] = aten.mul.Tensor(%24, 1.0)
 %26: float32[4*M, 32] = aten.sigmoid.default(%25)
-%27: float32[4*M, 32] = aten.mul.Tensor(%24, %26)
-%28: float32[4*M, 32] = aten.add.Tensor(%23, 0.0)
-%29: float32[4*M, 32] = aten.mul.Tensor(%27, %28)
-%30: bfloat16[4*M, 32] = aten._to_copy.default(%29, dtype=torch.bfloat16)
-%33: bfloat16[4*M, 64] = nvfp4.grouped_gemm.default(%30, %31: uint8[4, 64, 1, 36], %32: float32[4], %14, %15)
-%34: bfloat16[4*M, 64] = nvfp4.combine.default(%33, %12, %10, None, 4)
-%35: bfloat16[4, M, 64] = aten.view.default(%34, [4, M, 64])
-return [%35]""",
+%27: bool[4*M, 32] = aten.eq.Scalar(%26, 0)
+%28: float32[4*M, 32] = aten.where.ScalarSelf(%27, 0.0, %24)
+%29: float32[4*M, 32] = aten.mul.Tensor(%28, %26)
+%30: float32[4*M, 32] = aten.add.Tensor(%23, 0.0)
+%31: float32[4*M, 32] = aten.mul.Tensor(%29, %30)
+%32: bfloat16[4*M, 32] = aten._to_copy.default(%31, dtype=torch.bfloat16)
+%35: bfloat16[4*M, 64] = nvfp4.grouped_gemm.default(%32, %33: uint8[4, 64, 1, 36], %34: float32[4], %14, %15)
+%36: bfloat16[4*M, 64] = nvfp4.combine.default(%35, %12, %10, None, 4)
+%37: bfloat16[4, M, 64] = aten.view.default(%36, [4, M, 64])
+return [%37]""",
     )
     expected = model.reference(*args)
     assert error_up_to_the_counts(steps.module()(*args), expected) <= TOLERANCE[torch.bfloat16]
@@ -466,14 +474,18 @@ def test_graph_of_biases(render: Render) -> None:
 %14: float32[20, 32] = aten.clamp.default(%11, None, 7.0)
 %15: float32[20, 32] = aten.mul.Tensor(%14, 1.702)
 %16: float32[20, 32] = aten.sigmoid.default(%15)
-%17: float32[20, 32] = aten.mul.Tensor(%14, %16)
-%18: float32[20, 32] = aten.add.Tensor(%13, 1.0)
-%19: float32[20, 32] = aten.mul.Tensor(%17, %18)
-%20: bfloat16[20, 32] = aten._to_copy.default(%19, dtype=torch.bfloat16)
-%24: bfloat16[20, 64] = nvfp4.grouped_gemm.default(%20, %21: uint8[4, 64, 1, 36], %22: float32[4], %2, %3,
-    None, %23: float32[4, 64])
-%26: bfloat16[10, 64] = nvfp4.combine.default(%24, %25: float32[10, 2], %0, None, 4)
-return [%26]""",
+%17: bool[20, 32] = aten.eq.Scalar(%16, 0)
+%18: float32[] = aten.scalar_tensor.default(0.0, device=device(type='cpu'), dtype=torch.float32,
+    layout=torch.strided)
+%19: float32[20, 32] = aten.where.self(%17, %18, %14)
+%20: float32[20, 32] = aten.mul.Tensor(%19, %16)
+%21: float32[20, 32] = aten.add.Tensor(%13, 1.0)
+%22: float32[20, 32] = aten.mul.Tensor(%20, %21)
+%23: bfloat16[20, 32] = aten._to_copy.default(%22, dtype=torch.bfloat16)
+%27: bfloat16[20, 64] = nvfp4.grouped_gemm.default(%23, %24: uint8[4, 64, 1, 36], %25: float32[4], %2, %3,
+    None, %26: float32[4, 64])
+%29: bfloat16[10, 64] = nvfp4.combine.default(%27, %28: float32[10, 2], %0, None, 4)
+return [%29]""",
     )
 
 

@@ -156,11 +156,16 @@ def test_bad_weights() -> None:
         experts()(x[:3], topk_weights, topk_ids)
 
 
-def test_backward_raises() -> None:
+def test_gradients_are_those_of_the_reference() -> None:
     x, topk_weights, topk_ids = inputs(dtype=torch.float32)
-    for backend in ("cpu", "reference"):
-        with pytest.raises((NotImplementedError, RuntimeError), match="nvfp4"):
-            experts(backend)(x.clone().requires_grad_(), topk_weights, topk_ids).sum().backward()
+    leaves, exact = [[t.clone().to(d).requires_grad_() for t in (x, topk_weights)] for d in (x.dtype, torch.float64)]
+    module = experts("cpu")
+    module(leaves[0], leaves[1], topk_ids).sum().backward()
+    reference.moe(exact[0], *weights(), exact[1], topk_ids, clamp_limit=LIMIT).sum().backward()
+    for leaf, wanted in zip(leaves, exact, strict=True):
+        torch.testing.assert_close(leaf.grad.double(), wanted.grad, rtol=1e-4, atol=1e-5)
+    with pytest.raises(RuntimeError, match="nvfp4_reference"):  # the backend that only runs where no kernel can
+        experts("reference")(leaves[0], topk_weights, topk_ids).sum().backward()
 
 
 MAP = torch.tensor([3, -1, 0, 2, 1], dtype=torch.int32)

@@ -349,6 +349,15 @@ def test_gradient_at_the_limit_is_that_of_aten(activation: str, target: str, dty
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("activation", ["silu", "swiglustep", "gelu", "gelu_tanh"])
+def test_a_gate_that_overflowed_lets_nothing_through(activation: str, target: str, dtype: torch.dtype) -> None:
+    """Minus infinity stands for a finite number, of which the activation and its derivative are 0."""
+    leaf = torch.tensor([[-torch.inf, 3.0]], dtype=dtype, device=target, requires_grad=True)
+    torch_nvfp4.swiglu(leaf, activation=activation).sum().backward()
+    assert leaf.grad is not None
+    assert leaf.grad.tolist() == [[0.0, 0.0]]
+
+
 def test_the_masks_are_those_of_the_fp32_preactivations(target: str, dtype: torch.dtype) -> None:
     """Gate and up of moe are exactly at the limit, or above it by less than 16 bits show."""
     k = i = 64

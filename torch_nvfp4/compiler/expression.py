@@ -91,7 +91,15 @@ class Product:
     scale: float
 
 
-Expression = Half | Whole | Clamp | Sigmoid | Exp | Sum | Product
+@dataclass(frozen=True)
+class Unless:
+    """``where(share == 0, 0, x)``, which times ``share`` is 0 for an infinite x too, as in the ops."""
+
+    x: Expression
+    share: Expression
+
+
+Expression = Half | Whole | Clamp | Sigmoid | Exp | Sum | Product | Unless
 
 
 class Reader:
@@ -144,6 +152,8 @@ class Reader:
             return _product((self.read(args["self"]),), -1.0)
         if packet is aten.exp:
             return Exp(self.read(args["self"]))
+        if packet is aten.where:
+            return self._unless(args["condition"], args["self"], args["other"])
         if packet is aten.reciprocal:
             return self._inverse(args["self"])
         if packet is aten.add:
@@ -168,6 +178,16 @@ class Reader:
             return _product((self.read(a), self.read(b)))
         x, scale = constant_last(a, b)
         return _product((self.read(x),), scale)
+
+    def _unless(self, condition: object, a: object, b: object) -> Expression:
+        if not isinstance(condition, Node) or packet_of(condition) is not aten.eq or constant_of(a) != 0.0:
+            raise NoMatchError
+        compared = arguments_of(condition)
+        share, zero = constant_last(compared["self"], compared["other"])
+        if zero != 0.0:
+            raise NoMatchError
+        self.plumbing.add(condition)
+        return Unless(self.read(b), self.read(share))
 
     def _inverse(self, node: object) -> Expression:
         """``1 / (1 + exp(x))``, which is ``sigmoid(-x)``: what Inductor makes of silu."""
@@ -295,11 +315,17 @@ def plain_form(product: Expression) -> tuple[Node, Gate]:
     """(the GEMM, the activation without a gate that a product is of its output): silu or relu2."""
     if isinstance(product, Product) and product.scale == 1.0 and len(product.factors) == 2:
         for x, other in (product.factors, product.factors[::-1]):
+            x = _times(x, other)
             if isinstance(x, Whole) and other == Sigmoid(x):
                 return x.gemm, Gate(Activation.silu, gated=False)
             if isinstance(x, Clamp) and isinstance(x.x, Whole) and x == other == Clamp(x.x, 0.0, None):
                 return x.x.gemm, Gate(Activation.relu2, gated=False)
     raise NoMatchError
+
+
+def _times(x: Expression, share: Expression) -> Expression:
+    """What x is as a factor beside ``share``."""
+    return x.x if isinstance(x, Unless) and x.share == share else x
 
 
 def _up_form(factor: Expression) -> tuple[float | None, float]:
@@ -331,6 +357,7 @@ def _activated_form(factors: Sequence[Expression]) -> tuple[Activation, float | 
     for gate, sigmoid in (factors, factors[::-1]):
         if not isinstance(sigmoid, Sigmoid):
             continue
+        gate = _times(gate, sigmoid)
         if sigmoid.x == gate:
             alpha = 1.0
         elif isinstance(sigmoid.x, Product) and sigmoid.x.factors == (gate,):

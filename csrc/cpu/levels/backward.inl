@@ -17,18 +17,23 @@ struct Backward {
 NVFP4_INLINE float up_to(float x, float limit, float flow) { return x <= limit ? flow : 0.0f; }
 NVFP4_INLINE float within(float x, float limit, float flow) { return x <= limit && x >= -limit ? flow : 0.0f; }
 
+// x where it is multiplied with a share that tends to 0 faster than x grows: see share_of.
+NVFP4_INLINE float beside(float x, float share) { return share == 0.0f ? 0.0f : x; }
+
 template <Activation kActivation, bool kClamped>
 NVFP4_INLINE Backward differentiate(const Gate& gate, float g, float u, float flow) {
   if constexpr (kActivation == Activation::silu) {
-    const float c = kClamped ? at_most(g, gate.limit) : g;
+    const float least = kClamped ? at_most(g, gate.limit) : g;
     const float v = kClamped ? at_least(at_most(u, gate.limit), -gate.limit) : u;
-    const float s = sigmoid(gate.alpha * c);
+    const float s = sigmoid(gate.alpha * least);
+    const float c = beside(least, s);
     const float by_gate = flow * (v + gate.beta) * (s * (1.0f + gate.alpha * c * (1.0f - s)));
     const float by_up = flow * (c * s);
     return {c * s * (v + gate.beta), kClamped ? up_to(g, gate.limit, by_gate) : by_gate,
             kClamped ? within(u, gate.limit, by_up) : by_up};
   } else if constexpr (kActivation == Activation::swiglustep) {
     const float s = sigmoid(g);
+    g = beside(g, s);
     const float silu = g * s;
     const float c = kClamped ? at_most(silu, gate.limit) : silu;
     const float v = kClamped ? at_least(at_most(u, gate.limit), -gate.limit) : u;
@@ -37,11 +42,15 @@ NVFP4_INLINE Backward differentiate(const Gate& gate, float g, float u, float fl
   } else if constexpr (kActivation == Activation::gelu) {
     const float cdf = normal_cdf(g);
     const float density = 0.39894228f * exp_of(-0.5f * g * g);
-    return {g * cdf * u, flow * u * (cdf + g * density), flow * (g * cdf)};
+    const float value = share_of(g, cdf);
+    return {value * u, flow * u * (cdf + share_of(g, density)), flow * value};
   } else if constexpr (kActivation == Activation::gelu_tanh) {
     const float s = sigmoid(1.59576912f * (g + 0.044715f * g * g * g));
+    const float density = s * (1.0f - s);
+    const float value = share_of(g, s);
+    g = beside(g, density);
     const float slope = 1.59576912f * (1.0f + 0.134145f * g * g);
-    return {g * s * u, flow * u * (s + g * (s * (1.0f - s)) * slope), flow * (g * s)};
+    return {value * u, flow * u * (s + g * density * slope), flow * value};
   } else if constexpr (kActivation == Activation::situ) {
     const float v = gate.beta != 0.0f ? tanh_of(u / gate.beta) : 0.0f;
     const float limited = gate.beta != 0.0f ? gate.beta * v : u;

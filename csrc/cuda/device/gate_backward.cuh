@@ -12,15 +12,19 @@ struct GateBackward {
   float up;
 };
 
+// x where it is multiplied with a share that tends to 0 faster than x grows: see share_of.
+__device__ __forceinline__ float beside(float x, float share) { return share == 0.0f ? 0.0f : x; }
+
 // The clamps have aten's derivative: 1 up to the limit itself, 0 beyond it and for NaN, whatever flows back.
 __device__ __forceinline__ GateBackward gate_backward(const Gate& gate, float g, float u, float flow) {
   const float limit = gate.limit;
   const bool clamped = gate.clamped;
   switch (gate.activation) {
     case Activation::silu: {
-      const float c = clamped ? clamp_above(g, limit) : g;
+      const float least = clamped ? clamp_above(g, limit) : g;
       const float v = clamped ? clamp_below(clamp_above(u, limit), -limit) : u;
-      const float s = sigmoid(c, gate.alpha);
+      const float s = sigmoid(least, gate.alpha);
+      const float c = beside(least, s);
       const float by_gate = flow * (v + gate.beta) * (s * (1.0f + gate.alpha * c * (1.0f - s)));
       const float by_up = flow * (c * s);
       return {c * s * (v + gate.beta), !clamped || g <= limit ? by_gate : 0.0f,
@@ -28,6 +32,7 @@ __device__ __forceinline__ GateBackward gate_backward(const Gate& gate, float g,
     }
     case Activation::swiglustep: {
       const float s = sigmoid(g);
+      g = beside(g, s);
       const float silu = g * s;
       const float c = clamped ? clamp_above(silu, limit) : silu;
       const float v = clamped ? clamp_below(clamp_above(u, limit), -limit) : u;
@@ -38,13 +43,17 @@ __device__ __forceinline__ GateBackward gate_backward(const Gate& gate, float g,
     case Activation::gelu: {
       const float cdf = 0.5f * (1.0f + erff(g * 0.7071067811865476f));
       const float density = 0.3989422804014327f * __expf(-0.5f * g * g);
-      return {g * cdf * u, flow * u * (cdf + g * density), flow * (g * cdf)};
+      const float value = share_of(g, cdf);
+      return {value * u, flow * u * (cdf + share_of(g, density)), flow * value};
     }
     case Activation::gelu_tanh: {
       const float t = tanhf(0.7978845608028654f * (g + 0.044715f * g * g * g));
-      const float slope = 0.7978845608028654f * (1.0f + 0.134145f * g * g);
       const float s = 0.5f * (1.0f + t);
-      return {g * s * u, flow * u * (s + 0.5f * g * (1.0f - t * t) * slope), flow * (g * s)};
+      const float density = 0.5f * (1.0f - t * t);
+      const float value = share_of(g, s);
+      g = beside(g, density);
+      const float slope = 0.7978845608028654f * (1.0f + 0.134145f * g * g);
+      return {value * u, flow * u * (s + g * density * slope), flow * value};
     }
     case Activation::situ: {
       const bool limits_up = gate.beta != 0.0f;
