@@ -277,6 +277,19 @@ def test_demo(checkpoint, tmp_path, monkeypatch):
         assert f"transformers {generation['transformers']} generated 24 tokens on the packed weights" in result.stdout
 
 
+def test_demo_shows_no_share_where_nothing_clamps(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda model, **options: model)
+    monkeypatch.setattr(demo, "DEMO_TOKENS", (5,))
+    sizes = {"hidden_size": 64, "moe_intermediate_size": 32, "n_routed_experts": 4, "num_experts_per_tok": 2}
+    path = write_checkpoint(tmp_path / "nemotron", num_hidden_layers=1, layout="nemotron", **sizes)
+    result = run("demo", "--device", "cpu", "--checkpoint", path, "--json", tmp_path / "demo.json")
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "demo.json").read_text())["rows"]
+    assert [row["clamped_share"] for row in rows] == [None, None]
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert [line[3] for line in lines if line[:2] in (["5", "eager"], ["5", "compiled"])] == ["-", "-"]
+
+
 def test_demo_of_layers_that_differ(tmp_path, monkeypatch):
     """In their number of experts; and the baseline that is timed applies the router's weight where the layers do."""
     path = write_checkpoint(

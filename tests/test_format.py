@@ -325,7 +325,12 @@ def test_validate_accepts_every_finite_value() -> None:
             "expected device cpu (that of data), got meta",
         ),
         ({"global_scale": torch.ones(4)}, None, ValueError, "global_scale: expected shape [3] or [3, 2], got [4]"),
-        ({"global_scale": torch.ones(3, 2)}, False, ValueError, "global_scale: expected shape [3], got [3, 2]"),
+        (
+            {"global_scale": torch.ones(3, 2)},
+            False,
+            ValueError,
+            "global_scale: expected shape [3], got [3, 2]; a pair is of gate rows and up rows, which gated=True takes",
+        ),
         (
             {"data": torch.zeros(16, dtype=torch.uint8)},
             None,

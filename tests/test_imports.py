@@ -203,3 +203,9 @@ def test_the_former_names_are_the_same_objects() -> None:
     assert torch_nvfp4.inductor_options is importlib.import_module("torch_nvfp4.compiler").inductor_options
     with pytest.raises(AttributeError, match=r"module 'torch_nvfp4.compiler' has no attribute 'nothing'"):
         _ = importlib.import_module("torch_nvfp4.compiler").nothing
+
+
+@pytest.mark.parametrize("name", ["torch_nvfp4", "torch_nvfp4.compiler", "torch_nvfp4.integrations.transformers"])
+def test_dir_has_the_names_that_are_imported_at_their_first_use(name: str) -> None:
+    module = importlib.import_module(name)
+    assert set(module.__all__) <= set(dir(module))

@@ -290,6 +290,14 @@ BYTES = torch.zeros(2, 16, dtype=torch.uint8)
         (BYTES.float(), BYTES[:, :1], TypeError, "data: expected dtype torch.uint8 or torch.int8, got torch.float32"),
         (BYTES, BYTES[:, :1].float(), TypeError, "scale: expected dtype torch.uint8 or torch.float8_e8m0fnu, got"),
         (BYTES, BYTES[:, :2], ValueError, "scale: expected shape [2, 1], got [2, 2]"),
+        (BYTES[None], BYTES[:, :2], ValueError, "scale: expected shape [1, 2, 1], got [2, 2]"),
+        (
+            torch.zeros(2, 4, 3, 16, dtype=torch.uint8),
+            torch.zeros(2, 4, 3, dtype=torch.uint8),
+            ValueError,
+            "scale: expected shape [2, 4, 3, 1], got [2, 4, 3]; flatten data [..., N, K/32, 16], as gpt-oss has its "
+            "blocks, with data.flatten(-2)",
+        ),
         (BYTES[:, :8], BYTES[:, :1], ValueError, "a positive multiple of 32, got [2, 8]"),
         (BYTES[:0], BYTES[:0, :1], ValueError, "with N > 0"),
         (BYTES[0], BYTES[0, :1], ValueError, "data: expected shape [..., N, K/2]"),

@@ -68,6 +68,10 @@ def _register_sharding_rules() -> None:
     register_rules()
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     # Inductor is imported with it, which takes seconds that only those who compile should pay.
     if name == "inductor_options":

@@ -107,7 +107,8 @@ def validate_layout(weight: NVFP4Weight, *, gated: bool | None = None) -> None:
     got = list(weight.global_scale.shape)
     allowed = [batch] if gated is False else [batch, [*batch, 2]]
     if got not in allowed:
-        raise ValueError(f"global_scale: expected shape {' or '.join(map(str, allowed))}, got {got}")
+        advice = "; a pair is of gate rows and up rows, which gated=True takes" if got == [*batch, 2] else ""
+        raise ValueError(f"global_scale: expected shape {' or '.join(map(str, allowed))}, got {got}{advice}")
     if n % 2 and (gated or got != batch):
         raise ValueError(f"data: expected an even number of rows (gate rows, then up rows), got N={n}")
 

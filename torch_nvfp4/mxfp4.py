@@ -39,7 +39,11 @@ _PER_GROUP = GROUP_SIZE // NVFP4_GROUP_SIZE
 
 
 class MXFP4Weight(NamedTuple):
-    """One or more MXFP4 matrices [..., N, K] (N outputs, K inputs)."""
+    """One or more MXFP4 matrices [..., N, K] (N outputs, K inputs).
+
+    Of gpt-oss's tensors: ``MXFP4Weight(blocks.flatten(-2), scales)``; its gate and up rows alternate, and ops that are
+    gated want the gate rows first.
+    """
 
     data: Tensor  # uint8 or int8 [..., N, K/2], two codes per byte, low nibble = even column
     scale: Tensor  # float8_e8m0fnu, or uint8 with its bytes, [..., N, K/32]
@@ -96,7 +100,10 @@ def validate_layout(weight: MXFP4Weight) -> tuple[Tensor, Tensor]:
         raise ValueError(f"data: expected shape {expected}, got {list(data.shape)}")
     groups = [*data.shape[:-1], data.shape[-1] // (GROUP_SIZE // 2)]
     if list(scale.shape) != groups:
-        raise ValueError(f"scale: expected shape {groups}, got {list(scale.shape)}")
+        advice = ""
+        if data.shape[-1] == GROUP_SIZE // 2 and data.shape[:-1] == scale.shape:
+            advice = "; flatten data [..., N, K/32, 16], as gpt-oss has its blocks, with data.flatten(-2)"
+        raise ValueError(f"scale: expected shape {groups}, got {list(scale.shape)}{advice}")
     return data.view(torch.uint8), scale.view(torch.uint8)
 
 

@@ -85,6 +85,20 @@ def int8(tensors: Tensors) -> None:
     tensors[f"{EXPERT}up_proj.weight_scale"] = torch.ones(len(tensors[name]), 1)
 
 
+def nvfp4(tensors: Tensors) -> None:
+    name = f"{EXPERT}up_proj.weight"
+    rows, cols = tensors[name].shape
+    tensors[name] = torch.zeros(rows, cols // 2, dtype=torch.uint8)
+    tensors[f"{name}_scale"] = torch.ones(rows, cols // 16).to(torch.float8_e4m3fn)
+    tensors[f"{name}_scale_2"] = torch.tensor(1.0)
+
+
+def nvfp4_beside_fp8(tensors: Tensors) -> None:
+    nvfp4(tensors)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+
+
 BAD_SOURCES: dict[str, tuple[Callable[[Tensors], object], tuple[str, ...]]] = {
     "NaN": (
         set_value(f"{EXPERT}up_proj.weight", float("nan")),
@@ -140,6 +154,11 @@ BAD_SOURCES: dict[str, tuple[Callable[[Tensors], object], tuple[str, ...]]] = {
     "blocks": (
         fp8_with_scale((2, 1)),
         (f"{EXPERT}up_proj.weight_scale_inv", "expected shape [1, 1], one per block 128 x 128", "got [2, 1]"),
+    ),
+    "NVFP4": (nvfp4, (f"{EXPERT}up_proj.weight", "got U8 with", "in NVFP4 already, and inspect, verify, generate")),
+    "NVFP4 beside FP8": (
+        nvfp4_beside_fp8,
+        ("self_attn.q_proj.weight", "got F8_E4M3 with no scale", "its experts are in NVFP4 already"),
     ),
     "INT8": (int8, (f"{EXPERT}up_proj.weight", "fp32, MXFP4, or E4M3", "got I8 with weight_scale F32 [32, 1]")),
     "stacks beside experts": (

@@ -93,7 +93,7 @@ def write_checkpoint(
         n_routed_experts: E, or one for each layer (as after pruning).
         swiglu_limit: the clamp limit that config.json declares, None for no clamp. In the layouts of models whose
             activation has no clamp ("nemotron", relu2; "compressed-tensors-mxfp4", situ) the weights alone follow it.
-        layout: whose names and leaves to write.
+        layout: whose names and leaves to write. Only "deepseek" and "deepseek-mxfp4" are models that transformers runs.
         seed: of everything random; the same arguments write the same bytes.
 
     Returns:

@@ -171,7 +171,7 @@ def _print_rows(terminal: Terminal, rows: Sequence[DemoRow], tolerance: float) -
                 str(row.tokens),
                 row.mode,
                 error(row.relative_l2),
-                share(row.clamped_share),
+                "-" if row.clamped_share is None else share(row.clamped_share),
                 f"{row.seconds * 1e3:.3f}",
                 f"{row.dequantize_seconds * 1e3:.1f} ms",
                 f"{row.dequantize_seconds / row.seconds:.1f}x",

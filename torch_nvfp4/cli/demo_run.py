@@ -67,7 +67,7 @@ class DemoRow:
     seconds: float
     dequantize_seconds: float
     touched_bytes: int  # of NVFP4 weights, mean over the layers
-    clamped_share: float = 0.0  # mean over the layers
+    clamped_share: float | None = None  # mean over the layers; None where none of them has a limit
     relative_l2: float = 0.0  # the largest of the layers
 
     def to_json(self) -> dict[str, Any]:
@@ -164,7 +164,8 @@ def _check(part: _Loaded, index: int, runs: Sequence[_Run], layers: int) -> None
             part.weights.w13_bias, part.weights.w2_bias, **part.gate.kwargs(),
             apply_router_weight_on_input=part.on_input,
         )  # fmt: skip
-        run.row.clamped_share += expected.clamped_share / layers
+        if part.gate.clamp_limit is not None:
+            run.row.clamped_share = (run.row.clamped_share or 0.0) + expected.clamped_share / layers
         run.row.relative_l2 = max(run.row.relative_l2, relative_error(run.outputs[index], expected.output))
 
 

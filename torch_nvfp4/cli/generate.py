@@ -56,7 +56,7 @@ def command(
     backend: BackendOption = "",
     json_file: JsonOption = None,
 ) -> None:
-    """Generate text with transformers on the packed weights, printed as it comes.
+    """Generate text with transformers on the packed weights (NVFP4 or MXFP4 experts), printed as it comes.
 
     Uses the model's chat template where there is one. At the end, stderr has the times, tokens per second and memory.
     Needs pip install 'torch-nvfp4[transformers]'.

@@ -14,6 +14,8 @@ from torch_nvfp4.errors import CheckpointError, refusal
 def command(context: typer.Context, checkpoint: CheckpointArgument) -> None:
     """Serve a checkpoint by OpenAI's protocol, with transformers' own server on the packed weights.
 
+    NVFP4 and MXFP4 experts stay packed. Clients name the model as CHECKPOINT is given here, or not at all.
+
     Every other option goes to transformers serve: --host, --port, --device, --dtype, --compile, --continuous-batching
     and more, which transformers serve --help lists. Needs pip install 'torch-nvfp4[serve]'.
 

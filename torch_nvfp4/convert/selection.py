@@ -171,6 +171,7 @@ def _weights(source: Source) -> tuple[dict[str, StoredWeight], list[TensorInfo]]
     for info in source.files.tensors.values():
         module, leaf = split_name(info.name)
         modules.setdefault(module, {})[leaf] = info
+    is_nvfp4 = any(expert_name(module) and scheme(leaves) == "nvfp4" for module, leaves in modules.items())
     weights, copied = {}, []
     for module, leaves in modules.items():
         if scheme(leaves) == "mxfp4":
@@ -182,7 +183,7 @@ def _weights(source: Source) -> tuple[dict[str, StoredWeight], list[TensorInfo]]
         scale = None
         if data is not None and data.dtype == "F8_E4M3":
             scale = next((leaves[leaf] for leaf in _BLOCK_SCALE_LEAVES if leaf in leaves), None)
-        _check_not_quantized(module, leaves, data, scale)
+        _check_not_quantized(leaves, data, scale, is_nvfp4)
         bias = None if data is None else _bias_of(module, leaves, len(data.shape) - 1)
         others = [info for info in leaves.values() if info not in (data, scale, bias)]
         copied += others
@@ -214,8 +215,9 @@ def _bias_of(module: str, leaves: dict[str, TensorInfo], rank: int) -> TensorInf
 
 
 def _check_not_quantized(
-    module: str, leaves: dict[str, TensorInfo], data: TensorInfo | None, scale: TensorInfo | None
+    leaves: dict[str, TensorInfo], data: TensorInfo | None, scale: TensorInfo | None, is_nvfp4: bool
 ) -> None:
+    """`is_nvfp4`: whether the checkpoint has NVFP4 experts, and nobody need quantize it."""
     packed = next(
         (leaves[leaf] for leaf in (".weight_packed", "_packed", "_blocks", ".qweight") if leaf in leaves), data
     )
@@ -227,7 +229,10 @@ def _check_not_quantized(
         ]
         expected = "bf16, fp16, fp32, MXFP4, or E4M3 with weight_scale_inv per block"
         got = f"{packed.dtype} with {' and '.join(scales) or 'no scale'}"
-        raise tensor_error(packed.file, packed.name, expected, got, "start from the checkpoint before its quantization")
+        advice = "start from the checkpoint before its quantization"
+        if is_nvfp4:
+            advice = "its experts are in NVFP4 already, and inspect, verify, generate and serve take it as it is"
+        raise tensor_error(packed.file, packed.name, expected, got, advice)
 
 
 def _check_blocks(source: Source, data: TensorInfo, scale: TensorInfo) -> None:

@@ -13,9 +13,10 @@ from torch_nvfp4.ops._library import register_fake
 def pack(weight: NVFP4Weight, *, gated: bool = False) -> Tensor:
     """Codes and block scales in the order in which the kernels of the weight's device read them.
 
-    The result's shape names its layout, so that a tensor packed for another device, another K or the other ``gated``
-    is an error and never garbage. CPU: [..., N, ceil(K / 64), 36]; CUDA: [..., N, R] with R the bytes a row takes once
-    rows and K are padded to 64. With ``gated``, [..., 2, I, ...] in the place of N.
+    The result's shape names its layout, so that a tensor packed for another device, for the other ``gated``, or for a K
+    that rounds up to another multiple of 64 is an error and never garbage. CPU: [..., N, ceil(K / 64), 36]; CUDA:
+    [..., N, R] with R the bytes a row takes once rows and K are padded to 64. With ``gated``, [..., 2, I, ...] in the
+    place of N.
 
     Args:
         weight: NVFP4Weight [N, K] or [E, N, K]; K and N (gated: N / 2) multiples of 16. Its global scale is not packed:

@@ -69,8 +69,9 @@ def register(*, mxfp4: bool = False) -> None:
     installed transformers is not one that this was written for; nothing is changed then.
 
     Args:
-        mxfp4: take checkpoints of MXFP4 experts (gpt-oss, the original DeepSeek-V4) too, which transformers loads in
-            its own way. Without it ``quantization_config=TorchNVFP4Config()`` takes a single one.
+        mxfp4: take checkpoints of MXFP4 experts (gpt-oss, the original DeepSeek-V4, Quark's, compressed-tensors')
+            too, which transformers loads in its own way. Without it ``quantization_config=TorchNVFP4Config()`` takes a
+            single one.
     """
     mapping = auto.AUTO_QUANTIZATION_CONFIG_MAPPING
     if not _is_registered():
