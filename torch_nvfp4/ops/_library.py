@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 _AUTOGRAD = torch.library.Library("nvfp4", "FRAGMENT")
 _OPS = (
     "moe", "batched_moe", "route", "grouped_gemm", "grouped_gemm_swiglu", "combine", "linear", "swiglu", "pack",
-    "unpack",
+    "unpack", "moe_fp8", "order_for_fp8",
 )  # fmt: skip
 _PACKAGE = Path(__file__).resolve().parent.parent
 
