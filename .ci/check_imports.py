@@ -25,7 +25,7 @@ LAYERS = [
     {"_version", "_start", "errors"},
     {"format"},
     {"gate", "activation", "config_sections", "mxfp4"},
-    {"reference", "model_config", "testing"},
+    {"reference", "reference_fp8", "model_config", "testing"},
     {"ops", "checkpoint", "quant_config"},
     {"backends"},
     {"nn"},

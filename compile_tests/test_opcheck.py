@@ -154,6 +154,24 @@ class Samples:
             # Block scales as bytes: opcheck compares values, and E4M3 has neither comparison nor addition.
             yield (weight.data, weight.scale.view(torch.uint8), gated), {}
 
+    def has_fp8(self) -> bool:
+        return self.device == "cuda" and torch.cuda.get_device_capability()[0] == 9
+
+    def moe_fp8(self) -> Iterator[Sample]:
+        if self.has_fp8():
+            (p13, g13), (p2, g2) = self.packed(4, 64, 80, gated=True), self.packed(4, 80, 32)
+            ordered = torch_nvfp4.order_for_fp8(p13, 80, gated=True), g13, torch_nvfp4.order_for_fp8(p2, 32), g2
+            for m, dtype in zip((5, 0), self.dtypes, strict=True):
+                yield (self.x(m, 80, dtype=dtype), *ordered, *self.routing(m, 4, 2)), {"clamp_limit": 7.0}
+            routing = self.routing(3, 8, 4, torch.int32)
+            on_input = {"apply_router_weight_on_input": True}
+            yield (self.x(3, 80), *ordered, *routing, self.expert_map(8, 3)), on_input
+
+    def order_for_fp8(self) -> Iterator[Sample]:
+        if self.has_fp8():
+            for shape, gated in (((3, 48, 16), False), ((2, 32, 144), True)):
+                yield (self.packed(*shape, gated=gated)[0], shape[-1], gated), {}
+
     def unpack(self) -> Iterator[Sample]:
         for shape, gated in (((48, 80), False), ((64, 80), True), ((3, 48, 16), False), ((2, 32, 144), True)):
             yield (self.packed(*shape, gated=gated)[0], shape[-1], gated), {}

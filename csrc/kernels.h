@@ -246,6 +246,15 @@ void parallel_for(int64_t n, void (*body)(void* argument, int64_t i), void* argu
 
 namespace cuda {
 NVFP4_BACKEND_FUNCTIONS
+
+// FP8 activations, which only SM90 has kernels for.
+bool runs_fp8(const Context& context);
+// `packed` with its codes in the order of device/decode_fp8.cuh; bytes are a whole number of experts'.
+void order_for_fp8(const uint8_t* packed, uint8_t* ordered, int64_t experts, int64_t expert_bytes, int64_t n, int64_t k,
+                   const Context& context);
+// As moe, with SiLU and a gate, no bias, and weights from order_for_fp8.
+void moe_fp8(const MoeArgs& args, const Context& context);
+size_t moe_fp8_workspace(const MoeArgs& args, const Context& context);
 }  // namespace cuda
 
 #undef NVFP4_BACKEND_FUNCTIONS

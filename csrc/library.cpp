@@ -45,6 +45,11 @@ STABLE_TORCH_LIBRARY(nvfp4, m) {
       "swiglu(Tensor gate_up, *, int activation=0, float? clamp_limit=None, float alpha=1.0, float beta=0.0, "
       "bool gated=True) -> Tensor");
   m.def("pack(Tensor weight, Tensor scale, bool gated=False) -> Tensor");
+  m.def(
+      "moe_fp8(Tensor hidden_states, Tensor w13, Tensor w13_global_scale, Tensor w2, Tensor w2_global_scale, "
+      "Tensor topk_weights, Tensor topk_ids, Tensor? expert_map=None, *, int activation=0, float? clamp_limit=None, "
+      "float alpha=1.0, float beta=0.0, bool apply_router_weight_on_input=False) -> Tensor");
+  m.def("order_for_fp8(Tensor packed, int in_features, bool gated=False) -> Tensor");
   m.def("unpack(Tensor packed, int in_features, bool gated=False) -> (Tensor weight, Tensor scale)");
   // Derivatives: what autograd calls. Gradients that are not needed come back empty.
   m.def(

@@ -292,10 +292,10 @@ int64_t check_packed(const char* op, const char* name, const Tensor& packed, con
   } else {
     dims.push_back("R");
   }
-  if (!is_as_expected(packed, like, {ScalarType::Byte}, dims)) {
+  if (!is_as_expected(packed, like, {size.dtype}, dims)) {
     const std::string note = std::string(", as torch_nvfp4.pack(gated=") + (size.gated ? "True" : "False") +
                              ") gives on " + (kIsCuda ? "cuda" : "cpu") + " for K = " + std::to_string(size.k);
-    check_tensor(op, name, packed, like_name, like, {ScalarType::Byte}, dims, note);
+    check_tensor(op, name, packed, like_name, like, {size.dtype}, dims, note);
   }
   if (n <= 0 || n / halves % kGroupSize != 0) {
     fail(op, name, "'s dimension ", row_dim, " must be a positive multiple of 16, got ", n / halves);

@@ -99,7 +99,8 @@ struct PackedSize {
   int64_t experts;
   int64_t n;  // output rows, 2I when gated
   int64_t k;
-  bool may_be_empty = false;  // no experts will do
+  bool may_be_empty = false;            // no experts will do
+  ScalarType dtype = ScalarType::Byte;  // Char: codes are in the order for FP8
 };
 // Checks pack()'s result against what is known of its size, and returns its output rows.
 int64_t check_packed(const char* op, const char* name, const Tensor& packed, const char* like_name, const Tensor& like,

@@ -9,6 +9,7 @@ from torch_nvfp4.ops.decomposition import decompositions
 from torch_nvfp4.ops.grouped_gemm import grouped_gemm, grouped_gemm_swiglu
 from torch_nvfp4.ops.linear import linear
 from torch_nvfp4.ops.moe import moe
+from torch_nvfp4.ops.moe_fp8 import moe_fp8, order_for_fp8
 from torch_nvfp4.ops.pack import pack, unpack
 from torch_nvfp4.ops.route import route
 from torch_nvfp4.ops.swiglu import swiglu
@@ -25,6 +26,8 @@ __all__ = [
     "library_paths",
     "linear",
     "moe",
+    "moe_fp8",
+    "order_for_fp8",
     "pack",
     "route",
     "set_batch_invariant",

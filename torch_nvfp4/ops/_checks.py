@@ -154,10 +154,11 @@ def has_gate(w13: Tensor, global_scale: Tensor, like: Tensor) -> bool:
 def check_packed(
     op: str, name: str, packed: Tensor, like_name: str, like: Tensor, *, batched: bool, gated: bool,
     experts: int | None = None, n: int | None = None, k: int, may_be_empty: bool = False,
+    dtype: torch.dtype = torch.uint8,
 ) -> int:  # fmt: skip
     """Checks pack()'s result against what is known of its size, and returns its output rows (2I when gated).
 
-    may_be_empty: no experts will do.
+    may_be_empty: no experts will do. dtype: int8 where the codes are in the order for FP8.
     """
     halves = 2 if gated else 1
     cuda = is_cuda(like)
@@ -179,7 +180,7 @@ def check_packed(
         dims.append("R")
     where = "cuda" if cuda else "cpu"
     note = f", as torch_nvfp4.pack(gated={gated}) gives on {where} for K = {k}"
-    check_tensor(op, name, packed, like_name, like, (torch.uint8,), dims, note)
+    check_tensor(op, name, packed, like_name, like, (dtype,), dims, note)
     assert n is not None
     if n <= 0 or n // halves % GROUP_SIZE:
         fail(op, f"{name}'s dimension {row_dim} must be a positive multiple of 16, got {n // halves}")
@@ -192,11 +193,11 @@ def check_packed(
 
 def check_weight(
     op: str, name: str, packed: Tensor, global_scale: Tensor, like_name: str, like: Tensor, *, batched: bool,
-    gated: bool, experts: int | None = None, n: int | None = None, k: int,
+    gated: bool, experts: int | None = None, n: int | None = None, k: int, dtype: torch.dtype = torch.uint8,
 ) -> int:  # fmt: skip
     """``check_packed`` and its global scale."""
     n = check_packed(
-        op, name, packed, like_name, like, batched=batched, gated=gated, experts=experts, n=n, k=k
+        op, name, packed, like_name, like, batched=batched, gated=gated, experts=experts, n=n, k=k, dtype=dtype
     )  # fmt: skip
     scale_dims: list[Dim] = [packed.shape[0]] if batched else []
     if gated:

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 _OPS = (
     "moe", "batched_moe", "route", "grouped_gemm", "grouped_gemm_swiglu", "combine", "linear", "swiglu", "pack",
     "unpack", "moe_backward", "grouped_gemm_backward", "grouped_gemm_swiglu_backward", "linear_backward",
-    "swiglu_backward", "no_gradient",
+    "swiglu_backward", "no_gradient", "moe_fp8", "order_for_fp8",
 )  # fmt: skip
 _PACKAGE = Path(__file__).resolve().parent.parent
 

@@ -33,7 +33,7 @@ def _moe(slots: int, k: int, w13: Shape, w13_global_scale: Shape) -> int:
     return 2 * slots * k * (rows + intermediate)
 
 
-@register_flop_formula(torch.ops.nvfp4.moe)
+@register_flop_formula([torch.ops.nvfp4.moe, torch.ops.nvfp4.moe_fp8])
 def _moe_flop(
     hidden_states: Shape, w13: Shape, w13_global_scale: Shape, w2: Shape, w2_global_scale: Shape, topk_weights: Shape,
     *_: Any, **__: Any,

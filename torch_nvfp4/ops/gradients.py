@@ -268,6 +268,10 @@ def _register() -> None:
         "Call it under torch.no_grad(), or use nvfp4::moe or torch_nvfp4.reference.batched_moe (plain torch, "
         "differentiable in its activations).",
     )
+    register_autograd(
+        "moe_fp8",
+        "Call it under torch.no_grad(), or use nvfp4::moe, or torch_nvfp4.reference.moe (plain torch).",
+    )
     for op in ("moe", "batched_moe"):
         register_no_autograd_of_out(
             f"{op}.out",

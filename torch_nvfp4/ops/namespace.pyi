@@ -332,6 +332,29 @@ class MoeBackward(MoeBackwardDefault, Protocol):
     @property
     def default(self) -> MoeBackwardDefault: ...
 
+class MoeFp8Default(Protocol):
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        w13: Tensor,
+        w13_global_scale: Tensor,
+        w2: Tensor,
+        w2_global_scale: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        expert_map: Tensor | None = None,
+        *,
+        activation: int = 0,
+        clamp_limit: float | None = None,
+        alpha: float = 1.0,
+        beta: float = 0.0,
+        apply_router_weight_on_input: bool = False,
+    ) -> Tensor: ...
+
+class MoeFp8(MoeFp8Default, Protocol):
+    @property
+    def default(self) -> MoeFp8Default: ...
+
 class NoGradientDefault(Protocol):
     def __call__(
         self,
@@ -343,6 +366,18 @@ class NoGradientDefault(Protocol):
 class NoGradient(NoGradientDefault, Protocol):
     @property
     def default(self) -> NoGradientDefault: ...
+
+class OrderForFp8Default(Protocol):
+    def __call__(
+        self,
+        packed: Tensor,
+        in_features: int,
+        gated: bool = False,
+    ) -> Tensor: ...
+
+class OrderForFp8(OrderForFp8Default, Protocol):
+    @property
+    def default(self) -> OrderForFp8Default: ...
 
 class PackDefault(Protocol):
     def __call__(
@@ -435,7 +470,11 @@ class Namespace(Protocol):
     @property
     def moe_backward(self) -> MoeBackward: ...
     @property
+    def moe_fp8(self) -> MoeFp8: ...
+    @property
     def no_gradient(self) -> NoGradient: ...
+    @property
+    def order_for_fp8(self) -> OrderForFp8: ...
     @property
     def pack(self) -> Pack: ...
     @property

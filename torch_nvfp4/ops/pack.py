@@ -10,7 +10,7 @@ from torch_nvfp4.ops import _checks
 from torch_nvfp4.ops._library import register_fake
 
 
-def pack(weight: NVFP4Weight, *, gated: bool = False) -> Tensor:
+def pack(weight: NVFP4Weight, *, gated: bool = False, input_quant: str | None = None) -> Tensor:
     """Codes and block scales in the order in which the kernels of the weight's device read them.
 
     The result's shape names its layout, so that a tensor packed for another device, for the other ``gated``, or for a K
@@ -22,6 +22,7 @@ def pack(weight: NVFP4Weight, *, gated: bool = False) -> Tensor:
         weight: NVFP4Weight [N, K] or [E, N, K]; K and N (gated: N / 2) multiples of 16. Its global scale is not packed:
             pass it to the op beside the packed weight.
         gated: rows are gate rows, then up rows, to be interleaved for an op with a gated activation.
+        input_quant: "fp8" packs experts for ``moe(..., input_quant="fp8")`` and nothing else, as int8 (CUDA only).
 
     Returns uint8, 0.5625 byte per value where N and K are multiples of 64. Raises TypeError or ValueError for a weight
     that is not valid NVFP4 (NaN scales included), RuntimeError (expected and got) for sizes that do not fit.
@@ -29,8 +30,17 @@ def pack(weight: NVFP4Weight, *, gated: bool = False) -> Tensor:
     The op itself, ``torch.ops.nvfp4.pack``, refuses NaN scales on the CPU only: on CUDA it would have to wait for the
     device. The kernels take E4M3's NaN bytes, 0x7F and 0xFF, for the next numbers, 480 and -480.
     """
+    check_input_quant(input_quant)
     validate(weight, gated=gated)
-    return torch.ops.nvfp4.pack(weight.data.contiguous(), weight.scale.view(torch.uint8).contiguous(), gated)
+    packed = torch.ops.nvfp4.pack(weight.data.contiguous(), weight.scale.view(torch.uint8).contiguous(), gated)
+    if input_quant is None:
+        return packed
+    return torch.ops.nvfp4.order_for_fp8(packed, weight.data.shape[-1] * 2, gated)
+
+
+def check_input_quant(input_quant: str | None) -> None:
+    if input_quant not in (None, "fp8"):
+        raise ValueError(f"input_quant: expected None or 'fp8', got {input_quant!r}")
 
 
 def unpack(packed: Tensor, in_features: int, global_scale: Tensor, *, gated: bool = False) -> NVFP4Weight:

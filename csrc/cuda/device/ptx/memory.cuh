@@ -66,6 +66,12 @@ __device__ __forceinline__ uint4 load_shared_128(uint32_t address) {
   return v;
 }
 
+__device__ __forceinline__ uint2 load_shared_64(uint32_t address) {
+  uint2 v;
+  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address) : "memory");
+  return v;
+}
+
 __device__ __forceinline__ uint32_t load_shared_32(uint32_t address) {
   uint32_t v;
   asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");

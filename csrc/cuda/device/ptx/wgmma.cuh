@@ -1,5 +1,5 @@
-// wgmma m64nNk16, A in registers, B in shared memory (K-major, 128-byte swizzle), fp32 accumulators. One instruction
-// per function; N is every multiple of 8 up to 192.
+// wgmma m64nNk16 of 16-bit types and m64nNk32 of E4M3, A in registers, B in shared memory (K-major, 128-byte swizzle),
+// fp32 accumulators. One instruction per function; N is every multiple of 8 up to 192. A step is 32 bytes of k.
 //
 // Accumulator d[4 i + {0, 1, 2, 3}] of lane l (r = l / 4, t = l % 4) of warp w is (row 16 w + {r, r, r + 8, r + 8},
 // column 8 i + 2 t + {0, 1, 0, 1}).
@@ -28,6 +28,8 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t base, uint32_t off
   const uint32_t low = base / 16 + (offset / 16 + (1u << 16) + 2 * step);
   return uint64_t{kSwizzle128 | kAtomStride} << 32 | low;
 }
+
+struct e4m3;  // names the instructions of E4M3, four values in a word
 
 template <class T, int N>
 struct Wgmma;
@@ -83,44 +85,45 @@ struct Wgmma;
 #define NVFP4_O96 NVFP4_O92, "+f"(d[92]), "+f"(d[93]), "+f"(d[94]), "+f"(d[95])
 
 // D = N / 2 accumulators; A0..A3, DESC are the operand numbers that follow them.
-#define NVFP4_WGMMA(T, TYPE, N, D, A0, A1, A2, A3, DESC)                                                              \
+#define NVFP4_WGMMA(T, TYPES, TRANSPOSED, N, D, A0, A1, A2, A3, DESC)                                                              \
   template <>                                                                                                         \
   struct Wgmma<T, N> {                                                                                                \
     static __device__ __forceinline__ void multiply(float (&d)[D], const uint32_t (&a)[4], uint64_t descriptor) {     \
-      asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE                                    \
-                   " {" NVFP4_D##D "}, {%" #A0 ",%" #A1 ",%" #A2 ",%" #A3 "}, %" #DESC ", 1, 1, 1, 0;"                 \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n" #N TYPES                                    \
+                   " {" NVFP4_D##D "}, {%" #A0 ",%" #A1 ",%" #A2 ",%" #A3 "}, %" #DESC ", 1, 1, 1" TRANSPOSED ";"                 \
                    : NVFP4_O##D                                                                                       \
                    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor));                                    \
     }                                                                                                                 \
   };
-#define NVFP4_WGMMA_BOTH(N, D, A0, A1, A2, A3, DESC)               \
-  NVFP4_WGMMA(bf16, "bf16", N, D, A0, A1, A2, A3, DESC)            \
-  NVFP4_WGMMA(fp16, "f16", N, D, A0, A1, A2, A3, DESC)
-NVFP4_WGMMA_BOTH(8, 4, 4, 5, 6, 7, 8)
-NVFP4_WGMMA_BOTH(16, 8, 8, 9, 10, 11, 12)
-NVFP4_WGMMA_BOTH(24, 12, 12, 13, 14, 15, 16)
-NVFP4_WGMMA_BOTH(32, 16, 16, 17, 18, 19, 20)
-NVFP4_WGMMA_BOTH(40, 20, 20, 21, 22, 23, 24)
-NVFP4_WGMMA_BOTH(48, 24, 24, 25, 26, 27, 28)
-NVFP4_WGMMA_BOTH(56, 28, 28, 29, 30, 31, 32)
-NVFP4_WGMMA_BOTH(64, 32, 32, 33, 34, 35, 36)
-NVFP4_WGMMA_BOTH(72, 36, 36, 37, 38, 39, 40)
-NVFP4_WGMMA_BOTH(80, 40, 40, 41, 42, 43, 44)
-NVFP4_WGMMA_BOTH(88, 44, 44, 45, 46, 47, 48)
-NVFP4_WGMMA_BOTH(96, 48, 48, 49, 50, 51, 52)
-NVFP4_WGMMA_BOTH(104, 52, 52, 53, 54, 55, 56)
-NVFP4_WGMMA_BOTH(112, 56, 56, 57, 58, 59, 60)
-NVFP4_WGMMA_BOTH(120, 60, 60, 61, 62, 63, 64)
-NVFP4_WGMMA_BOTH(128, 64, 64, 65, 66, 67, 68)
-NVFP4_WGMMA_BOTH(136, 68, 68, 69, 70, 71, 72)
-NVFP4_WGMMA_BOTH(144, 72, 72, 73, 74, 75, 76)
-NVFP4_WGMMA_BOTH(152, 76, 76, 77, 78, 79, 80)
-NVFP4_WGMMA_BOTH(160, 80, 80, 81, 82, 83, 84)
-NVFP4_WGMMA_BOTH(168, 84, 84, 85, 86, 87, 88)
-NVFP4_WGMMA_BOTH(176, 88, 88, 89, 90, 91, 92)
-NVFP4_WGMMA_BOTH(184, 92, 92, 93, 94, 95, 96)
-NVFP4_WGMMA_BOTH(192, 96, 96, 97, 98, 99, 100)
-#undef NVFP4_WGMMA_BOTH
+#define NVFP4_WGMMA_ALL(N, D, A0, A1, A2, A3, DESC)                                 \
+  NVFP4_WGMMA(bf16, "k16.f32.bf16.bf16", ", 0", N, D, A0, A1, A2, A3, DESC)         \
+  NVFP4_WGMMA(fp16, "k16.f32.f16.f16", ", 0", N, D, A0, A1, A2, A3, DESC)           \
+  NVFP4_WGMMA(e4m3, "k32.f32.e4m3.e4m3", "", N, D, A0, A1, A2, A3, DESC)
+NVFP4_WGMMA_ALL(8, 4, 4, 5, 6, 7, 8)
+NVFP4_WGMMA_ALL(16, 8, 8, 9, 10, 11, 12)
+NVFP4_WGMMA_ALL(24, 12, 12, 13, 14, 15, 16)
+NVFP4_WGMMA_ALL(32, 16, 16, 17, 18, 19, 20)
+NVFP4_WGMMA_ALL(40, 20, 20, 21, 22, 23, 24)
+NVFP4_WGMMA_ALL(48, 24, 24, 25, 26, 27, 28)
+NVFP4_WGMMA_ALL(56, 28, 28, 29, 30, 31, 32)
+NVFP4_WGMMA_ALL(64, 32, 32, 33, 34, 35, 36)
+NVFP4_WGMMA_ALL(72, 36, 36, 37, 38, 39, 40)
+NVFP4_WGMMA_ALL(80, 40, 40, 41, 42, 43, 44)
+NVFP4_WGMMA_ALL(88, 44, 44, 45, 46, 47, 48)
+NVFP4_WGMMA_ALL(96, 48, 48, 49, 50, 51, 52)
+NVFP4_WGMMA_ALL(104, 52, 52, 53, 54, 55, 56)
+NVFP4_WGMMA_ALL(112, 56, 56, 57, 58, 59, 60)
+NVFP4_WGMMA_ALL(120, 60, 60, 61, 62, 63, 64)
+NVFP4_WGMMA_ALL(128, 64, 64, 65, 66, 67, 68)
+NVFP4_WGMMA_ALL(136, 68, 68, 69, 70, 71, 72)
+NVFP4_WGMMA_ALL(144, 72, 72, 73, 74, 75, 76)
+NVFP4_WGMMA_ALL(152, 76, 76, 77, 78, 79, 80)
+NVFP4_WGMMA_ALL(160, 80, 80, 81, 82, 83, 84)
+NVFP4_WGMMA_ALL(168, 84, 84, 85, 86, 87, 88)
+NVFP4_WGMMA_ALL(176, 88, 88, 89, 90, 91, 92)
+NVFP4_WGMMA_ALL(184, 92, 92, 93, 94, 95, 96)
+NVFP4_WGMMA_ALL(192, 96, 96, 97, 98, 99, 100)
+#undef NVFP4_WGMMA_ALL
 #undef NVFP4_WGMMA
 #undef NVFP4_D4
 #undef NVFP4_O4

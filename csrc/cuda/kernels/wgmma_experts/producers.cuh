@@ -80,7 +80,7 @@ __device__ __forceinline__ void schedule_tiles(const Params& p, Shared<S>& share
     }
     if (gemm_index < 0) break;
     previous_expert = p.mlp && gemm_index == 0 ? expert : -1;
-    const int due = gemm_index == 1 ? i - p.extra_claims : i;
+    const int due = gemm_index == 0 && p.mlp ? i : i - p.extra_claims;
     if (due >= 0) ptx::mbarrier_wait(ptx::shared_address(&shared.claim[due % kTileRing]), due / kTileRing & 1);
   }
 }

@@ -47,7 +47,7 @@ struct Params {
   int max_width;
   int stages;
   bool weights_leave_first;  // L2, before the results that they make
-  int extra_claims;          // tiles of gemm[1] that are claimed before their turn
+  int extra_claims;          // tiles of the last GEMM that are claimed before their turn
   bool sorting;
   Routing routing;  // if sorting
   // Of extended kernels alone, and behind the rest: the others' code does not change with them.
