@@ -66,7 +66,8 @@ __device__ __forceinline__ void finish_gated(const Params& p, const HiddenRows& 
   const uint32_t staging = c.staging + c.group * wgmma_experts::kStagingBytes;
   const bool exists = tile.row_tile * S::kConsumers + c.group < p.gemm[0].panels;
   ptx::barrier_sync(1 + c.group, wgmma_experts::kWarpgroup);
-  wgmma_experts::stage_gated<bf16, kTokens, /*kSilu=*/true, false>(p, c, exists, &sum[kFirst / 2], scales, staging);
+  wgmma_experts::stage_gated<bf16, kTokens, wgmma_experts::GateKind::silu, false>(p, c, exists, &sum[kFirst / 2],
+                                                                                  scales, staging);
   ptx::barrier_sync(1 + c.group, wgmma_experts::kWarpgroup);
   store_hidden<S, kTokens>(hidden, tile, c, kFirst, staging);
   if constexpr (kFirst + kTokens < N) finish_gated<S, N, kFirst + kTokens>(p, hidden, tile, c, sum, scales);

@@ -31,7 +31,7 @@ __device__ __forceinline__ void consume_tile(const Fp8Params& fp8, Shared<S>& sh
   if constexpr (kGated) {
     finish_gated<S, N>(p, fp8.hidden, tile, after, sum, scales);
   } else if (active) {
-    wgmma_experts::store_plain<S, T, N>(p, p.gemm[0], tile, after, sum, scales, false);
+    wgmma_experts::store_plain<S, T, N, wgmma_experts::GateKind::silu>(p, p.gemm[0], tile, after, sum, scales, false);
   }
 }
 
