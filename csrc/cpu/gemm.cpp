@@ -262,6 +262,16 @@ struct MoeWorkspace {
   float** task_sums;     // of each thread: [combined_pairs, tokens, 2 * kPanelRows]
 };
 
+// An array of `count` floats for each thread.
+float** take_per_thread(Workspace& space, const Context& context, int64_t count) {
+  auto** arrays = space.take<float*>(context.threads);
+  for (int thread = 0; thread < context.threads; ++thread) {
+    auto* array = space.take<float>(count);
+    if (arrays != nullptr) arrays[thread] = array;
+  }
+  return arrays;
+}
+
 MoeWorkspace lay_out(Workspace& space, const MoeArgs& args, const Context& context) {
   const int64_t tokens = args.routing.tokens;
   const int64_t slots = tokens * args.routing.top_k;

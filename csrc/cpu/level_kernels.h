@@ -12,6 +12,14 @@ constexpr int kMaxTileTokens = 128;  // of levels that say nothing else, and of 
 // Rows behind the tokens of a tile that a level may read, and whose sums it may write.
 constexpr int kTileSlack = 32;
 
+inline int64_t bytes_of(DType dtype) { return dtype == DType::fp32 ? 4 : 2; }
+
+inline char* at(void* base, DType dtype, int64_t index) { return static_cast<char*>(base) + index * bytes_of(dtype); }
+
+inline const char* at(const void* base, DType dtype, int64_t index) {
+  return static_cast<const char*>(base) + index * bytes_of(dtype);
+}
+
 // Activations of the tokens that one expert multiplies, in the order in which the multiply kernels read them.
 // 16-bit dtypes become int16 with one power-of-two scale per token and block of 64 columns; inside each run of eight
 // columns the order is 0 4 1 5 2 6 3 7, the pairs that shifting a 32-bit lane of codes brings side by side.

@@ -23,14 +23,6 @@ inline int64_t most_tokens(const Context& context, DType dtype) {
   return multiplies_exactly(context, dtype) ? kMaxTileTokens : kernels_of(context).most_tokens;
 }
 
-inline int64_t bytes_of(DType dtype) { return dtype == DType::fp32 ? 4 : 2; }
-
-inline char* at(void* base, DType dtype, int64_t index) { return static_cast<char*>(base) + index * bytes_of(dtype); }
-
-inline const char* at(const void* base, DType dtype, int64_t index) {
-  return static_cast<const char*>(base) + index * bytes_of(dtype);
-}
-
 // Some tokens of one expert: the slots order[begin .. begin + count).
 struct ExpertTile {
   int64_t expert;
@@ -193,15 +185,5 @@ inline const float* bias_at(const Weight& weight, int64_t expert, int64_t row) {
 
 // What the activation makes of a panel pair: a gate and an up panel, or two panels of a weight without a gate.
 inline int64_t columns_of_pair(const Weight& weight) { return weight.gated ? kPanelRows : 2 * kPanelRows; }
-
-// An array of `count` floats for each thread.
-inline float** take_per_thread(Workspace& space, const Context& context, int64_t count) {
-  auto** arrays = space.take<float*>(context.threads);
-  for (int thread = 0; thread < context.threads; ++thread) {
-    auto* array = space.take<float>(count);
-    if (arrays != nullptr) arrays[thread] = array;
-  }
-  return arrays;
-}
 
 }  // namespace nvfp4::cpu

@@ -11,14 +11,6 @@ namespace {
 
 constexpr int64_t kSegment = 1024;  // values of a combined row that are summed at a time
 
-const char* at(const void* base, DType dtype, int64_t index) {
-  return static_cast<const char*>(base) + index * (dtype == DType::fp32 ? 4 : 2);
-}
-
-char* at(void* base, DType dtype, int64_t index) {
-  return static_cast<char*>(base) + index * (dtype == DType::fp32 ? 4 : 2);
-}
-
 // Calls body(row) for every row, in tasks of about 32 thousand values.
 template <class Body>
 void for_each_row(int threads, int64_t rows, int64_t values_per_row, const Body& body) {

@@ -456,13 +456,11 @@ using Floats = __m512;
 constexpr int kBackwardTokens = 6;
 
 NVFP4_INLINE void decode_rows(const uint8_t* block, float (*rows)[kBlockColumns]) {
-  const __m512 table = _mm512_setr_ps(0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f, -0.0f, -0.5f, -1.0f, -1.5f, -2.0f,
-                                      -3.0f, -4.0f, -6.0f);
+  const __m512 table = exact_code_table();
   const __m512i shifts = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
   for (int group = 0; group < kBlockGroups; ++group) {
     alignas(64) float scales[kPanelRows];
-    _mm512_store_ps(scales,
-                    _mm512_mul_ps(decode_scales(block + kBlockCodeBytes + group * kPanelRows), _mm512_set1_ps(256.0f)));
+    _mm512_store_ps(scales, decode_exact_scales(block + kBlockCodeBytes + group * kPanelRows));
     alignas(64) int32_t codes[2][kPanelRows];
     std::memcpy(codes, block + group * sizeof(codes), sizeof(codes));
     NVFP4_UNROLL for (int row = 0; row < kPanelRows; ++row) {
