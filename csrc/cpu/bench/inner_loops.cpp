@@ -29,7 +29,7 @@ struct Block {
 
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
-// int16, one scale a group of 16 columns.
+// int16, one scale per group of 16 columns.
 struct Grouped {
   static void run(const Block& block, const int32_t* x, float* sums) {
     __m512 totals[kTile][2] = {};
@@ -125,7 +125,7 @@ void measure(const char* name, double gigahertz, const Block& block, const std::
     best = std::min(best, now() - start);
   }
   const double cycles = best / kRepeats / kTokens * gigahertz * 1e9;
-  std::printf("%-28s %5.1f cycles for 32 rows x 64 columns x 1 token, %.1f products a cycle\n", name, cycles,
+  std::printf("%-28s %5.1f cycles for 32 rows x 64 columns x 1 token, %.1f products per cycle\n", name, cycles,
               2048 / cycles);
 }
 
@@ -162,7 +162,7 @@ int main(int argc, char** argv) {
   std::vector<int32_t> x(kTokens * kSteps);
   std::generate(x.begin(), x.end(), [] { return std::rand() & 0x1fff1fff; });
   alignas(64) static float sums[kTokens * 32];
-  measure<Grouped>("int16, a scale a group", gigahertz, block, x, sums);
+  measure<Grouped>("int16, a scale per group", gigahertz, block, x, sums);
   measure<Folded<0>>("int16, scales folded", gigahertz, block, x, sums);
   measure<Folded<3>>("folded, all pairs Winograd", gigahertz, block, x, sums);
   measure<Folded<2>>("folded, 11 of 16 Winograd", gigahertz, block, x, sums);

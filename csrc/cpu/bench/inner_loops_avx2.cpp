@@ -43,7 +43,7 @@ void add_dots(__m256i (&dots)[2], const Block& block, int step, __m256i x) {
   if (kPinned) asm volatile("" : "+x"(dots[0]), "+x"(dots[1]));
 }
 
-// One scale a group of 16 columns.
+// One scale per group of 16 columns.
 template <int kTile, bool kPinned>
 struct Grouped {
   static constexpr int tile = kTile;
@@ -125,7 +125,7 @@ void measure(const char* name, double gigahertz, const Block& block, const std::
     best = std::min(best, now() - start);
   }
   const double cycles = best / kRepeats / kTokens * gigahertz * 1e9;
-  std::printf("%-36s %5.1f cycles for 16 rows x 64 columns x 1 token, %.1f products a cycle\n", name, cycles,
+  std::printf("%-36s %5.1f cycles for 16 rows x 64 columns x 1 token, %.1f products per cycle\n", name, cycles,
               1024 / cycles);
 }
 
@@ -140,9 +140,9 @@ int main(int argc, char** argv) {
   std::vector<int32_t> x(kTokens * kSteps);
   std::generate(x.begin(), x.end(), [] { return std::rand() & 0x1fff1fff; });
   alignas(32) static float sums[kTokens * 32];
-  measure<Grouped<4, false>>("a scale a group, 4 tokens, free", gigahertz, block, x, sums);
-  measure<Grouped<2, true>>("a scale a group, 2 tokens, pinned", gigahertz, block, x, sums);
-  measure<Grouped<3, true>>("a scale a group, 3 tokens, pinned", gigahertz, block, x, sums);
+  measure<Grouped<4, false>>("a scale per group, 4 tokens, free", gigahertz, block, x, sums);
+  measure<Grouped<2, true>>("a scale per group, 2 tokens, pinned", gigahertz, block, x, sums);
+  measure<Grouped<3, true>>("a scale per group, 3 tokens, pinned", gigahertz, block, x, sums);
   measure<Folded<4, false>>("scales folded, 4 tokens, free", gigahertz, block, x, sums);
   measure<Folded<6, false>>("scales folded, 6 tokens, free", gigahertz, block, x, sums);
   measure<Folded<4, true>>("scales folded, 4 tokens, pinned", gigahertz, block, x, sums);
