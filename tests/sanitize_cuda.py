@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 import torch_nvfp4
-from torch_nvfp4 import NVFP4Weight, reference
-from torch_nvfp4.testing import assert_accurate, random_routing, random_weight
+from torch_nvfp4 import NVFP4Weight, reference, reference_fp8
+from torch_nvfp4.testing import assert_accurate, random_routing, random_weight, relative_l2
 
 BF16, FP16 = torch.bfloat16, torch.float16
 LIMIT = 2.0
@@ -149,6 +149,28 @@ def first_of(weight: NVFP4Weight) -> NVFP4Weight:
     return NVFP4Weight(weight.data[0], scale, weight.global_scale[0])
 
 
+# E, K, I, top_k, M of experts with FP8 activations: tall and wide tiles, odd numbers of k-blocks, a panel that is half.
+FP8 = [(8, 192, 96, 2, 20), (4, 704, 176, 3, 160), (2, 256, 128, 2, 300)]
+
+
+def check_moe_fp8(e: int, k: int, i: int, top_k: int, m: int, dtype: torch.dtype, device: str) -> None:
+    generator = torch.Generator().manual_seed(m)
+    w13 = random_weight((e, 2 * i, k), gated=True, generator=generator, device=device)
+    w2 = random_weight((e, k, i), generator=generator, device=device)
+    p13, p2 = (
+        torch_nvfp4.pack(w13, gated=True, input_quant="fp8"),
+        torch_nvfp4.pack(w2, input_quant="fp8"),
+    )
+    x = torch.randn(m, k, generator=generator).to(device, dtype)
+    topk_weights, topk_ids = random_routing(m, e, top_k, generator=generator, device=device)
+    topk_ids[m // 2, 0] = -1
+    routing = topk_weights, topk_ids
+    out = torch_nvfp4.moe(x, p13, w13.global_scale, p2, w2.global_scale, *routing, clamp_limit=LIMIT, input_quant="fp8")
+    expected = reference_fp8.moe(x, w13, w2, *routing, clamp_limit=LIMIT)
+    error = relative_l2(out, expected)
+    assert error < 2e-2, f"expected a relative L2 error below 2e-2 against the specification, got {error:.1e}"
+
+
 def check_the_rest(device: str) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = random_weight((96, 192), generator=generator, device=device)
@@ -176,6 +198,8 @@ def checks(device: str) -> list[Check]:
         found += [(arch, check_batched_moe, (*case, dtype, device)) for case in BATCHED for dtype in (BF16, FP16)]
         found += [(arch, check_gradients, (*case, dtype, device)) for case in GRADIENTS for dtype in (BF16, FP16)]
         found.append((arch, check_the_rest, (device,)))
+    if torch.cuda.get_device_capability(device)[0] == 9:
+        found += [("", check_moe_fp8, (*case, dtype, device)) for case in FP8 for dtype in (BF16, FP16)]
     return found
 
 
