@@ -14,9 +14,9 @@ route, grouped_gemm...  nothing: ``order`` and ``offsets`` are those of all slot
 unpack                  nothing
 ======================  =============================================================================================
 
-Activations that are sharded otherwise, and partial sums, are redistributed first. Where that leaves a tensor that is
-not contiguous (NCCL, ``Shard(1)`` of three dimensions) the op refuses it: redistribute it and call ``contiguous()``
-before. Weights never are redistributed: packed bytes that are sliced along N or K pass every check of shapes and are
+Activations that are sharded otherwise, and partial sums, are redistributed first. Where torch (2.11) leaves gaps in a
+tensor that it gathers from uneven parts along another dimension than the first, that is refused, with what to do
+instead. Weights never are redistributed: packed bytes that are sliced along N or K pass every check of shapes and are
 garbage, and experts that are gathered for every call cost more than they save. A placement that would need it is an
 error. Rules hold per dimension of the mesh: tokens can be sharded along one and experts along another.
 
@@ -60,6 +60,8 @@ Choice = tuple[dict[str, Placement], Placement]
 Rule = Callable[[str, Specs, int], Choice]
 """``rule(op, specs, mesh_dim)``."""
 
+# Whether a tensor that is gathered from uneven parts is contiguous (torch 2.11 only cuts the padding off).
+_CLOSES_GAPS = "contiguous" in Shard._maybe_unpad_tensor.__code__.co_names
 _PROPAGATE = ShardingPropagator._propagate_tensor_meta_non_cached.__code__
 _EXPERT_ARGUMENTS = ("w13", "w13_global_scale", "w2", "w2_global_scale", "w13_bias", "w2_bias")
 _PACKED = ("w13", "w2", "weight", "packed")
@@ -249,6 +251,17 @@ _RULES: dict[str, Rule] = {
 }
 
 
+def _check_gaps(op: str, name: str, spec: DTensorSpec, choice: Placement, mesh_dim: int) -> None:
+    """Gathering ``spec`` along a dimension of the mesh gives a contiguous tensor, which the ops want."""
+    placement, ranks = spec.placements[mesh_dim], spec.mesh.size(mesh_dim)
+    if isinstance(placement, Shard) and placement.dim > 0 and placement != choice and spec.shape[placement.dim] % ranks:
+        _fail(
+            op, f"{name} sharded evenly, or along dimension 0", f"{placement} of {list(spec.shape)} over {ranks} ranks",
+            "this torch gathers uneven parts into a tensor with gaps: pass "
+            f"{name}.redistribute(placements=[...]).clone(memory_format=torch.contiguous_format)",
+        )  # fmt: skip
+
+
 def _strategy(name: str, rule: Rule, schema: OpSchema) -> OpStrategy:
     """The one way in which the op runs for these placements."""
     specs: Specs = {}
@@ -257,6 +270,10 @@ def _strategy(name: str, rule: Rule, schema: OpSchema) -> OpStrategy:
             specs[argument.name] = value.strategies[0].output_spec
     mesh = next(iter(specs.values())).mesh
     choices = [rule(name, specs, mesh_dim) for mesh_dim in range(mesh.ndim)]
+    if not _CLOSES_GAPS:
+        for mesh_dim, (choice, _) in enumerate(choices):
+            for given, spec in specs.items():
+                _check_gaps(name, given, spec, choice[given], mesh_dim)
     inputs = [
         DTensorSpec(mesh, tuple(choice[argument] for choice, _ in choices), tensor_meta=spec.tensor_meta)
         for argument, spec in specs.items()
