@@ -96,7 +96,9 @@ def test_info(monkeypatch):
     assert facts["hardware"]["CPU instruction level"].startswith("portable, asked for by TORCH_NVFP4_CPU_LEVEL; ")
     assert f"torch uses {torch.get_num_threads()} threads" in facts["hardware"]["CPU"]
     on_cpu = {entry["backend"]: entry for entry in facts["backends"] if entry["device"] == "cpu"}
-    assert list(on_cpu) == ["flashinfer_trtllm", "marlin", "cpu", "reference"]
+    assert list(on_cpu) == ["flashinfer_trtllm", "marlin", "cpu", "reference", "wgmma_fp8"]
+    assert [entry["input_quant"] for entry in on_cpu.values()] == [None, None, None, None, "fp8"]
+    assert on_cpu["wgmma_fp8"]["clamped"] == "expected a GPU of compute capability 9.0, got cpu"
     assert on_cpu["cpu"]["clamped"] is None
     assert on_cpu["cpu"]["unclamped"] is None
     assert on_cpu["marlin"]["clamped"] == "expected a cuda device, got cpu"
