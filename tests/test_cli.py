@@ -367,6 +367,13 @@ def test_errors_of_the_request(checkpoint):
     )  # fmt: skip
     assert_one_line_error(run("verify", checkpoint, "--layer", "9"), "verify", "NVFP4 or MXFP4 experts (0..2), got 9")
     assert_one_line_error(run("verify", checkpoint, "--dtype", "int4"), "verify", "--dtype: expected one of bf16, fp16")
+    assert_one_line_error(
+        run("verify", checkpoint, "--device", "cpu", "--input-quant", "fp8"), "verify",
+        "--input-quant fp8: expected a GPU of compute capability 9.0, got cpu; leave the option out",
+    )  # fmt: skip
+    assert_one_line_error(
+        run("verify", checkpoint, "--input-quant", "int8"), "verify", "--input-quant: expected fp8, got 'int8'"
+    )
     assert_one_line_error(run("verify", checkpoint, "--device", "tpu"), "verify", "--device: expected cpu, cuda or")
     assert_one_line_error(run("inspect", checkpoint, "--device", "cuda:99"), "inspect", "--device: expected one of")
     assert_one_line_error(
