@@ -247,6 +247,10 @@ void parallel_for(int64_t n, void (*body)(void* argument, int64_t i), void* argu
 namespace cuda {
 NVFP4_BACKEND_FUNCTIONS
 
+// The most experts that moe_fp8 takes: a CTA's shared memory holds three numbers for each. torch_nvfp4/ops/moe_fp8.py
+// has the same number.
+constexpr int64_t kFp8MaxExperts = 2048;
+
 // FP8 activations, which only SM90 has kernels for.
 bool runs_fp8(const Context& context);
 // `packed` with its codes in the order of device/decode_fp8.cuh; bytes are a whole number of experts'.

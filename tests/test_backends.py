@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -26,6 +27,7 @@ from torch_nvfp4.backends import (
 )
 from torch_nvfp4.format import NVFP4Weight
 from torch_nvfp4.gate import Gate
+from torch_nvfp4.ops.moe_fp8 import MAX_EXPERTS
 from torch_nvfp4.quant_config import MoEQuantConfig
 
 ALL = Libraries(cpu_ops=True, cuda_ops=True, flashinfer=True)
@@ -81,7 +83,8 @@ def test_selection(config: MoEBackendConfig, expected: str) -> None:
     chosen = select_moe_backend(config)
     assert chosen.name == expected
     reasons = explain_moe_backends(config)
-    assert list(reasons) == ["flashinfer_trtllm", "marlin", "cpu", "reference"]
+    assert list(reasons) == ["flashinfer_trtllm", "marlin", "cpu", "reference", "wgmma_fp8"]
+    assert reasons["wgmma_fp8"] == "expected a layer with input_quant='fp8', got None"  # never chosen by itself
     assert reasons[expected] is None
     before = list(reasons)[: list(reasons).index(expected)]
     # Every reason against a better backend says what was expected and what was got.
@@ -99,7 +102,7 @@ def test_this_machine_has_a_backend() -> None:
 def test_config_for_a_device_has_every_field(on: str) -> None:
     fields: dict[str, Any] = {"dtype": torch.float16, "gate": Gate("silu", 7.0, 1.702, 1.0), "libraries": NOTHING}
     flags = ("expert_map", "apply_router_weight_on_input", "equal_gate_up_scales", "biases")
-    fields |= dict.fromkeys(flags, False) | {on: True}
+    fields |= dict.fromkeys(flags, False) | {on: True, "input_quant": "fp8"}
     assert MoEBackendConfig.for_device("cpu", 64, 32, **fields) == MoEBackendConfig("cpu", 64, 32, **fields)
     assert MoEBackendConfig.for_device("cpu", 64, 32) == MoEBackendConfig("cpu", 64, 32)
     of_the_device = {"device_type", "hidden_size", "intermediate_size", "compute_capability"}
@@ -124,6 +127,77 @@ def test_config_for_a_device_has_every_field(on: str) -> None:
 def test_explicit_backend_that_cannot_run(config: MoEBackendConfig, backend: str, reason: str) -> None:
     with pytest.raises(ValueError, match=f"backend='{backend}' cannot run.*{reason}"):
         select_moe_backend(config, backend)
+
+
+FP8 = on((9, 0), input_quant="fp8", libraries=NO_FLASHINFER)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        FP8,
+        dataclasses.replace(FP8, gate=Gate("silu", 7.0, 1.702, 1.0), dtype=torch.float16),
+        dataclasses.replace(FP8, expert_map=True, apply_router_weight_on_input=True, equal_gate_up_scales=False),
+    ],
+    ids=str,
+)
+def test_fp8_activations_where_they_are_asked_for(config: MoEBackendConfig) -> None:
+    assert select_moe_backend(config).name == select_moe_backend(config, "wgmma_fp8").name == "wgmma_fp8"
+    others = {name: reason for name, reason in explain_moe_backends(config).items() if name != "wgmma_fp8"}
+    assert set(others.values()) == {"expected a layer with input_quant=None, got 'fp8'"}
+    assert select_moe_backend(dataclasses.replace(config, input_quant=None)).name == "marlin"
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (dataclasses.replace(CPU, input_quant="fp8"), "expected a GPU of compute capability 9.0, got cpu"),
+        (dataclasses.replace(FP8, compute_capability=(8, 9)), "expected compute capability 9.0, got 8.9"),
+        (dataclasses.replace(FP8, compute_capability=(10, 0), libraries=ALL), "compute capability 9.0, got 10.0"),
+        (dataclasses.replace(FP8, libraries=NOTHING), r"_C_cuda.so\), got none; build it with"),
+        (dataclasses.replace(FP8, dtype=torch.float32), "hidden_states in bfloat16 or float16, got float32"),
+        (dataclasses.replace(FP8, gate=Gate("gelu")), "expected activation silu, got gelu"),
+        (
+            dataclasses.replace(FP8, gate=Gate("swiglustep", 7.0)),
+            "a backend that applies clamp_limit 7 to swiglustep, got one that clamps silu",
+        ),
+        (dataclasses.replace(FP8, gate=Gate("silu", gated=False)), "expected experts with a gate, got some without"),
+        (dataclasses.replace(FP8, biases=True), "expected experts without biases, got some with"),
+        (dataclasses.replace(FP8, hidden_size=72), "multiples of 16, got 72, 2048"),
+    ],
+)
+def test_fp8_activations_are_never_left_out(config: MoEBackendConfig, reason: str) -> None:
+    advice = "leave input_quant out to run it with activations in 16 bits"
+    with pytest.raises(ValueError, match=rf"input_quant='fp8' cannot run .*input_quant fp8\): .*{reason}.*; {advice}"):
+        select_moe_backend(config)
+    with pytest.raises(ValueError, match=f"backend='wgmma_fp8' cannot run.*{reason}"):
+        select_moe_backend(config, "wgmma_fp8")
+
+
+def test_fp8_activations_beside_another_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"backend='marlin' cannot run.*with input_quant=None, got 'fp8'"):
+        select_moe_backend(FP8, "marlin")
+    with pytest.raises(ValueError, match=r"backend='wgmma_fp8' cannot run.*with input_quant='fp8', got None"):
+        select_moe_backend(SM90, "wgmma_fp8")
+    monkeypatch.setenv("TORCH_NVFP4_BACKEND", "wgmma_fp8")
+    with pytest.raises(ValueError, match=r"TORCH_NVFP4_BACKEND='wgmma_fp8' cannot run.*='fp8', got None"):
+        select_moe_backend(SM90)
+    monkeypatch.delenv("TORCH_NVFP4_BACKEND")
+    monkeypatch.setenv("TORCH_NVFP4_ARCH", "80")
+    with pytest.raises(ValueError, match="expected TORCH_NVFP4_ARCH to be unset, got 80, whose kernels have no FP8"):
+        select_moe_backend(FP8)
+    with pytest.raises(ValueError, match="input_quant: expected None or 'fp8', got 'int8'"):
+        dataclasses.replace(FP8, input_quant="int8")
+
+
+def test_fp8_has_no_batched_form_and_a_limit_of_experts() -> None:
+    fp8 = moe_backend("wgmma_fp8")
+    with pytest.raises(NotImplementedError, match=r"^wgmma_fp8: expected tokens with a routing, got a batch"):
+        fp8.apply_batched({}, MoEQuantConfig(), torch.zeros(1, 1, 16), torch.zeros(1))
+    with pytest.raises(ValueError, match="input_quant='fp8': expected at most 2048 experts, got 2049"):
+        fp8.prepare(*layer(experts=2049, k=16, i=16))
+    source = Path(__file__).parent.parent / "csrc" / "kernels.h"
+    assert f"constexpr int64_t kFp8MaxExperts = {MAX_EXPERTS};" in source.read_text()
 
 
 def test_unknown_backend() -> None:
@@ -155,7 +229,7 @@ def test_nothing_left_lists_every_reason() -> None:
 
 
 def test_clamp_leaves_only_backends_that_clamp(monkeypatch: pytest.MonkeyPatch) -> None:
-    fast = SimpleNamespace(name="fast", CLAMP_ACTIVATIONS=frozenset(), supports=lambda config: None)
+    fast = SimpleNamespace(name="fast", CLAMP_ACTIVATIONS=frozenset(), INPUT_QUANT=None, supports=lambda config: None)
     monkeypatch.setattr(backends, "BACKENDS", (fast, *backends.BACKENDS))
     assert select_moe_backend(dataclasses.replace(CPU, gate=Gate())) is fast
     assert select_moe_backend(CPU).name == "cpu"

@@ -1,5 +1,6 @@
 """The benchmark's accounting against numbers worked out by hand, its protocol on a fake clock, and its errors."""
 
+import dataclasses
 import importlib.metadata
 import importlib.util
 import itertools
@@ -323,6 +324,7 @@ def make_report(device, peers):
         tokens=8192, experts_hit=255.9, touched_bytes=3e9, flop=2 * 10**12, rounds=5, read_rate=3e9, matmul_rate=1e12,
         read_seconds=1e-3, compute_seconds=1e-4, seconds=dict.fromkeys(("torch_nvfp4", *peers), 0.01234567),
         over_read=2.0, over_floor=2.0, speedup=dict.fromkeys(peers, 2.0), extra_bytes=10**9,
+        errors={"torch_nvfp4": 0.00264, "fp8": 0.0672} if "fp8" in peers else {},
     )  # fmt: skip
     return bench.Report(device, "a processor", 2, "today", {}, TINY._asdict(), "bf16", 10.0, [row])
 
@@ -391,6 +393,7 @@ def test_host_time_of_a_tiny_layer(tmp_path):
         ("cpu", ["gate fused", "gate Inductor", "gate eager", "dequantize"]),
         ("cuda", ["gate fused", "gate Inductor", "gate eager"]),
         ("cuda", ["vllm", "humming indexed", "humming grouped"]),
+        ("cuda", ["fp8", "vllm"]),
     ],
 )
 def test_tables_fit_120_columns(device, peers, capsys):
@@ -398,6 +401,42 @@ def test_tables_fit_120_columns(device, peers, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert max(len(line.rstrip()) for line in lines) <= 120
     assert "2.00x" in lines[-1] or "2.0x" in lines[-1]
+
+
+def test_errors_of_fp8_activations(capsys):
+    report = make_report("cuda", ["fp8"])
+    report.input_quant = "fp8"
+    Terminal().table(*bench_table(report))
+    assert "6.72e-02" in capsys.readouterr().out
+    assert bench.caption(report).endswith(" error: relative L2 against fp64 of the same weights; torch_nvfp4 0.00264.")
+    assert "error" not in bench.caption(make_report("cuda", ["vllm"]))
+    assert report.to_json()["rows"][0]["errors"]["fp8"] == 0.0672
+
+
+def test_fp64_errors_are_those_of_the_first_tokens():
+    layer = bench.Layer.random(TINY, clamp_limit=10.0)
+    ours = bench.our_contender(layer, torch.bfloat16)
+    off = dataclasses.replace(
+        ours, name="off", run=lambda case: torch.cat((ours.run(case)[:256] * 1.25, case[0][256:]))
+    )
+    case = next(bench.cases(TINY, 300))
+    errors = bench.fp64_errors(layer, [ours, off], case)
+    x, topk_weights, topk_ids = (part[:256] for part in case)
+    exact = bench.Case(x.bfloat16().double(), topk_weights, topk_ids)
+    expected = bench.dequantize_then_matmul(exact, layer.w13, layer.w2, clamp_limit=10.0)
+    output = ours.run(bench.Case(x.bfloat16(), topk_weights, topk_ids))
+    assert errors["torch_nvfp4"] == pytest.approx(relative_l2(output, expected), rel=1e-3)
+    assert errors["off"] == pytest.approx(0.25, rel=0.02)
+
+
+def test_each_contender_has_its_own_agreement():
+    layer = bench.Layer.random(TINY, clamp_limit=10.0)
+    ours = bench.our_contender(layer, torch.bfloat16)
+    near = dataclasses.replace(ours, name="near", run=lambda case: ours.run(case) * 1.1)
+    case = next(bench.cases(TINY, 3))
+    with pytest.raises(bench.BenchError, match=r"near to agree with torch_nvfp4 .* of 0\.03, got 0\.(1|09)"):
+        bench.check_agreement([ours, near], case)
+    bench.check_agreement([ours, dataclasses.replace(near, agreement=bench.layer.FP8_AGREEMENT)], case)
 
 
 def test_plot(tmp_path):
@@ -421,6 +460,9 @@ def test_plot(tmp_path):
         ),
         (["--clamp-limit", "-1"], "expected clamp_limit to be finite and positive"),
         (["--device", "tpu"], "--device: expected cpu or cuda, got 'tpu'"),
+        (["--input-quant", "fp8"], "--input-quant fp8: expected a GPU of compute capability 9.0, got cpu; leave"),
+        (["--input-quant", "fp4"], "--input-quant: expected fp8, got 'fp4'"),
+        (["--host-time", "--input-quant", "fp8"], "--input-quant fp8: expected no --host-time beside it, got both"),
         (["--skew", "-1"], "--skew: expected a finite sigma of at least 0, got -1"),
         (["--skew", "nan"], "--skew: expected a finite sigma of at least 0, got nan"),
     ],

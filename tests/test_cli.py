@@ -96,7 +96,9 @@ def test_info(monkeypatch):
     assert facts["hardware"]["CPU instruction level"].startswith("portable, asked for by TORCH_NVFP4_CPU_LEVEL; ")
     assert f"torch uses {torch.get_num_threads()} threads" in facts["hardware"]["CPU"]
     on_cpu = {entry["backend"]: entry for entry in facts["backends"] if entry["device"] == "cpu"}
-    assert list(on_cpu) == ["flashinfer_trtllm", "marlin", "cpu", "reference"]
+    assert list(on_cpu) == ["flashinfer_trtllm", "marlin", "cpu", "reference", "wgmma_fp8"]
+    assert [entry["input_quant"] for entry in on_cpu.values()] == [None, None, None, None, "fp8"]
+    assert on_cpu["wgmma_fp8"]["clamped"] == "expected a GPU of compute capability 9.0, got cpu"
     assert on_cpu["cpu"]["clamped"] is None
     assert on_cpu["cpu"]["unclamped"] is None
     assert on_cpu["marlin"]["clamped"] == "expected a cuda device, got cpu"
@@ -365,6 +367,13 @@ def test_errors_of_the_request(checkpoint):
     )  # fmt: skip
     assert_one_line_error(run("verify", checkpoint, "--layer", "9"), "verify", "NVFP4 or MXFP4 experts (0..2), got 9")
     assert_one_line_error(run("verify", checkpoint, "--dtype", "int4"), "verify", "--dtype: expected one of bf16, fp16")
+    assert_one_line_error(
+        run("verify", checkpoint, "--device", "cpu", "--input-quant", "fp8"), "verify",
+        "--input-quant fp8: expected a GPU of compute capability 9.0, got cpu; leave the option out",
+    )  # fmt: skip
+    assert_one_line_error(
+        run("verify", checkpoint, "--input-quant", "int8"), "verify", "--input-quant: expected fp8, got 'int8'"
+    )
     assert_one_line_error(run("verify", checkpoint, "--device", "tpu"), "verify", "--device: expected cpu, cuda or")
     assert_one_line_error(run("inspect", checkpoint, "--device", "cuda:99"), "inspect", "--device: expected one of")
     assert_one_line_error(

@@ -5,12 +5,14 @@ import math
 
 import pytest
 import torch
+import typer
 
-from torch_nvfp4 import reference
+from torch_nvfp4 import reference, reference_fp8
 from torch_nvfp4 import verify as library
 from torch_nvfp4.checkpoint import Checkpoint
 from torch_nvfp4.cli import inspect
 from torch_nvfp4.cli.terminal import Terminal
+from torch_nvfp4.cli.verify import _print_checks as print_checks
 from torch_nvfp4.demo import write_checkpoint
 from torch_nvfp4.errors import CheckpointError
 from torch_nvfp4.nn import NVFP4Experts
@@ -165,6 +167,54 @@ def test_relative_error():
         broken = torch.tensor([[1.0, bad]])
         assert relative_error(broken, broken) == math.inf
         assert relative_error(broken, torch.ones(1, 2)) == math.inf
+
+
+def test_fp8_specification_of_a_layer(checkpoint):
+    x = torch.randn(9, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    routing = covering_routing(9, EXPERTS, TOP_K, generator=torch.Generator().manual_seed(1))
+    weights = checkpoint.experts(0)
+    usual = library._references(checkpoint, 0, x, *routing, None)
+    assert usual.specification is None
+    expected = library._references(checkpoint, 0, x, *routing, "fp8")
+    assert torch.equal(expected.output, usual.output)
+    options = {"clamp_limit": checkpoint.gate(0).clamp_limit}
+    w13 = weights.w13._replace(global_scale=weights.w13.global_scale.reshape(EXPERTS, -1).expand(-1, 2))
+    assert torch.equal(expected.specification, reference_fp8.moe(x, w13, weights.w2, *routing, **options))
+    assert 0.02 < relative_error(expected.specification, expected.output) < 0.1
+
+
+def fp8_check(of_specification, error):
+    output = torch.ones(2, 2, dtype=torch.float64)
+    expected = library._Expected(output / (1 + error), 0.25, output / (1 + of_specification))
+    errors = library._errors(output, expected, torch.bfloat16, 4)
+    return library.LayerCheck(
+        layer=3, backend="wgmma_fp8", gate="silu, clamp_limit 10", tokens=2, num_experts=4, experts_unchecked=(),
+        clamped_share=0.25, seconds=0.0, input_quant="fp8", **errors,
+    )  # fmt: skip
+
+
+def test_a_kernel_at_fault_and_a_layer_that_fp8_does_not_suit(capsys):
+    good, rough, wrong = fp8_check(0.01, 0.055), fp8_check(0.01, 0.08), fp8_check(0.021, 0.05)
+    assert (good.passed, good.tolerance, good.specification_tolerance) == (True, 0.06, 0.02)
+    assert rough.problem == (
+        "a relative error of 8.00e-02, which is FP8's own rounding of this layer, as the kernel is within 1.00e-02 of "
+        "its specification: run it with activations in 16 bits"
+    )
+    assert wrong.problem == (
+        "a relative error of 2.10e-02 against the specification of FP8 activations, where at most 0.02 is right: the "
+        "kernel is at fault"
+    )
+    assert fp8_check(math.nan, math.nan).problem == "the reference has NaN or infinities, so that nothing was checked"
+    print_checks(Terminal(None), [good])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "rel. L2 tolerance to FP8 spec. tolerance" in text
+    assert "5.50e-02 0.06 1.00e-02 0.02 ok" in text
+    assert "1 layer within 0.06 of the fp64 reference and 0.02 of the specification of FP8 activations" in text
+    with pytest.raises(typer.Exit) as left:
+        print_checks(Terminal(None), [good, rough])
+    assert left.value.exit_code == 1
+    assert "expected an error of at most 0.06, got a relative error of 8.00e-02, which" in capsys.readouterr().err
+    assert good.to_json()["specification_l2"] == pytest.approx(0.01)
 
 
 def test_steps_are_told(checkpoint):

@@ -10,6 +10,8 @@
 namespace nvfp4::cuda {
 namespace {
 
+static_assert(kFp8MaxExperts == kWgmmaMaxExperts, "wgmma_fp8 schedules experts as wgmma_experts does");
+
 struct Plan {
   int64_t slots;
   WgmmaPlan tiles;

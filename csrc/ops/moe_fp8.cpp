@@ -46,7 +46,9 @@ Tensor moe_fp8(const Tensor& hidden_states, const Tensor& w13, const Tensor& w13
   if (gate.activation != Activation::silu) {
     fail(op, "activation must be silu (0), got ", activation, "; use moe for others");
   }
-  if (gate_up.experts > 2048) fail(op, "w13 must hold at most 2048 experts, got ", gate_up.experts);
+  if (gate_up.experts > cuda::kFp8MaxExperts) {
+    fail(op, "w13 must hold at most ", cuda::kFp8MaxExperts, " experts, got ", gate_up.experts);
+  }
   Tensor out = empty(op, "out", hidden_states, {tokens, k}, hidden_states.scalar_type());
   if (out.numel() == 0) return out;
 #ifdef USE_CUDA

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 import torch_nvfp4
 from torch_nvfp4.distributed import expert_maps, sharding
-from torch_nvfp4.testing import TOLERANCE, random_routing, random_weight, relative_l2
+from torch_nvfp4.testing import FP8_TOLERANCE, TOLERANCE, random_routing, random_weight, relative_l2
 
 DEVICE = os.environ["RANKS_DEVICE"]
 DTYPE = torch.float32 if DEVICE == "cpu" else torch.float16
@@ -241,6 +241,34 @@ def case_moe_maps_words() -> None:
         [-1, -1, 0, -1],
         [-1, -1, -1, 0],
     ]
+
+
+def case_moe_fp8() -> None:
+    mesh, w, routing = one_dimension(), layer(), tokens(9)
+    if DEVICE == "cpu":
+        whole = placed(w["w2"], mesh, R)
+        words = "nvfp4::order_for_fp8: expected tensors on a CUDA device, got them on the cpu"
+        refused(lambda: torch_nvfp4.order_for_fp8(whole, INNER), words)
+        return
+    if torch.cuda.get_device_capability()[0] != 9:
+        return
+    ordered = dict(w)
+    for name, features, gated in (("w13", K, True), ("w2", INNER, False)):
+        ordered[name] = torch_nvfp4.order_for_fp8(w[name], features, gated=gated)
+        for given in (S0, R):
+            result = torch_nvfp4.order_for_fp8(placed(w[name], mesh, given), features, gated=gated)
+            check(result, ordered[name], given, exact=True)
+        by_row = placed(w[name], mesh, Shard(2 if gated else 1))
+        refused(lambda by_row=by_row, features=features, gated=gated: torch_nvfp4.order_for_fp8(
+            by_row, features, gated=gated), "packed to be replicated or sharded by experts")  # fmt: skip
+    expected = torch_nvfp4.moe(routing[0], *ordered.values(), *routing[1:], input_quant="fp8", **CLAMP)
+    maps = placed(expert_maps(E, WORLD).to(DEVICE), mesh, S0)
+    for by_expert, by_token, expert_map, placement in ((R, S0, None, S0), (S0, R, maps, Partial()), (R, R, None, R)):
+        x, topk_weights, ids = (placed(tensor, mesh, by_token) for tensor in routing)
+        weights = [placed(ordered[name], mesh, by_expert) for name in WEIGHTS]
+        result: Any = torch_nvfp4.moe(x, *weights, topk_weights, ids, expert_map, input_quant="fp8", **CLAMP)
+        assert result.placements == (placement,)
+        assert relative_l2(result.full_tensor(), expected) < FP8_TOLERANCE
 
 
 def case_batched_moe() -> None:

@@ -28,7 +28,7 @@ from torch_nvfp4.distributed import (
     slice_experts,
 )
 from torch_nvfp4.quant_config import MoEQuantConfig
-from torch_nvfp4.testing import TOLERANCE, random_routing, random_weight, relative_l2
+from torch_nvfp4.testing import FP8_TOLERANCE, TOLERANCE, random_routing, random_weight, relative_l2
 
 DEVICE = os.environ["RANKS_DEVICE"]
 DTYPE = torch.float32 if DEVICE == "cpu" else torch.float16
@@ -108,6 +108,29 @@ def case_biases_and_experts_without_a_gate() -> None:
         close(whole(*arguments), exact)
         for mesh, split in meshes():
             close(parallelize_experts(whole, mesh, ExpertsPlan(**split))(*arguments), exact)
+
+
+def case_fp8_activations() -> None:
+    mesh = init_device_mesh(DEVICE, (WORLD,))
+    with checkpoint() as path:
+        if DEVICE == "cpu":
+            with pytest.raises(ValueError, match=r"input_quant='fp8' cannot run .* capability 9\.0, got cpu"):
+                load_experts(path, 0, mesh, ExpertsPlan(tp=0), device=DEVICE, input_quant="fp8")
+            return
+        if torch.cuda.get_device_capability()[0] != 9:
+            return
+        whole = NVFP4Experts.from_checkpoint(path, 0, device=DEVICE, input_quant="fp8")
+        arguments = tokens(40, 6)
+        for mesh, split in meshes():
+            plan = ExpertsPlan(**split)
+            for parallel in (
+                load_experts(path, 0, mesh, plan, device=DEVICE, input_quant="fp8"),
+                parallelize_experts(whole, mesh, plan),
+            ):
+                assert parallel.experts is not None
+                assert (parallel.experts.input_quant, parallel.experts.backend) == ("fp8", "wgmma_fp8")
+                # A part of the intermediate has a scale of its own, so that its values are rounded otherwise.
+                assert relative_l2(parallel(*arguments), whole(*arguments)) < 2 * FP8_TOLERANCE
 
 
 def case_uneven_experts() -> None:

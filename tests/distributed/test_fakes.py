@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.tensor import Replicate
+from torch.distributed.tensor import Partial, Placement, Replicate, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor._op_schema import OpSchema
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
@@ -61,3 +61,63 @@ def test_packed_shapes_are_those_of_the_mesh(device: str, monkeypatch: pytest.Mo
     schema = OpSchema(MOE, tuple(spec(device, shape, dtype) for shape, dtype in arguments), {})
     with pytest.raises(RuntimeError, match=rf"w13 must have shape .* gives on {device} for K = 64"):
         propagator._propagate_tensor_meta_non_cached(schema)
+
+
+def on_two_ranks(**placements: Placement) -> dict[str, DTensorSpec]:
+    """The tensors of ``moe_fp8`` on a mesh of two GPUs, as its sharding rule sees them; replicated unless named."""
+    like: Any = SimpleNamespace(device=torch.device("cuda"))
+    tensors = {
+        "hidden_states": ([TOKENS, HIDDEN], torch.bfloat16),
+        "w13": (packed_shape(like, EXPERTS, 2 * INNER, HIDDEN, gated=True), torch.int8),
+        "w13_global_scale": ([EXPERTS, 2], torch.float32),
+        "w2": (packed_shape(like, EXPERTS, HIDDEN, INNER, gated=False), torch.int8),
+        "w2_global_scale": ([EXPERTS], torch.float32),
+        "topk_weights": ([TOKENS, TOP_K], torch.float32),
+        "topk_ids": ([TOKENS, TOP_K], torch.int64),
+        "expert_map": ([2 * EXPERTS], torch.int32),
+    }
+    mesh: Any = SimpleNamespace(device_type="cuda", ndim=1, shape=(2,))
+    if "expert_map" not in placements:
+        del tensors["expert_map"]
+    return {
+        name: DTensorSpec(
+            mesh,
+            (placements.get(name, Replicate()),),
+            tensor_meta=TensorMeta(torch.Size(shape), torch.empty(shape, device="meta").stride(), dtype),
+        )
+        for name, (shape, dtype) in tensors.items()
+    }
+
+
+WEIGHTS = ("w13", "w13_global_scale", "w2", "w2_global_scale")
+
+
+def test_fp8_is_sharded_as_moe_is() -> None:
+    rule, by_half = distributed.sharding._RULES["moe_fp8"], Shard(0)
+    needed, output = rule("moe_fp8", on_two_ranks(hidden_states=by_half), 0)
+    assert output == by_half
+    assert {name for name, placement in needed.items() if placement == by_half} == {
+        "hidden_states", "topk_weights", "topk_ids",
+    }  # fmt: skip
+    by_expert = dict.fromkeys((*WEIGHTS, "expert_map"), by_half)
+    needed, output = rule("moe_fp8", on_two_ranks(**by_expert), 0)
+    assert output == Partial()
+    assert {name for name, placement in needed.items() if placement == by_half} == set(by_expert)
+    for placements, words in (
+        (dict.fromkeys(WEIGHTS, by_half), "nvfp4::moe_fp8 on DTensors: expected an expert_map beside experts"),
+        ({"w13": Shard(2)}, r"w13 to be replicated or sharded by experts.*, got S.*packed bytes cannot be sliced"),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            rule("moe_fp8", on_two_ranks(**placements), 0)
+
+
+def test_the_order_for_fp8_is_sharded_by_experts() -> None:
+    rule = distributed.sharding._RULES["order_for_fp8"]
+    for placement in (Shard(0), Replicate()):
+        packed = {"packed": on_two_ranks(w2=placement)["w2"]}
+        assert rule("order_for_fp8", packed, 0) == ({"packed": placement}, placement)
+    packed = {"packed": on_two_ranks(w2=Shard(1))["w2"]}
+    with pytest.raises(
+        RuntimeError, match="nvfp4::order_for_fp8 on DTensors: expected packed to be replicated or shard"
+    ):
+        rule("order_for_fp8", packed, 0)

@@ -53,6 +53,17 @@ def test_generate_prints_the_models_tokens(path: Path, tmp_path: Path) -> None:
     assert " tokens/s; peak memory " in result.stderr
 
 
+def test_generate_with_fp8_activations_needs_a_gpu(path: Path) -> None:
+    result = CliRunner().invoke(
+        app, ["generate", str(path), "--prompt", "w3", "--device", "cpu", "--input-quant", "fp8"]
+    )
+    assert result.exit_code == 2
+    words = (
+        "torch-nvfp4 generate: --input-quant fp8: expected a GPU of compute capability 9.0, got cpu; leave the option"
+    )
+    assert result.stderr.startswith(words)
+
+
 def test_generate_without_the_chat_template(path: Path) -> None:
     arguments = ["generate", str(path), "--prompt", "w3 w4 w5", "--max-new-tokens", "6", "--dtype", "fp32", "--raw"]
     result = CliRunner().invoke(app, [*arguments, "--device", "cpu"])

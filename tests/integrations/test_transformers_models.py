@@ -202,3 +202,15 @@ def test_a_fault_shows(models: Callable[[str], Path], mutation: str) -> None:
     layer.packed = type(packed).from_weights(w13, w2, gate=gate)
     oracle = load(path / "dense", experts_implementation="eager")
     assert relative(logits(model), logits(oracle)) > 1e-3
+
+
+@pytest.mark.gpu
+def test_fp8_activations(models: Callable[[str], Path]) -> None:
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs compute capability 9.0")
+    path, options = models("modelopt") / "packed", {"dtype": torch.bfloat16, "device_map": {"": 0}}
+    usual = from_pretrained(path, **options)
+    model = from_pretrained(path, input_quant="fp8", **options)
+    assert {experts.packed.backend for experts in experts_of(model)} == {"wgmma_fp8"}  # type: ignore[union-attr]
+    got, expected = (logits(one, prompt().cuda()) for one in (model, usual))
+    assert 1e-4 < relative(got, expected) < 0.5  # a token that a router sends elsewhere counts too

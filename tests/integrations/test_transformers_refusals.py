@@ -264,6 +264,23 @@ def test_a_backend_is_a_name() -> None:
         TorchNVFP4Config(backend=3)  # type: ignore[arg-type]
 
 
+def test_fp8_activations_are_never_left_out(packed_models: dict[str, Path]) -> None:
+    words = (
+        r"input_quant='fp8' cannot run this MoE layer \(cpu, .*\): expected a GPU of compute capability 9\.0, got cpu"
+    )
+    path, asked = packed_models["modelopt"], TorchNVFP4Config(input_quant="fp8")
+    with pytest.raises(ValueError, match=words):
+        AutoModel.from_pretrained(path, dtype=torch.bfloat16, quantization_config=asked)
+    with pytest.raises(ValueError, match=words):
+        from_pretrained(path, dtype=torch.bfloat16, input_quant="fp8")
+    with pytest.raises(ValueError, match="input_quant: expected None or 'fp8', got 'int8'"):
+        from_pretrained(path, input_quant="int8")
+    config = transformers.AutoConfig.from_pretrained(path)
+    config.quantization_config = asked  # as that of a loaded model
+    with pytest.raises(ValueError, match=words):
+        AutoModel.from_pretrained(path, config=config, dtype=torch.bfloat16)
+
+
 def test_saving_changed_weights(packed_models: dict[str, Path], tmp_path: Path) -> None:
     model = AutoModel.from_pretrained(packed_models["deepseek"], dtype=torch.bfloat16)
     linear = model.model.layers[1].self_attn.q_a_proj.weight

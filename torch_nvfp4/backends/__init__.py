@@ -3,6 +3,7 @@
 A backend is one module with
 
 - ``name`` and ``CLAMP_ACTIVATIONS``, the activations to which it can apply a clamp;
+- ``INPUT_QUANT``: the ``input_quant`` that a layer must ask for to get it, None for the usual ones;
 - ``supports(config)``: None, or why it cannot run the layer;
 - ``prepare(w13, w2)``: canonical weights -> the tensors that it reads, and ``restore``, its exact inverse;
 - ``apply(tensors, quant, hidden_states, topk_weights, topk_ids, ...)``: one layer;
@@ -14,11 +15,12 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from typing import Protocol, cast
+from typing import NoReturn, Protocol, cast
 
+import torch
 from torch import Tensor
 
-from torch_nvfp4.backends import cpu, flashinfer_trtllm, marlin, reference
+from torch_nvfp4.backends import cpu, flashinfer_trtllm, marlin, reference, wgmma_fp8
 from torch_nvfp4.backends.config import Libraries, MoEBackendConfig
 from torch_nvfp4.format import NVFP4Weight
 from torch_nvfp4.gate import Activation
@@ -30,7 +32,9 @@ __all__ = [
     "Libraries",
     "MoEBackend",
     "MoEBackendConfig",
+    "check_input_quant_of_layer",
     "explain_moe_backends",
+    "input_quant_error",
     "moe_backend",
     "select_moe_backend",
 ]
@@ -46,6 +50,7 @@ class MoEBackend(Protocol):
 
     name: str
     CLAMP_ACTIVATIONS: frozenset[Activation]
+    INPUT_QUANT: str | None
 
     def supports(self, config: MoEBackendConfig) -> str | None:
         """None if the backend can run ``config``, else why not, as "expected ..., got ..."."""
@@ -91,8 +96,8 @@ class MoEBackend(Protocol):
         """
 
 
-BACKENDS: tuple[MoEBackend, ...] = cast(tuple[MoEBackend, ...], (flashinfer_trtllm, marlin, cpu, reference))
-"""In order of preference."""
+BACKENDS: tuple[MoEBackend, ...] = cast(tuple[MoEBackend, ...], (flashinfer_trtllm, marlin, cpu, reference, wgmma_fp8))
+"""In order of preference, among those of the same ``INPUT_QUANT``."""
 
 
 def moe_backend(name: str) -> MoEBackend:
@@ -104,7 +109,10 @@ def moe_backend(name: str) -> MoEBackend:
 
 
 def _reason_against(backend: MoEBackend, config: MoEBackendConfig) -> str | None:
-    """Why ``backend`` cannot run ``config``, or None. A clamp leaves only backends that can apply it."""
+    """Why ``backend`` cannot run ``config``, or None. A clamp leaves only backends that can apply it, and an
+    ``input_quant`` that is asked for, or not, those that are for it."""
+    if config.input_quant != backend.INPUT_QUANT:
+        return f"expected a layer with input_quant={backend.INPUT_QUANT!r}, got {config.input_quant!r}"
     gate = config.gate
     if gate.clamp_limit is not None and gate.activation not in backend.CLAMP_ACTIVATIONS:
         clampable = " or ".join(sorted(activation.name for activation in backend.CLAMP_ACTIVATIONS)) or "no activation"
@@ -131,7 +139,8 @@ def select_moe_backend(config: MoEBackendConfig, backend: str | None = None) -> 
             it is set and not empty, for an explicit request.
 
     Raises:
-        ValueError: the explicit request is unknown or cannot run ``config``, with the reason.
+        ValueError: the explicit request, of a backend or of an ``input_quant``, is unknown or cannot run ``config``,
+            with the reason.
         NotImplementedError: no backend can, with every backend's reason.
     """
     asked_by = "backend"
@@ -154,8 +163,32 @@ def select_moe_backend(config: MoEBackendConfig, backend: str | None = None) -> 
             passed_over = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason is not None)
             _log_once(f"MoE backend {candidate.name} for {config}; passed over: {passed_over or 'none'}")
             return candidate
+    if config.input_quant is not None:
+        _refuse_input_quant(config, reasons[wgmma_fp8.name] or "")
     listed = "".join(f"\n  {name}: {reason}" for name, reason in reasons.items())
     raise NotImplementedError(f"no backend can run this MoE layer ({config}):{listed}")
+
+
+def input_quant_error(device: torch.device | str, input_quant: str | None) -> str | None:
+    """Why no layer can have this ``input_quant`` on a device that is here, as "expected ..., got ...", or None."""
+    reasons = explain_moe_backends(MoEBackendConfig.for_device(device, 64, 64, input_quant=input_quant))
+    of_it = [reasons[backend.name] for backend in BACKENDS if input_quant == backend.INPUT_QUANT]
+    return None if None in of_it else of_it[0]
+
+
+def check_input_quant_of_layer(config: MoEBackendConfig) -> None:
+    """Raises ValueError where no device could run the layer with the ``input_quant`` that it asks for."""
+    reason = wgmma_fp8.layer_error(config) if config.input_quant == wgmma_fp8.INPUT_QUANT else None
+    if reason is not None:
+        _refuse_input_quant(config, reason)
+
+
+def _refuse_input_quant(config: MoEBackendConfig, reason: str) -> NoReturn:
+    """Every other backend would compute something else than was asked for."""
+    raise ValueError(
+        f"input_quant={config.input_quant!r} cannot run this MoE layer ({config}): {reason}; leave input_quant out to "
+        "run it with activations in 16 bits"
+    )
 
 
 def _log_once(message: str) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from torch_nvfp4.gate import Gate
+from torch_nvfp4.ops.pack import check_input_quant
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,10 @@ class MoEBackendConfig:
     equal_gate_up_scales: bool = True  # global scales of gate and up agree in every expert
     libraries: Libraries = field(default_factory=Libraries.detect)
     biases: bool = False  # of the experts
+    input_quant: str | None = None  # "fp8" asks for activations in FP8; no backend has them for a layer that does not
+
+    def __post_init__(self) -> None:
+        check_input_quant(self.input_quant)
 
     @classmethod
     def for_device(
@@ -58,11 +63,12 @@ class MoEBackendConfig:
         equal_gate_up_scales: bool = True,
         libraries: Libraries | None = None,
         biases: bool = False,
+        input_quant: str | None = None,
     ) -> MoEBackendConfig:
         """For a device that is here, whose type and compute capability it reads; the rest are the fields of the class.
 
         ``gate`` None is silu without a clamp, ``libraries`` None those of this process. Raises what torch raises for a
-        device that is not there.
+        device that is not there, ValueError for an unknown ``input_quant``.
         """
         device = torch.device(device)
         return cls(
@@ -77,6 +83,7 @@ class MoEBackendConfig:
             equal_gate_up_scales,
             Libraries.detect() if libraries is None else libraries,
             biases,
+            input_quant,
         )
 
     def __str__(self) -> str:
@@ -84,7 +91,8 @@ class MoEBackendConfig:
         if self.compute_capability is not None:
             where += f" SM{self.compute_capability[0]}{self.compute_capability[1]}"
         biases = ", biases" if self.biases else ""
-        return f"{where}, K {self.hidden_size}, I {self.intermediate_size}, {self.gate}{biases}"
+        input_quant = "" if self.input_quant is None else f", input_quant {self.input_quant}"
+        return f"{where}, K {self.hidden_size}, I {self.intermediate_size}, {self.gate}{biases}{input_quant}"
 
 
 def size_error(config: MoEBackendConfig, multiple: int) -> str | None:

@@ -8,9 +8,10 @@ from torch_nvfp4.backends._packed import apply, apply_batched, prepare, restore
 from torch_nvfp4.backends.config import MoEBackendConfig, dtype_error, size_error
 from torch_nvfp4.gate import CLAMP_ACTIVATIONS
 
-__all__ = ["CLAMP_ACTIVATIONS", "apply", "apply_batched", "name", "prepare", "restore", "supports"]
+__all__ = ["CLAMP_ACTIVATIONS", "INPUT_QUANT", "apply", "apply_batched", "name", "prepare", "restore", "supports"]
 
 name = "cpu"
+INPUT_QUANT = None
 
 
 def supports(config: MoEBackendConfig) -> str | None:

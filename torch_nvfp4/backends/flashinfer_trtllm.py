@@ -26,6 +26,7 @@ from torch_nvfp4.quant_config import MoEQuantConfig
 
 name = "flashinfer_trtllm"
 CLAMP_ACTIVATIONS = frozenset({Activation.silu})
+INPUT_QUANT = None
 
 _EPILOGUE_TILE_M = 128
 _SWIGLU = 3  # flashinfer's ActivationType

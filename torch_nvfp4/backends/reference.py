@@ -19,9 +19,10 @@ from torch_nvfp4.ops.batch_invariance import refuse_batch_invariance
 from torch_nvfp4.ops.optional import optional_arguments
 from torch_nvfp4.quant_config import MoEQuantConfig
 
-__all__ = ["CLAMP_ACTIVATIONS", "apply", "apply_batched", "name", "prepare", "restore", "supports"]
+__all__ = ["CLAMP_ACTIVATIONS", "INPUT_QUANT", "apply", "apply_batched", "name", "prepare", "restore", "supports"]
 
 name = "reference"
+INPUT_QUANT = None
 
 
 def supports(config: MoEBackendConfig) -> str | None:

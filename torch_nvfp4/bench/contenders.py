@@ -17,6 +17,8 @@ from torch_nvfp4.bench.cpu_engines import ggml_contender, kt_contender
 from torch_nvfp4.bench.layer import (
     COMPILED,
     DEQUANTIZE,
+    FP8,
+    FP8_AGREEMENT,
     GGML,
     OURS,
     BenchError,
@@ -69,6 +71,19 @@ def our_contender(layer: Layer, dtype: torch.dtype) -> Contender:
         )
 
     return Contender(OURS, run, dtype)
+
+
+def fp8_contender(layer: Layer, dtype: torch.dtype) -> Contender:
+    """Ours with ``input_quant="fp8"``. Raises what ``pack`` and the op raise where there is no such kernel."""
+    p13, p2 = ops.pack(layer.w13, gated=True, input_quant="fp8"), ops.pack(layer.w2, input_quant="fp8")
+    g13, g2, limit = layer.w13.global_scale, layer.w2.global_scale, layer.clamp_limit
+
+    def run(case: Case) -> Tensor:
+        return ops.moe(
+            case.hidden_states, p13, g13, p2, g2, case.topk_weights, case.topk_ids, clamp_limit=limit, input_quant="fp8"
+        )
+
+    return Contender(FP8, run, dtype, agreement=FP8_AGREEMENT)
 
 
 class _Steps(torch.nn.Module):

@@ -31,6 +31,7 @@ class Row:
     matmul_dtype: str = "bf16"  # what was multiplied at matmul_rate: on the CPU torch's fastest
     extra_bytes: int | None = None  # peak of a call's memory, its output included; None where it cannot be measured
     kernels: dict[str, float] = field(default_factory=dict)  # CUDA kernel name -> seconds a call
+    errors: dict[str, float] = field(default_factory=dict)  # relative L2 against fp64, where it was asked for
 
     @property
     def floor_seconds(self) -> float:
@@ -56,6 +57,7 @@ class Report:
     clamp_limit: float
     rows: list[Row] = field(default_factory=list)
     skew: float = 0.0
+    input_quant: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         report = asdict(self)
@@ -89,7 +91,10 @@ def caption(report: Report) -> str:
     read, matmul = ([getattr(row, name) for row in report.rows] for name in ("read_rate", "matmul_rate"))
     rates = f"{_span([rate * 1e-9 for rate in read])} GB/s, {_span([rate * 1e-9 for rate in matmul])} GFLOP/s"
     if report.device == "cuda":
-        return f"floor: the larger of bytes of the experts hit and operations over {rates}. A call in a CUDA graph."
+        errors = [row.errors[OURS] for row in report.rows if row.errors]
+        of_fp8 = f" error: relative L2 against fp64 of the same weights; {OURS} {_span(errors)}." if errors else ""
+        floor = f"floor: the larger of bytes of the experts hit and operations over {rates}."
+        return f"{floor} A call in a CUDA graph.{of_fp8}"
     return (
         f"floor: the larger of bytes of the experts hit over the read bandwidth and operations over the rate of "
         f"torch's fastest matmul ({report.rows[0].matmul_dtype}), measured in the same rounds ({rates}). x: time of "

@@ -9,11 +9,11 @@ from datetime import datetime, timezone
 
 import torch
 
-from torch_nvfp4.bench.contenders import CPU_PEERS, CUDA_PEERS, our_contender
+from torch_nvfp4.bench.contenders import CPU_PEERS, CUDA_PEERS, fp8_contender, our_contender
 from torch_nvfp4.bench.cpu import Probes, measure_cpu
 from torch_nvfp4.bench.cuda import measure_cuda
 from torch_nvfp4.bench.host import HostReport, run_host
-from torch_nvfp4.bench.layer import DEQUANTIZE, Layer, Shape, cases, check_agreement, dtype_name
+from torch_nvfp4.bench.layer import DEQUANTIZE, Layer, Shape, cases, check_agreement, dtype_name, fp64_errors
 from torch_nvfp4.bench.report import Report, cpu_name
 
 CPU_LEVEL_VARIABLE = "TORCH_NVFP4_CPU_LEVEL"
@@ -44,26 +44,35 @@ def run_cpu(
 
 def run_cuda(
     shape: Shape, tokens: Sequence[int], *, dtype: torch.dtype, clamp_limit: float, peers: Sequence[str],
-    seconds: float, skew: float = 0.0, breakdown: bool = False, progress: Callable[[str], None] | None = None,
+    seconds: float, skew: float = 0.0, breakdown: bool = False, input_quant: str | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> Report:  # fmt: skip
-    """The whole run on the current CUDA device. ``peers`` are keys of ``CUDA_PEERS``."""
+    """The whole run on the current CUDA device. ``peers`` are keys of ``CUDA_PEERS``; ``input_quant="fp8"`` adds ours
+    with FP8 activations, and the errors of both."""
     tell = progress or (lambda _: None)
     tell("random weights")
     device = torch.device("cuda", torch.cuda.current_device())
     layer = Layer.random(shape, clamp_limit=clamp_limit, device=device)
     contenders = [our_contender(layer, dtype)]
+    if input_quant is not None:
+        contenders.append(fp8_contender(layer, dtype))
+    ours = contenders.copy()
     for peer in peers:
         tell(f"weights for {peer}")
         contenders += CUDA_PEERS[peer](layer, dtype)
     report = _report("cuda", shape, dtype, clamp_limit, peers, skew)
+    report.input_quant = input_quant
     with torch.inference_mode():
         for count in tokens:
             tell(f"M = {count}")
             # A peer picks another kernel for another M.
-            check_agreement(contenders, next(cases(shape, count, device=device)))
+            case = next(cases(shape, count, device=device))
+            check_agreement(contenders, case)
             report.rows.append(
                 measure_cuda(shape, count, contenders, device=device, seconds=seconds, skew=skew, breakdown=breakdown)
             )
+            if input_quant is not None:
+                report.rows[-1].errors = fp64_errors(layer, ours, case)
     return report
 
 

@@ -31,7 +31,7 @@ from torch_nvfp4.bench import (
     title,
 )
 from torch_nvfp4.cli.bench_table import bench_table, host_table
-from torch_nvfp4.cli.options import DtypeOption, JsonOption, parse_dtype
+from torch_nvfp4.cli.options import DtypeOption, InputQuantOption, JsonOption, parse_dtype, parse_input_quant
 from torch_nvfp4.cli.output import json_writer, placed
 from torch_nvfp4.cli.terminal import Terminal
 from torch_nvfp4.gate import Gate
@@ -59,6 +59,7 @@ class _Request(NamedTuple):
     clamp_limit: float
     skew: float
     peers: list[str]
+    input_quant: str | None
 
 
 # Over 60 lines: two thirds of it are its options and their help.
@@ -92,6 +93,7 @@ def command(
             "the CPU: dequantize, and transformers where it is installed."
         ),
     ] = None,
+    input_quant: InputQuantOption = "",
     seconds: Annotated[float, typer.Option("--seconds", min=0.0, help="Time to spend on each number of tokens.")] = 6.0,
     breakdown: Annotated[
         bool, typer.Option("--breakdown/--no-breakdown", help="CUDA: also print the time of each kernel.")
@@ -108,22 +110,27 @@ def command(
 ) -> None:  # fmt: skip
     """Time the MoE layer against its floor and against other implementations, interleaved in one run.
 
+    With --input-quant fp8 the layer runs in turns with activations in 16 bits and in FP8, and the errors stand beside.
+
     \b
     Examples:
       torch-nvfp4 bench
       torch-nvfp4 bench --tokens 1,4 --peer none --seconds 3
       torch-nvfp4 bench --peer compiled
       torch-nvfp4 bench --host-time
+      torch-nvfp4 bench --input-quant fp8 --tokens 1024,4096,8192
       torch-nvfp4 bench --device cuda --peer vllm --json h200.json --plot h200.png
     """
     terminal = Terminal(json_file)
     if host_time:
-        request = _understand(device, tokens or "1", shape, dtype, clamp_limit, 0.0, ["none"])
+        if input_quant:
+            raise ValueError(f"--input-quant {input_quant}: expected no --host-time beside it, got both")
+        request = _understand(device, tokens or "1", shape, dtype, clamp_limit, 0.0, ["none"], "")
         _host_time(terminal, json_file, request, shape, seconds)
         return
     if plot_file is not None and importlib.util.find_spec("matplotlib") is None:
         raise BenchError("--plot: expected matplotlib, which is not installed; pip install 'torch-nvfp4[bench]'")
-    request = _understand(device, tokens, shape, dtype, clamp_limit, skew, peer)
+    request = _understand(device, tokens, shape, dtype, clamp_limit, skew, peer, input_quant)
     with json_writer(json_file) as write_json, placed("--plot", plot_file) as plot_place:
         if peer is None and request.device == "cpu" and "transformers" not in request.peers:
             terminal.note("transformers is not installed, so it is not measured; pip install 'torch-nvfp4[bench]'")
@@ -157,8 +164,9 @@ def _host_time(terminal: Terminal, json_file: Path | None, request: _Request, sh
 
 
 def _understand(
-    device: str, tokens: str, shape: str, dtype: str, clamp_limit: float, skew: float, peer: list[str] | None
-) -> _Request:
+    device: str, tokens: str, shape: str, dtype: str, clamp_limit: float, skew: float, peer: list[str] | None,
+    input_quant: str,
+) -> _Request:  # fmt: skip
     cuda_error = "a machine (or a torch) without one" if not torch.cuda.is_available() else None
     if cuda_error is None and not Libraries.detect().cuda_ops:
         cuda_error = "one, but this package is built without its CUDA kernels"
@@ -168,6 +176,7 @@ def _understand(
     if device == "cuda" and cuda_error is not None:
         raise BenchError(f"--device cuda: expected a CUDA device, got {cuda_error}")
     activations = parse_dtype(dtype, torch.device(device))
+    quant = parse_input_quant(input_quant, torch.device(device))
     Gate(clamp_limit=clamp_limit)  # raises
     if not 0 <= skew < math.inf:
         raise ValueError(f"--skew: expected a finite sigma of at least 0, got {skew:g}")
@@ -177,7 +186,7 @@ def _understand(
         if name not in table:
             raise ValueError(f"--peer: expected one of {', '.join((*table, 'none'))} on {device}, got {name!r}")
     sizes, counts = understand_sizes(device, shape, tokens)
-    return _Request(device, sizes, counts, activations, clamp_limit, skew, peers)
+    return _Request(device, sizes, counts, activations, clamp_limit, skew, peers, quant)
 
 
 def understand_sizes(device: str, shape: str, tokens: str) -> tuple[Shape, tuple[int, ...]]:
@@ -207,5 +216,6 @@ def _measure(terminal: Terminal, request: _Request, seconds: float, breakdown: b
             "peers": request.peers, "seconds": seconds, "progress": tell,
         }  # fmt: skip
         if request.device == "cuda":
-            return run_cuda(request.shape, request.tokens, breakdown=breakdown, **arguments)
+            arguments |= {"breakdown": breakdown, "input_quant": request.input_quant}
+            return run_cuda(request.shape, request.tokens, **arguments)
         return run_cpu(request.shape, request.tokens, **arguments)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from torch_nvfp4.bench import COMPILED, DEQUANTIZE, GGML, OURS, HostReport, Report
-from torch_nvfp4.cli.wording import significant
+from torch_nvfp4.bench import COMPILED, DEQUANTIZE, FP8, GGML, OURS, HostReport, Report
+from torch_nvfp4.cli.wording import error, significant
 
 _MIB = 2**20
 
@@ -54,6 +54,7 @@ def _cuda_table(report: Report) -> BenchTable:
     titles = [
         *["M", "experts\nhit", "time\nµs", "floor\nµs", "time /\nfloor", "TB/s", "TFLOP/s"],
         *(text for name in stacked for text in (f"{name}\nµs", f"{name}\n/ ours")),
+        *([f"{FP8}\nerror"] if FP8 in peers else []),
         "extra\nMiB",
     ]
     rows = []
@@ -70,6 +71,7 @@ def _cuda_table(report: Report) -> BenchTable:
                 f"{row.touched_bytes / seconds * 1e-12:.2f}",
                 significant(row.flop / seconds * 1e-12),
                 *(text for pair in of_peers for text in pair),
+                *([error(row.errors[FP8])] if FP8 in peers else []),
                 _mib(row.extra_bytes),
             ]
         )

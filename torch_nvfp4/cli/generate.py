@@ -17,9 +17,11 @@ from torch_nvfp4.cli.options import (
     BackendOption,
     CheckpointArgument,
     DeviceOption,
+    InputQuantOption,
     JsonOption,
     parse_device,
     parse_dtype,
+    parse_input_quant,
 )
 from torch_nvfp4.cli.output import json_writer
 from torch_nvfp4.cli.terminal import Terminal, printable
@@ -28,6 +30,7 @@ from torch_nvfp4.cli.wording import size
 _LEAST_TEMPERATURE = 1e-6  # logits that are divided by less may leave the range of fp32
 
 
+# Over 60 lines: more than half of it are its options, their help and examples.
 def command(
     checkpoint: CheckpointArgument,
     prompt: Annotated[
@@ -54,6 +57,7 @@ def command(
     ] = "bf16",
     device: DeviceOption = "",
     backend: BackendOption = "",
+    input_quant: InputQuantOption = "",
     json_file: JsonOption = None,
 ) -> None:
     """Generate text with transformers on the packed weights (NVFP4 or MXFP4 experts), printed as it comes.
@@ -69,7 +73,7 @@ def command(
     terminal = Terminal(json_file)
     _check(prompt, temperature)
     where = parse_device(device)
-    precision = parse_dtype(dtype, where)
+    precision, quant = parse_dtype(dtype, where), parse_input_quant(input_quant, where)
     with json_writer(json_file) as write_json:
         open_checkpoint(terminal, checkpoint)  # says what is wrong with it before the seconds that transformers takes
         generation = integration("generation", "transformers")
@@ -77,7 +81,7 @@ def command(
         start = time.perf_counter()
         stream = sys.stderr if json_file is not None and str(json_file) == "-" else sys.stdout
         with of_transformers(f"a checkpoint and a prompt that transformers can run ({checkpoint})"):
-            tokenizer, model = generation.load(checkpoint, where, precision, backend or None)
+            tokenizer, model = generation.load(checkpoint, where, precision, backend or None, quant)
             load_s = time.perf_counter() - start
             chat = not raw and bool(tokenizer.chat_template)
             result = generation.generate(

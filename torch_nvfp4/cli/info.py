@@ -80,7 +80,7 @@ def _print_info(terminal: Terminal, facts: dict[str, Any]) -> None:
         columns,
         [
             (
-                entry["backend"],
+                entry["backend"] + (f" (input_quant={entry['input_quant']})" if entry["input_quant"] else ""),
                 entry["device"],
                 *("usable" if entry[key] is None else entry[key] for key in ("unclamped", "clamped")),
             )
@@ -129,16 +129,21 @@ def collect_info() -> dict[str, Any]:
 
 
 def _backends(devices: list[torch.device]) -> list[dict[str, Any]]:
+    """A backend for an ``input_quant`` is asked whether it could run a layer that asks for it."""
     backends = []
     for device in devices:
-        reasons = [
-            explain_moe_backends(MoEBackendConfig.for_device(device, 4096, 2048, gate=Gate(clamp_limit=limit)))
-            for limit in (None, _EXAMPLE_LIMIT)
-        ]
-        backends += [
-            {"backend": b.name, "device": str(device), "unclamped": reasons[0][b.name], "clamped": reasons[1][b.name]}
-            for b in BACKENDS
-        ]
+        for b in BACKENDS:
+            configs = [
+                MoEBackendConfig.for_device(device, 4096, 2048, gate=Gate(clamp_limit=limit), input_quant=b.INPUT_QUANT)
+                for limit in (None, _EXAMPLE_LIMIT)
+            ]
+            unclamped, clamped = (explain_moe_backends(config)[b.name] for config in configs)
+            backends.append(
+                {
+                    "backend": b.name, "device": str(device), "input_quant": b.INPUT_QUANT, "unclamped": unclamped,
+                    "clamped": clamped,
+                }
+            )  # fmt: skip
     return backends
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import torch
 import typer
 
-from torch_nvfp4.backends import Libraries
+from torch_nvfp4.backends import Libraries, input_quant_error
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -27,6 +27,14 @@ BackendOption = Annotated[
     typer.Option(
         "--backend", metavar="NAME",
         help="A backend instead of the first that can run the layer; torch-nvfp4 info lists them.",
+        show_default=False,
+    ),
+]  # fmt: skip
+InputQuantOption = Annotated[
+    str,
+    typer.Option(
+        "--input-quant", metavar="NAME",
+        help="fp8: the activations in FP8, on GPUs of compute capability 9.0. Default: in 16 bits.",
         show_default=False,
     ),
 ]  # fmt: skip
@@ -53,6 +61,16 @@ def parse_device(text: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device: expected one of {torch.cuda.device_count()} CUDA devices, got {text!r}")
     return device
+
+
+def parse_input_quant(text: str, device: torch.device) -> str | None:
+    """None for no text. Raises ValueError where the device cannot run it: it is never left out."""
+    if text not in ("", "fp8"):
+        raise ValueError(f"--input-quant: expected fp8, got {text!r}")
+    reason = input_quant_error(device, text) if text else None
+    if reason is not None:
+        raise ValueError(f"--input-quant {text}: {reason}; leave the option out for activations in 16 bits")
+    return text or None
 
 
 def parse_dtype(text: str, device: torch.device) -> torch.dtype:

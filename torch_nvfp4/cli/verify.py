@@ -15,9 +15,11 @@ from torch_nvfp4.cli.options import (
     CheckpointArgument,
     DeviceOption,
     DtypeOption,
+    InputQuantOption,
     JsonOption,
     parse_device,
     parse_dtype,
+    parse_input_quant,
 )
 from torch_nvfp4.cli.output import json_writer
 from torch_nvfp4.cli.process import failed
@@ -42,6 +44,7 @@ def command(
     dtype: DtypeOption = "bf16",
     device: DeviceOption = "",
     backend: BackendOption = "",
+    input_quant: InputQuantOption = "",
     seed: Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Of the random tokens and routings.")] = 0,
     json_file: JsonOption = None,
 ) -> None:  # fmt: skip
@@ -49,27 +52,29 @@ def command(
 
     A layer passes when the relative L2 error of its output is within the tolerance of the dtype. It fails when nothing
     was checked: no token reaches an expert, or the reference is not finite or zero. Experts that no token reached are
-    named.
+    named. With --input-quant fp8 the tolerance is FP8's, and the output has to be close to FP8's specification too.
 
     \b
     Examples:
       torch-nvfp4 verify DeepSeek-V4-Flash-NVFP4 --layer 3
       torch-nvfp4 verify DeepSeek-V4-Flash-NVFP4 --tokens 64 --dtype fp16 --json checks.json
+      torch-nvfp4 verify DeepSeek-V4-Flash-NVFP4 --input-quant fp8 --tokens 512
     """
     terminal = Terminal(json_file)
     with json_writer(json_file, checkpoint) as write_json:
         where = parse_device(device)
         activations = parse_dtype(dtype, where)
+        quant = parse_input_quant(input_quant, where)
         opened = open_checkpoint(terminal, checkpoint)
         layers = opened.layers if layer is None else tuple(dict.fromkeys(layer))  # each once
         if not layers:
             expected = "a checkpoint with NVFP4 or MXFP4 experts"
             raise CheckpointError(refusal(checkpoint, expected, "none in its headers"))
-        checks = _check_layers(terminal, opened, layers, tokens, activations, where, backend or None, seed)
+        checks = _check_layers(terminal, opened, layers, tokens, activations, where, backend or None, quant, seed)
         write_json(
             {
-                "checkpoint": str(checkpoint), "device": str(where), "dtype": dtype, "tokens": checks[0].tokens,
-                "seed": seed, "passed": all(check.passed for check in checks),
+                "checkpoint": str(checkpoint), "device": str(where), "dtype": dtype, "input_quant": quant,
+                "tokens": checks[0].tokens, "seed": seed, "passed": all(check.passed for check in checks),
                 "layers": [check.to_json() for check in checks],
             }
         )  # fmt: skip
@@ -78,7 +83,7 @@ def command(
 
 def _check_layers(
     terminal: Terminal, checkpoint: Checkpoint, layers: Sequence[int], tokens: int | None, dtype: torch.dtype,
-    device: torch.device, backend: str | None, seed: int,
+    device: torch.device, backend: str | None, input_quant: str | None, seed: int,
 ) -> list[LayerCheck]:  # fmt: skip
     checks = []
     with terminal.progress() as progress:
@@ -86,8 +91,8 @@ def _check_layers(
         for layer in layers:
             checks.append(
                 verify_layer(
-                    checkpoint, layer, tokens=tokens, dtype=dtype, device=device, backend=backend, seed=seed,
-                    tell=progress.begin,
+                    checkpoint, layer, tokens=tokens, dtype=dtype, device=device, backend=backend,
+                    input_quant=input_quant, seed=seed, tell=progress.begin,
                 )
             )  # fmt: skip
             progress.advance()
@@ -95,8 +100,10 @@ def _check_layers(
 
 
 def _print_checks(terminal: Terminal, checks: Sequence[LayerCheck]) -> None:
+    # Beside the error that FP8 makes, the one that only a fault of the kernel makes.
+    of_fp8 = ("to FP8 spec.", "tolerance") if checks[0].input_quant is not None else ()
     terminal.table(
-        ("layer", "backend", "gate", "experts", "clamped", "rel. L2", "tolerance", ""),
+        ("layer", "backend", "gate", "experts", "clamped", "rel. L2", "tolerance", *of_fp8, ""),
         [
             (
                 str(check.layer),
@@ -106,6 +113,7 @@ def _print_checks(terminal: Terminal, checks: Sequence[LayerCheck]) -> None:
                 "-" if check.clamped_share is None else share(check.clamped_share),
                 error(check.relative_l2),
                 f"{check.tolerance:g}",
+                *_of_specification(check),
                 "ok" if check.passed else "FAILED",
             )
             for check in checks
@@ -129,4 +137,13 @@ def _print_checks(terminal: Terminal, checks: Sequence[LayerCheck]) -> None:
             f"layer {wrong[0].layer}: expected an error of at most {wrong[0].tolerance:g}, got {wrong[0].problem}",
         )
     tolerance = f"{checks[0].tolerance:g}"
-    terminal.line(f"verify passed: {count(len(checks), 'layer')} within {tolerance} of the fp64 reference", "green")
+    within = f"within {tolerance} of the fp64 reference"
+    if checks[0].specification_tolerance is not None:
+        within += f" and {checks[0].specification_tolerance:g} of the specification of FP8 activations"
+    terminal.line(f"verify passed: {count(len(checks), 'layer')} {within}", "green")
+
+
+def _of_specification(check: LayerCheck) -> tuple[str, ...]:
+    if check.specification_l2 is None or check.specification_tolerance is None:
+        return ()
+    return error(check.specification_l2), f"{check.specification_tolerance:g}"

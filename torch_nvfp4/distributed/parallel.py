@@ -343,6 +343,7 @@ def _parallel(module: NVFP4Experts, mesh: DeviceMesh, plan: ExpertsPlan) -> Para
             expert_map=expert_map,
             apply_router_weight_on_input=module.apply_router_weight_on_input,
             backend=module.requested_backend,
+            input_quant=module.input_quant,
         )
 
     sizes = (module.num_experts, module.hidden_size, module.intermediate_size)
@@ -357,11 +358,13 @@ def load_experts(
     *,
     device: torch.device | str = "cpu",
     backend: str | None = None,
+    input_quant: str | None = None,
 ) -> ParallelExperts:
     """One layer of a checkpoint, of which each rank reads its own part and nothing else.
 
     Gate, limit and where the router's weight acts come from the checkpoint's config, as in
-    ``NVFP4Experts.from_checkpoint``. Raises CheckpointError (a ValueError), and what ``parallelize_experts`` raises.
+    ``NVFP4Experts.from_checkpoint``, whose keywords ``backend`` and ``input_quant`` are. Raises CheckpointError (a
+    ValueError), and what ``parallelize_experts`` raises.
     """
     source = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
     config = source.layer_config(layer)
@@ -377,6 +380,7 @@ def load_experts(
             quant_config=quant,
             expert_map=expert_map,
             backend=backend,
+            input_quant=input_quant,
         )
 
     return _build(mesh, plan, config[:3], torch.device(device), make)

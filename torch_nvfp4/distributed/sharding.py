@@ -3,13 +3,13 @@
 ======================  =============================================================================================
 op                      what stays sharded
 ======================  =============================================================================================
-moe, moe_backward       tokens: ``Shard(0)`` of hidden_states, topk_weights and topk_ids gives ``Shard(0)``.
-                        experts: ``Shard(0)`` of every weight and of ``expert_map`` (see ``expert_maps``) gives
+moe, moe_backward,      tokens: ``Shard(0)`` of hidden_states, topk_weights and topk_ids gives ``Shard(0)``.
+moe_fp8                 experts: ``Shard(0)`` of every weight and of ``expert_map`` (see ``expert_maps``) gives
                         ``Partial()``; the tokens are then replicated.
 batched_moe             experts: ``Shard(0)`` of everything gives ``Shard(0)``.
 linear, swiglu          every dimension of the activations but the last
 combine                 columns; tokens, where every rank has the same number
-pack                    experts (dimension 0 of a stack)
+pack, order_for_fp8     experts (dimension 0 of a stack)
 route, grouped_gemm...  nothing: ``order`` and ``offsets`` are those of all slots
 unpack                  nothing
 ======================  =============================================================================================
@@ -225,6 +225,12 @@ def _stack(op: str, specs: Specs, mesh_dim: int) -> Choice:
     return dict.fromkeys(specs, placement), placement
 
 
+def _order_for_fp8(op: str, specs: Specs, mesh_dim: int) -> Choice:
+    """The experts of a packed stack."""
+    _check_weights(op, specs, mesh_dim, experts=True)
+    return _same(op, specs, mesh_dim)
+
+
 def _same(op: str, specs: Specs, mesh_dim: int) -> Choice:
     """The result is placed as the only argument."""
     placement = next(iter(specs.values())).placements[mesh_dim]
@@ -234,6 +240,7 @@ def _same(op: str, specs: Specs, mesh_dim: int) -> Choice:
 _RULES: dict[str, Rule] = {
     "moe": _moe,
     "moe_backward": _moe,
+    "moe_fp8": _moe,
     "batched_moe": _batched_moe,
     "route": _replicated,
     "grouped_gemm": _replicated,
@@ -246,6 +253,7 @@ _RULES: dict[str, Rule] = {
     "swiglu": _leading,
     "swiglu_backward": _leading,
     "pack": _stack,
+    "order_for_fp8": _order_for_fp8,
     "unpack": _replicated,  # the first dimension of a packed tensor may be experts, halves or rows
     "no_gradient": _same,
 }

@@ -10,7 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_nvfp4.backends import MoEBackendConfig, moe_backend, select_moe_backend
+from torch_nvfp4.backends import (
+    MoEBackendConfig,
+    check_input_quant_of_layer,
+    moe_backend,
+    select_moe_backend,
+)
 from torch_nvfp4.checkpoint import Checkpoint
 from torch_nvfp4.format import NVFP4Weight, has_gate_rows, has_values, is_gated_pair, quantize, validate_layout
 from torch_nvfp4.gate import Gate, parse_activation
@@ -40,11 +45,19 @@ class NVFP4Experts(PackedModule):
         apply_router_weight_on_input: as in ``torch_nvfp4.moe``; also where ``quant_config`` says so.
         backend: a name of ``torch_nvfp4.backends``, or None for the first that can run the layer
             (TORCH_NVFP4_BACKEND overrides None). It holds for every device that the module is moved to.
+        input_quant: "fp8" runs the layer as ``torch_nvfp4.moe_fp8``, whose activations are in FP8: faster for thousands
+            of tokens and less exact, on GPUs of compute capability 9.0 alone, without gradients and batch invariance.
+            None, the default, is 16 bits. It holds for every device that the module is moved to; on the meta device it
+            waits for a real one.
         device: torch's default device if None.
 
     Raises ValueError for a clamp that the activation or the backend cannot apply (it is never skipped), for a gate that
-    is given twice, and for an ``expert_map`` of another dtype or rank.
+    is given twice, for an ``expert_map`` of another dtype or rank, and for an ``input_quant`` that the layer or its
+    device cannot have: it is never left out either, here and in ``.to()``.
     """
+
+    # A pickle from before there was a choice has None.
+    input_quant: str | None = None
 
     def __init__(
         self,
@@ -63,6 +76,7 @@ class NVFP4Experts(PackedModule):
         expert_map: Tensor | None = None,
         apply_router_weight_on_input: bool = False,
         backend: str | None = None,
+        input_quant: str | None = None,
         device: torch.device | str | None = None,
         _weights: dict[str, NVFP4Weight] | None = None,
         _biases: dict[str, Tensor | None] | None = None,
@@ -77,6 +91,7 @@ class NVFP4Experts(PackedModule):
             apply_router_weight_on_input or self.quant_config.apply_router_weight_on_input
         )
         self.requested_backend = backend
+        self.input_quant = input_quant
         if _weights is None:
             _weights = {prefix: shape.zeros(device) for prefix, shape in self._weight_shapes().items()}
         if expert_map is not None:
@@ -117,6 +132,7 @@ class NVFP4Experts(PackedModule):
         expert_map: Tensor | None = None,
         apply_router_weight_on_input: bool = False,
         backend: str | None = None,
+        input_quant: str | None = None,
     ) -> NVFP4Experts:
         """From NVFP4 weights, on their device.
 
@@ -152,6 +168,7 @@ class NVFP4Experts(PackedModule):
             expert_map=expert_map,
             apply_router_weight_on_input=apply_router_weight_on_input,
             backend=backend,
+            input_quant=input_quant,
             _weights={"w13_": w13, "w2_": w2},
             _biases=biases,
         )
@@ -173,6 +190,7 @@ class NVFP4Experts(PackedModule):
         expert_map: Tensor | None = None,
         apply_router_weight_on_input: bool = False,
         backend: str | None = None,
+        input_quant: str | None = None,
     ) -> NVFP4Experts:
         """Quantizes dense weights (see ``torch_nvfp4.quantize``), on their device.
 
@@ -198,6 +216,7 @@ class NVFP4Experts(PackedModule):
             expert_map=expert_map,
             apply_router_weight_on_input=apply_router_weight_on_input,
             backend=backend,
+            input_quant=input_quant,
         )
 
     @classmethod
@@ -212,15 +231,16 @@ class NVFP4Experts(PackedModule):
         ep_rank: int = 0,
         ep_size: int = 1,
         backend: str | None = None,
+        input_quant: str | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> NVFP4Experts:
         """One layer of a checkpoint directory; gate, limit and where the router's weight acts come from its config.
 
         With tp_size > 1 this rank has I / tp_size of every expert and its results are partial sums: add those of all
         ranks (all-reduce). With ep_size > 1 it has E / ep_size whole experts, topk_ids stay global, and the results are
-        partial sums too. The other arguments are those of ``Checkpoint.experts``, and ``backend``.
+        partial sums too. The other arguments are those of ``Checkpoint.experts``, ``backend`` and ``input_quant``.
 
-        Raises CheckpointError (a ValueError).
+        Raises CheckpointError (a ValueError), and what the constructor raises.
         """
         if not isinstance(checkpoint, Checkpoint):
             checkpoint = Checkpoint.open(checkpoint)
@@ -239,6 +259,7 @@ class NVFP4Experts(PackedModule):
             quant_config=quant_config,
             expert_map=expert_map,
             backend=backend,
+            input_quant=input_quant,
         )
 
     @property
@@ -303,6 +324,8 @@ class NVFP4Experts(PackedModule):
             parts.append("gated=False")
         if self._exact_names:
             parts.append("biases=True")
+        if self.input_quant is not None:
+            parts.append(f"input_quant={self.input_quant}")
         return ", ".join([*parts, f"backend={self.backend}"])
 
     def _weight_shapes(self) -> dict[str, WeightShape]:
@@ -314,20 +337,21 @@ class NVFP4Experts(PackedModule):
     def _pack(self, weights: dict[str, NVFP4Weight]) -> tuple[str, dict[str, Tensor]]:
         w13, w2 = weights["w13_"], weights["w2_"]
         device, scale = w13.data.device, w13.global_scale
+        config = MoEBackendConfig.for_device(
+            device,
+            self.hidden_size,
+            self.intermediate_size,
+            gate=self.quant_config.gate,
+            expert_map=self.expert_map is not None,
+            apply_router_weight_on_input=self.apply_router_weight_on_input,
+            equal_gate_up_scales=scale.dim() == 1 or (has_values(scale) and bool((scale[:, 0] == scale[:, 1]).all())),
+            biases=bool(self._exact_names),
+            input_quant=self.input_quant,
+        )
         if device.type == "meta":
+            check_input_quant_of_layer(config)
             chosen = moe_backend("reference")  # its layout is the canonical one; the choice waits for a real device
         else:
-            config = MoEBackendConfig.for_device(
-                device,
-                self.hidden_size,
-                self.intermediate_size,
-                gate=self.quant_config.gate,
-                expert_map=self.expert_map is not None,
-                apply_router_weight_on_input=self.apply_router_weight_on_input,
-                equal_gate_up_scales=scale.dim() == 1
-                or (has_values(scale) and bool((scale[:, 0] == scale[:, 1]).all())),
-                biases=bool(self._exact_names),
-            )
             chosen = select_moe_backend(config, self.requested_backend)
         return chosen.name, chosen.prepare(w13, w2)
 

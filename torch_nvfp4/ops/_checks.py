@@ -33,6 +33,12 @@ def is_cuda(tensor: Tensor) -> bool:
     return tensor.device.type == "cuda"
 
 
+def check_on_cuda(op: str, like: Tensor) -> None:
+    """Of ops with FP8 activations, and of what is packed for them."""
+    if not is_cuda(like):
+        fail(op, "expected tensors on a CUDA device, got them on the cpu, which has no kernels for FP8; use moe")
+
+
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 

@@ -50,6 +50,8 @@ def decompositions() -> dict[OpOverload, Callable[..., Tensor]]:
     """The table that turns ``moe`` and ``batched_moe`` into ``route``, ``grouped_gemm``, clamp and activation in aten,
     ``grouped_gemm``, ``combine``, for ``make_fx(decomposition_table=...)`` and ``ExportedProgram.run_decompositions``.
 
+    ``moe_fp8`` stays whole: what its steps hand to one another, in FP8 with a scale per row, no op takes or gives.
+
     Inside torch.compile and AOTInductor use ``torch_nvfp4.inductor_options(decompose_moe=True)``: the compiler's caches
     do not see a decomposition table and would return what was compiled without it.
     """

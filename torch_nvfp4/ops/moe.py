@@ -63,7 +63,7 @@ def moe(
         apply_router_weight_on_input: topk_weights scale w13's products (before bias and clamp), not the output.
         batch_invariant: a row's bits depend on nothing but the row; None: as ``set_batch_invariant`` says.
         input_quant: "fp8" calls ``moe_fp8``, which says what it takes: faster for thousands of tokens, with about 20
-            times the error, on GPUs of compute capability 9.0.
+            times the error, on GPUs of compute capability 9.0. Without gradients: their backward raises.
         out: a buffer for the result (``nvfp4::moe.out``): [M, K] in hidden_states' dtype, contiguous, on CUDA beginning
             at a multiple of 16 bytes. It may be hidden_states itself, whose rows are all read before the first is
             written, and must share no memory with any other argument.

@@ -13,7 +13,7 @@ from torch_nvfp4.ops._library import register_fake
 from torch_nvfp4.ops.batch_invariance import refuse_batch_invariance
 
 MAX_EXPERTS = 2048
-"""A CTA's shared memory holds three numbers for each."""
+"""kFp8MaxExperts in csrc/kernels.h: a CTA's shared memory holds three numbers for each."""
 
 
 def moe_fp8(
@@ -60,14 +60,8 @@ def moe_fp8(
 
 def order_for_fp8(packed: Tensor, in_features: int, *, gated: bool = False) -> Tensor:
     """A packed weight [E, ...] (``pack``, on CUDA) with its codes in the order that ``moe_fp8`` reads: int8 of the same
-    shape, a dtype that no other op takes for a packed weight."""
+    shape, a dtype that no other op takes for a packed weight. ``unpack`` takes it too."""
     return torch.ops.nvfp4.order_for_fp8(packed, in_features, gated)
-
-
-def _check_device(op: str, like: Tensor) -> None:
-    if not _checks.is_cuda(like):
-        message = "expected tensors on a CUDA device, got them on the cpu, which has no kernels for FP8; use moe"
-        _checks.fail(op, message)
 
 
 @register_fake("moe_fp8")
@@ -88,7 +82,7 @@ def _(
     apply_router_weight_on_input: bool = False,
 ) -> Tensor:
     op, like = "moe_fp8", "hidden_states"
-    _check_device(op, hidden_states)
+    _checks.check_on_cuda(op, hidden_states)
     dtypes = (torch.bfloat16, torch.float16)
     _checks.check_tensor(op, like, hidden_states, like, hidden_states, dtypes, ["M", "K"])
     _checks.check_k(op, like, hidden_states)
@@ -115,7 +109,7 @@ def _(
 @register_fake("order_for_fp8")
 def _(packed: Tensor, in_features: int, gated: bool = False) -> Tensor:
     op = "order_for_fp8"
-    _check_device(op, packed)
+    _checks.check_on_cuda(op, packed)
     _checks.check_in_features(op, in_features)
     _checks.check_packed(op, "packed", packed, "packed", packed, batched=True, gated=gated, k=in_features)
     return torch.empty_like(packed, dtype=torch.int8)

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch_nvfp4.format import NVFP4Weight, validate
 from torch_nvfp4.ops import _checks
 from torch_nvfp4.ops._library import register_fake
+from torch_nvfp4.ops.fp8_order import from_fp8_order
 
 
 def pack(weight: NVFP4Weight, *, gated: bool = False, input_quant: str | None = None) -> Tensor:
@@ -47,13 +48,22 @@ def unpack(packed: Tensor, in_features: int, global_scale: Tensor, *, gated: boo
     """The exact inverse of ``pack``: every code and every scale byte comes back.
 
     Args:
-        packed: from ``pack``, on the device it was packed for.
+        packed: from ``pack``, on the device it was packed for; int8 from ``pack(..., input_quant="fp8")`` or
+            ``order_for_fp8``.
         in_features: K.
         global_scale: of the weight, passed through.
         gated: as it was packed.
 
     Raises RuntimeError (expected and got) where the shape does not fit.
     """
+    if packed.dtype == torch.int8:
+        op, name = "unpack", "packed"
+        _checks.check_on_cuda(op, packed)
+        _checks.check_in_features(op, in_features)
+        rows = _checks.check_packed(
+            op, name, packed, name, packed, batched=True, gated=gated, k=in_features, dtype=torch.int8
+        )
+        packed = from_fp8_order(packed, rows, in_features)
     data, scale = torch.ops.nvfp4.unpack(packed, in_features, gated)
     return NVFP4Weight(data, scale.view(torch.float8_e4m3fn), global_scale)
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from torch_nvfp4.ops.pack import check_input_quant
+
 __all__ = ["METHOD", "TorchNVFP4Config", "is_mxfp4_config", "is_nvfp4_config"]
 
 METHOD = "torch_nvfp4"
@@ -25,13 +27,19 @@ class TorchNVFP4Config(QuantizationConfigMixin):  # type: ignore[misc]
     Args:
         backend: a name of ``torch_nvfp4.backends`` for the experts, or None for the first that can run a layer.
         source: the ``quantization_config`` of the checkpoint, which save_pretrained writes again.
+        input_quant: "fp8" for experts with activations in FP8, as ``NVFP4Experts`` takes it: an error where a layer or
+            its device cannot have them. None: 16 bits.
     """
 
-    def __init__(self, backend: str | None = None, source: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, backend: str | None = None, source: Mapping[str, Any] | None = None, input_quant: str | None = None
+    ) -> None:
         if backend is not None and not isinstance(backend, str):
             raise TypeError(f"backend: expected a string or None, got {type(backend).__name__}")
+        check_input_quant(input_quant)
         self.quant_method = METHOD
         self.backend = backend
+        self.input_quant = input_quant
         self.source = copy.deepcopy(dict(source or {}))
 
     @classmethod
@@ -44,7 +52,7 @@ class TorchNVFP4Config(QuantizationConfigMixin):  # type: ignore[misc]
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What a config given to from_pretrained adds to the one of the checkpoint."""
-        return {"backend": self.backend}
+        return {"backend": self.backend, "input_quant": self.input_quant}
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json gets: what the checkpoint's had."""

@@ -61,7 +61,10 @@ class GeneratedText:
         return 1 / self.step_s if self.step_s else None
 
 
-def load(path: str | Path, device: torch.device, dtype: torch.dtype, backend: str | None = None) -> tuple[Any, Any]:
+def load(
+    path: str | Path, device: torch.device, dtype: torch.dtype, backend: str | None = None,
+    input_quant: str | None = None,
+) -> tuple[Any, Any]:  # fmt: skip
     """(tokenizer, model) of a checkpoint directory, the model on one device.
 
     Raises CheckpointError for a directory without a tokenizer, and what ``from_pretrained`` raises.
@@ -75,16 +78,21 @@ def load(path: str | Path, device: torch.device, dtype: torch.dtype, backend: st
     # Without any file transformers makes up a tokenizer that knows its special tokens alone.
     if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
         raise CheckpointError(refusal(path, "the files of a tokenizer beside the weights", "none"))
-    return tokenizer, load_model(path, device, dtype, backend)
+    return tokenizer, load_model(path, device, dtype, backend, input_quant)
 
 
-def load_model(path: str | Path, device: torch.device, dtype: torch.dtype, backend: str | None = None) -> Any:
+def load_model(
+    path: str | Path, device: torch.device, dtype: torch.dtype, backend: str | None = None,
+    input_quant: str | None = None,
+) -> Any:  # fmt: skip
     """The model of a checkpoint directory on one device. Raises what ``from_pretrained`` raises."""
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     # Onto the device at once: a layer is packed where it runs.
-    placed = {} if device.type == "cpu" else {"device_map": {"": device}}
-    return from_pretrained(path, backend=backend, dtype=dtype, trust_remote_code=False, **placed).eval()
+    placed: dict[str, Any] = {} if device.type == "cpu" else {"device_map": {"": device}}
+    return from_pretrained(
+        path, backend=backend, input_quant=input_quant, dtype=dtype, trust_remote_code=False, **placed
+    ).eval()
 
 
 def generate(

@@ -114,7 +114,7 @@ class PackedExperts(Shell):
 
     def __init__(
         self, layer: int, sizes: LayerConfig, quant_config: MoEQuantConfig, config: Any, backend: str | None,
-        layout: ExpertLayout = USUAL,
+        layout: ExpertLayout = USUAL, input_quant: str | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.layer = layer
@@ -122,6 +122,7 @@ class PackedExperts(Shell):
         self.quant_config = quant_config
         self.config = config  # parallel styles ask it for the experts' implementation
         self.backend = backend
+        self.input_quant = input_quant
         self.layout = layout
         self._is_expert_parallel = False
         shapes = layout.packed_shapes(*sizes[:3])
@@ -134,7 +135,8 @@ class PackedExperts(Shell):
     def pack(self, checkpoint: Checkpoint, device: torch.device) -> None:
         """Reads this rank's part of the layer and packs it on the device.
 
-        Raises CheckpointError as ``Checkpoint.experts``, and NotImplementedError as ``expert_parts``.
+        Raises CheckpointError as ``Checkpoint.experts``, NotImplementedError as ``expert_parts``, and ValueError where
+        the layer cannot have its ``input_quant`` on the device.
         """
         part = expert_parts({name: self._part(name) for name in self.placeholders}, self.layout)
         weights = checkpoint.experts(self.layer, progress=None, **part).to(device)
@@ -146,6 +148,7 @@ class PackedExperts(Shell):
             w2_bias=weights.w2_bias,
             quant_config=self.quant_config,
             backend=self.backend,
+            input_quant=self.input_quant,
         )
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

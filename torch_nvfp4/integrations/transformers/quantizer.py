@@ -88,8 +88,8 @@ class TorchNVFP4Quantizer(HfQuantizer):  # type: ignore[misc]
             gate = gate_of(experts, config, layer, name, layout)
             sizes = self.checkpoint.layer_config(layer)
             own = getattr(experts, "config", config)
-            backend = self.quantization_config.backend
-            model.set_submodule(name, PackedExperts(layer, sizes, gate, own, backend, layout))
+            chosen = self.quantization_config.get_loading_attributes()
+            model.set_submodule(name, PackedExperts(layer, sizes, gate, own, layout=layout, **chosen))
         for source, name in self._placement.linears.items():
             linear = model.get_submodule(name)
             dtype = None if linear.bias is None else linear.bias.dtype

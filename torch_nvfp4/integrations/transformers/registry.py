@@ -111,13 +111,14 @@ def unregister() -> None:
 
 
 def from_pretrained(
-    path: str | Path, *args: Any, backend: str | None = None, auto_class: Any = None, **kwargs: Any
-) -> Any:
+    path: str | Path, *args: Any, backend: str | None = None, input_quant: str | None = None, auto_class: Any = None,
+    **kwargs: Any,
+) -> Any:  # fmt: skip
     """A model of transformers from a checkpoint of NVFP4 weights or MXFP4 experts; ``register`` is not needed.
 
     Args:
         path: a directory, or the name of a repository on the Hub.
-        backend: a name of ``torch_nvfp4.backends`` for the experts, None for the first that can run a layer.
+        backend, input_quant: of the experts, as ``TorchNVFP4Config`` has them.
         auto_class: which class of transformers builds the model; None: AutoModelForCausalLM, or for a model that it
             does not know, of images and text, AutoModelForImageTextToText.
         args, kwargs: those of ``auto_class.from_pretrained``.
@@ -133,7 +134,7 @@ def from_pretrained(
         advice = "; torch-nvfp4 quantize makes such a checkpoint" if declared is None else ""
         raise ValueError(f"{path}: expected a config that declares NVFP4 weights or MXFP4 experts, got {got}{advice}")
     _undeclare(config)
-    quantization = TorchNVFP4Config(backend, declared)
+    quantization = TorchNVFP4Config(backend, declared, input_quant)
     if auto_class is None:
         known = type(config) in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
         auto_class = AutoModelForCausalLM if known or not _has_images(config) else AutoModelForImageTextToText
@@ -180,14 +181,14 @@ def _with_quant_file(original: Any) -> Any:
         declared = getattr(config, "quantization_config", None)
         if isinstance(declared, TorchNVFP4Config):  # the config of a loaded model; transformers wants a dict
             config.quantization_config = copy.deepcopy(declared.source) or None
-            own = declared.backend is not None or not declared.source or is_mxfp4_config(declared.source)
-            if quantization_config is None and own:
-                quantization_config = TorchNVFP4Config(declared.backend)
+            own = declared.get_loading_attributes() != TorchNVFP4Config().get_loading_attributes()
+            if quantization_config is None and (own or not declared.source or is_mxfp4_config(declared.source)):
+                quantization_config = TorchNVFP4Config(**declared.get_loading_attributes())
         found = _declared(config)
         if isinstance(quantization_config, TorchNVFP4Config) and is_mxfp4_config(found):
             # Asked for: transformers would compare the class with that of its own config.
             _undeclare(config)
-            quantization_config = TorchNVFP4Config(quantization_config.backend, found)
+            quantization_config = TorchNVFP4Config(source=found, **quantization_config.get_loading_attributes())
         elif found is None and (
             quantization_config is None
             or (isinstance(quantization_config, TorchNVFP4Config) and not quantization_config.source)
