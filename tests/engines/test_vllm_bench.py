@@ -69,9 +69,9 @@ def test_chat_completions_of_a_served_model(tmp_path: Path, engine_environment: 
     """``vllm serve`` finds the plug-in by itself on both ranks; the answers are whole, and the same again."""
     run = subprocess.run(
         [sys.executable, "-m", "torch_nvfp4.bench.vllm", "chat", "--tiny", "--tensor-parallel-size", "2",
-         "--repeats", "1", "--timeout", str(TIMEOUT - 60), "--options", '{"enforce_eager": true}',
+         "--repeats", "1", "--timeout", str(TIMEOUT), "--options", '{"enforce_eager": true}',
          "--dir", str(tmp_path), "--json", str(tmp_path / "result.json")],
-        env=engine_environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=TIMEOUT,
+        env=engine_environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=TIMEOUT + 60,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout
     result = json.loads((tmp_path / "result.json").read_text())
