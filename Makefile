@@ -53,7 +53,7 @@ $(VLLM_VENV)/.vllm: tests/engines/set_up_vllm.py
 vllm-environment: $(VLLM_VENV)/.vllm  ## make VLLM_VENV with vLLM's build for CPUs in it (3.5 GB)
 
 # With VENV's torch to compile against, so that what VENV has compiled is current here too.
-test-vllm: install vllm-environment  ## tiny models inside vLLM on the CPU, and the plug-in's errors (about 6 minutes)
+test-vllm: install vllm-environment  ## tiny models inside vLLM on the CPU, and the plug-in's errors (about 7 minutes)
 	TORCH_NVFP4_TORCH_ROOT="$$($(BIN)/python -c 'import os, torch; print(os.path.dirname(torch.__file__))')" \
 	  TORCH_NVFP4_BUILD_CUDA=0 $(VLLM_VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps \
 	  --no-build-isolation -e .

@@ -63,3 +63,23 @@ def test_one_layer_in_vllms_own_class(engine_environment: dict[str, str]) -> Non
     assert len(errors) == 2
     assert max(errors) < 4e-3
     assert "integrations.vllm.experts.NVFP4Experts" in run.stdout
+
+
+def test_chat_completions_of_a_served_model(tmp_path: Path, engine_environment: dict[str, str]) -> None:
+    """``vllm serve`` finds the plug-in by itself on both ranks; the answers are whole, and the same again."""
+    run = subprocess.run(
+        [sys.executable, "-m", "torch_nvfp4.bench.vllm", "chat", "--tiny", "--tensor-parallel-size", "2",
+         "--repeats", "1", "--timeout", str(TIMEOUT), "--options", '{"enforce_eager": true}',
+         "--dir", str(tmp_path), "--json", str(tmp_path / "result.json")],
+        env=engine_environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=TIMEOUT + 60,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout
+    result = json.loads((tmp_path / "result.json").read_text())
+    side = result["sides"]["plug-in"]
+    assert len(side["ranks"]) == 2
+    assert side["same"]["alone"] == [3, 3]
+    assert [(row["kind"], row["requests"]) for row in result["rows"]] == [
+        ("time to first token", 1), ("time to first token", 4), ("tokens per second", 1), ("tokens per second", 4),
+    ]  # fmt: skip
+    assert all(row["plug-in"] > 0 and row["vLLM"] is None for row in result["rows"])
+    assert "nothing to compare with" in run.stdout

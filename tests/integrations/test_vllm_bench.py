@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 from dataclasses import replace
 from types import ModuleType, SimpleNamespace
@@ -233,12 +234,15 @@ def test_a_process_that_fails_is_shown_with_its_log(tmp_path, monkeypatch):
 
 
 def test_a_process_that_takes_too_long(tmp_path, monkeypatch):
+    """It ends with its workers, which would keep a GPU's memory."""
     slow = tmp_path / "slow"
-    slow.write_text("#!/bin/sh\nexec sleep 20\n")
+    slow.write_text(f"#!/bin/sh\nsleep 60 &\necho $! > {tmp_path}/worker\nwait\n")
     slow.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(slow))
-    with pytest.raises(BenchError, match="plug-in: expected a result, got none within 0 s"):
-        serve.run_pair(JOB, 0, tmp_path, timeout=0.2, progress=print)
+    with pytest.raises(BenchError, match="plug-in: expected a result, got none within 1 s"):
+        serve.run_pair(JOB, 0, tmp_path, timeout=1.0, progress=print)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "worker").read_text()), 0)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,19 @@ from typing import Any
 import torch
 
 from torch_nvfp4.bench.layer import BenchError
+from torch_nvfp4.bench.process import signals_raise
 from torch_nvfp4.bench.random_model import removed_on_failure
 from torch_nvfp4.bench.report import cpu_name
+from torch_nvfp4.bench.transformers.tokenizer import write_tokenizer
+from torch_nvfp4.bench.vllm.chat import ChatJob, chat_rows, check_same, run_side
 from torch_nvfp4.bench.vllm.engine import Job
-from torch_nvfp4.bench.vllm.model import TINY, Sizes, write_model
-from torch_nvfp4.bench.vllm.report import OURS, THEIRS, table
+from torch_nvfp4.bench.vllm.model import TINY, WIDE, Sizes, write_model
+from torch_nvfp4.bench.vllm.report import OURS, THEIRS, chat_table, table
 from torch_nvfp4.bench.vllm.serve import Pair, run_pair, score, summary
 
 _SCORED = (16,) * 8 + (64,) * 4 + (256,)
 _TINY_JOB: dict[str, Any] = {"decode": (1, 4), "prefill": ((2, 128),), "max_model_len": 1024}
+_TINY_CHAT: dict[str, Any] = {"requests": (1, 4), "words": 24, "tokens": 8, "max_model_len": 1024}
 _SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -43,24 +47,32 @@ def _numbers(text: str) -> list[int]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m torch_nvfp4.bench.vllm", description="vLLM with and without us")
-    parser.add_argument("what", nargs="?", choices=("serve", "layer"), default="serve")
+    parser.add_argument("what", nargs="?", choices=("serve", "chat", "layer"), default="serve")
     parser.add_argument("--json", type=Path, help="write everything measured to this file")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, to try the benchmark itself; also on a CPU")
+    both = parser.add_argument_group("serve and chat")
+    both.add_argument("--layers", type=_positive, help=f"default {Sizes.layers}, with --wide {WIDE.layers}")
+    both.add_argument("--wide", action="store_true", help="the width of Qwen3-235B-A22B, not of Qwen3-30B-A3B")
+    both.add_argument("--dir", type=Path, help="where the model and the logs go; default: shared memory, else /tmp")
+    both.add_argument("--tensor-parallel-size", type=_positive, help="default: of serve 1, of chat all GPUs")
+    both.add_argument("--attention-backend", help="of vLLM, such as TRITON_ATTN; default: vLLM's choice")
+    both.add_argument("--dtype", default=Job.dtype, choices=("bfloat16", "float16"))
+    both.add_argument("--memory", type=float, default=Job.memory, help=f"share of the GPU's; default {Job.memory}")
+    both.add_argument("--repeats", type=_positive, default=Job.repeats, help=f"per process; default {Job.repeats}")
+    both.add_argument(
+        "--options", type=json.loads, default={}, help="more arguments of vllm.LLM (chat: of vllm serve), as JSON"
+    )
+    both.add_argument("--timeout", type=float, default=900, help="seconds per process; default 900")
     serve = parser.add_argument_group("serve")
-    serve.add_argument("--layers", type=_positive, help=f"default {Sizes.layers}")
     serve.add_argument(
         "--pairs", type=int, default=2, help="pairs of processes that count (one goes before them); default 2"
     )
     serve.add_argument("--seconds", type=float, default=math.inf, help="start no pair that would end later")
-    serve.add_argument("--dir", type=Path, help="where the model and the logs go; default: shared memory, else /tmp")
     serve.add_argument("--no-scores", action="store_true", help="times only, no log-probabilities")
-    serve.add_argument("--tensor-parallel-size", type=_positive, default=1)
-    serve.add_argument("--attention-backend", help="of vLLM, such as TRITON_ATTN; default: vLLM's choice")
-    serve.add_argument("--dtype", default=Job.dtype, choices=("bfloat16", "float16"))
-    serve.add_argument("--memory", type=float, default=Job.memory, help=f"share of the GPU's; default {Job.memory}")
-    serve.add_argument("--repeats", type=_positive, default=Job.repeats, help=f"per process; default {Job.repeats}")
-    serve.add_argument("--options", type=json.loads, default={}, help="more arguments of vllm.LLM, as JSON")
-    serve.add_argument("--timeout", type=float, default=900, help="seconds per process; default 900")
+    chat = parser.add_argument_group("chat")
+    chat.add_argument("--requests", type=_numbers, help="numbers of requests at once; default 1,16")
+    chat.add_argument("--words", type=_positive, help=f"of a message; default {ChatJob.words}")
+    chat.add_argument("--answer", type=_positive, help=f"tokens of an answer; default {ChatJob.tokens}")
     layer = parser.add_argument_group("layer")
     layer.add_argument(
         "--tokens", type=_numbers, default=_numbers("1,4,16,64,256,2048"), help="numbers of tokens, such as 1,64"
@@ -103,24 +115,43 @@ def _directory(asked: Path | None, gigabytes: float) -> Path:
     return Path(_SHARED_MEMORY if roomy else tempfile.gettempdir()) / "torch-nvfp4-bench-vllm"
 
 
-def _serve(options: argparse.Namespace, progress: _Progress) -> dict[str, Any]:
-    sizes = TINY if options.tiny else Sizes()
+def _with_model(
+    run: Callable[[Path, Sizes, argparse.Namespace, _Progress], dict[str, Any]],
+    options: argparse.Namespace,
+    progress: _Progress,
+) -> dict[str, Any]:
+    """What ``run`` returns, which is given the directory with the model in ``model`` and its sizes."""
+    sizes = TINY if options.tiny else WIDE if options.wide else Sizes()
     if options.layers is not None:
         sizes = Sizes(**{**asdict(sizes), "layers": options.layers})
-    directory = _directory(options.dir, 0.36 * sizes.layers)
+    directory = _directory(options.dir, sizes.gigabytes)
     with removed_on_failure(directory if options.dir is None else None, "model", "*.pt"):  # the logs stay
-        return _serve_from(directory, sizes, options, progress)
+        model = write_model(directory / "model", sizes, device=_device(), progress=progress)
+        progress(f"the model is in {model}")
+        return run(directory, sizes, options, progress)
 
 
-def _serve_from(directory: Path, sizes: Sizes, options: argparse.Namespace, progress: _Progress) -> dict[str, Any]:
-    """What ``_serve`` does, with the model, the scores and the logs in ``directory``."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = write_model(directory / "model", sizes, device=device, progress=progress)
-    progress(f"the model is in {model}")
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _engine(options: argparse.Namespace) -> dict[str, Any]:
+    """What both jobs say of vLLM."""
+    return {
+        "dtype": options.dtype,
+        "memory": options.memory,
+        "repeats": options.repeats,
+        "attention_backend": options.attention_backend,
+        "options": options.options,
+    }
+
+
+def _serve(directory: Path, sizes: Sizes, options: argparse.Namespace, progress: _Progress) -> dict[str, Any]:
+    device = _device()
     job = Job(
-        str(model), vocab=sizes.vocab, scored=() if options.no_scores else _SCORED, repeats=options.repeats,
-        dtype=options.dtype, tensor_parallel_size=options.tensor_parallel_size, memory=options.memory,
-        attention_backend=options.attention_backend, options=options.options, **(_TINY_JOB if options.tiny else {}),
+        str(directory / "model"), vocab=sizes.vocab, scored=() if options.no_scores else _SCORED,
+        tensor_parallel_size=options.tensor_parallel_size or 1, **_engine(options),
+        **(_TINY_JOB if options.tiny else {}),
     )  # fmt: skip
     result: dict[str, Any] = {**_machine(), "sizes": asdict(sizes), "job": asdict(job), "pairs": []}
     counted: list[Pair] = result["pairs"]
@@ -143,6 +174,33 @@ def _serve_from(directory: Path, sizes: Sizes, options: argparse.Namespace, prog
         _write(options.json, result)
     if counted:
         print(f"experts run by {counted[-1][OURS]['experts']} and {counted[-1][THEIRS]['experts']}", flush=True)
+    return result
+
+
+def _chat(directory: Path, sizes: Sizes, options: argparse.Namespace, progress: _Progress) -> dict[str, Any]:
+    write_tokenizer(directory / "model", sizes.vocab)
+    gpus = torch.cuda.device_count()
+    asked = {"requests": options.requests and tuple(options.requests), "words": options.words, "tokens": options.answer}
+    job = ChatJob(
+        str(directory / "model"), vocab=sizes.vocab, tensor_parallel_size=options.tensor_parallel_size or max(1, gpus),
+        **_engine(options),
+        **{**(_TINY_CHAT if options.tiny else {}), **{name: value for name, value in asked.items() if value}},
+    )  # fmt: skip
+    result: dict[str, Any] = {**_machine(), "sizes": asdict(sizes), "job": asdict(job), "sides": {}}
+    torch.cuda.empty_cache()  # the servers want the memory
+    for side in (OURS, THEIRS) if gpus else (OURS,):
+        result["sides"][side] = run_side(
+            job, side, directory, on_a_cpu=not gpus, timeout=options.timeout, progress=progress
+        )
+        result["rows"] = chat_rows(result["sides"], job)
+        _write(options.json, result)
+    if not gpus:
+        progress("vLLM has no NVFP4 experts of its own on a CPU: nothing to compare with")
+    print(chat_table(result["rows"]))
+    for side, ran in result["sides"].items():
+        same = ", ".join(f"{equal} of {count} {how}" for how, (equal, count) in ran["same"].items())
+        print(f"answers that were the same again, {side}: {same}", flush=True)
+    check_same(result["sides"])  # at last, for the rest to be known
     return result
 
 
@@ -172,6 +230,11 @@ def _check_vllm() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
+    with signals_raise():
+        return _run(options)
+
+
+def _run(options: argparse.Namespace) -> int:
     progress = _Progress()
     try:
         _check_vllm()
@@ -180,7 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             result = {**_machine(), **run_layer(options.tokens, options.tiny, progress)}
         else:
-            result = _serve(options, progress)
+            result = _with_model(_chat if options.what == "chat" else _serve, options, progress)
     except BenchError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -14,7 +14,7 @@ from torch_nvfp4.bench.random_model import BRANCH, LOGITS, ROUTER_LOGITS, normal
 from torch_nvfp4.checkpoint.writer import write_json, write_shards
 from torch_nvfp4.format import GROUP_SIZE
 
-__all__ = ["TINY", "Sizes", "config_of", "write_model"]
+__all__ = ["TINY", "WIDE", "Sizes", "config_of", "write_model"]
 
 _GAIN = 2.0  # by which the experts' matrices enlarge an input
 
@@ -34,6 +34,16 @@ class Sizes:
     vocab: int = 32000
     positions: int = 4096
 
+    @property
+    def gigabytes(self) -> float:
+        """About what the checkpoint takes: experts in NVFP4, the rest in bf16."""
+        experts = 3 * self.experts * self.hidden * self.intermediate
+        attention = 2 * self.hidden * (self.heads + self.kv_heads) * self.head_dim
+        return (self.layers * (0.5625 * experts + 2 * attention) + 4 * self.vocab * self.hidden) * 1e-9
+
+
+WIDE = Sizes(layers=12, hidden=4096, intermediate=1536, heads=64)
+"""The width of Qwen3-235B-A22B, with 12 of its 94 layers: a rank of 8 has 192 columns of an expert, not 96."""
 
 TINY = Sizes(
     layers=2, hidden=128, intermediate=64, experts=8, top_k=2, heads=4, kv_heads=2, head_dim=32, vocab=512,

@@ -6,9 +6,11 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["OURS", "THEIRS", "ratios", "table"]
+__all__ = ["FIRST_TOKEN", "OURS", "RATE", "THEIRS", "chat_table", "ratios", "table"]
 
 OURS, THEIRS = "plug-in", "vLLM"
+FIRST_TOKEN, RATE = "time to first token", "tokens per second"
+"""Of chat completions: seconds, and tokens of all requests over the time from the first question to the last token."""
 
 
 def _best(run: Mapping[str, Any], kind: str, size: str) -> float:
@@ -47,4 +49,17 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             f"{text.format(row['size']):26}{row[OURS] * 1e3:12.{digits}f}{row[THEIRS] * 1e3:12.{digits}f}"
             f"{row['ratio']:8.3f}  {' '.join(f'{ratio:.3f}' for ratio in row['ratios'])}"
         )
+    return "\n".join(lines)
+
+
+def chat_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """One line per row of ``chat.chat_rows``; a side that has not run is a dash."""
+    lines = [f"{'':40}{OURS:>10}{THEIRS:>10}{'ratio':>8}"]
+    for row in rows:
+        first = row["kind"] == FIRST_TOKEN
+        name = f"{row['kind']}, {row['requests']} at once" + (", ms" if first else "")
+        values = [row[side] if row[side] is None or not first else row[side] * 1e3 for side in (OURS, THEIRS)]
+        cells = [f"{'-':>10}" if value is None else f"{value:10.1f}" for value in values]
+        ratio = f"{'-':>8}" if row["ratio"] is None else f"{row['ratio']:8.3f}"
+        lines.append(f"{name:40}{''.join(cells)}{ratio}")
     return "\n".join(lines)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from torch_nvfp4.bench.layer import BenchError
+from torch_nvfp4.bench.process import log_end, process_group
 from torch_nvfp4.bench.vllm.engine import Job, scored_prompts
 from torch_nvfp4.bench.vllm.reference import closer, distance, reference_log_probs
 from torch_nvfp4.bench.vllm.report import OURS, THEIRS, ratios
@@ -30,7 +31,6 @@ _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }
-_SHOWN = 40  # lines of the log of a process that failed
 
 Pair = dict[str, dict[str, Any]]
 
@@ -67,17 +67,14 @@ def _run(job: Job, side: str, stem: Path, scores: Path | None, timeout: float) -
     if scores is not None:
         command.append(str(scores))
     environment = {**os.environ, **_ENVIRONMENT, "TORCH_NVFP4_VLLM": MODES[side]}
-    with log_file.open("w") as log:
+    with process_group(command, log=log_file, environment=environment) as process:
         try:
-            code = subprocess.run(
-                command, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=timeout, check=False
-            ).returncode
+            code = process.wait(timeout)
         except subprocess.TimeoutExpired:
             code = None
     if code != 0 or not out_file.is_file():
-        end = "\n".join(log_file.read_text(errors="replace").splitlines()[-_SHOWN:])
         got = f"none within {timeout:.0f} s" if code is None else f"exit code {code}"
-        raise BenchError(f"{side}: expected a result, got {got}. The end of {log_file}:\n{end}")
+        raise BenchError(f"{side}: expected a result, got {got}. {log_end(log_file)}")
     result: dict[str, Any] = json.loads(out_file.read_text())
     _check_experts(side, result["experts"])
     return result
