@@ -44,14 +44,17 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})  # the names that are imported at their first use, too
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in ("transformers", "accelerate"):
-            raise
-        raise ImportError(
-            f"{__name__}: expected {error.name} to be installed, got none; pip install 'torch-nvfp4[transformers]'"
-        ) from error
+# Hidden from type checkers, for which every name would be there, as Any.
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        try:
+            return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] not in ("transformers", "accelerate"):
+                raise
+            raise ImportError(
+                f"{__name__}: expected {error.name} to be installed, got none; pip install 'torch-nvfp4[transformers]'"
+            ) from error
