@@ -304,6 +304,21 @@ def case_functional_gradients() -> None:
         assert relative_l2(grad, exact) < ERROR
 
 
+def case_autocast() -> None:
+    """float32 tokens become 16 bits on every rank, those without experts included."""
+    mesh = init_device_mesh(DEVICE, (WORLD,))
+    for experts in (1, 5):
+        whole = NVFP4Experts.from_weights(*weights(experts), clamp_limit=0.5)
+        x, *routing = tokens(6, experts)
+        expected = whole(x.bfloat16(), *routing)
+        for tokens_are in ("sharded", "replicated"):
+            parallel = parallelize_experts(whole, mesh, ExpertsPlan(ep=0, tokens=tokens_are))
+            with torch.autocast(DEVICE, dtype=torch.bfloat16), torch.no_grad():
+                got = parallel(x.float(), *routing)
+            assert got.dtype == torch.bfloat16
+            assert relative_l2(got, expected) < 2 * TOLERANCE[torch.bfloat16]
+
+
 def case_words_of_inputs() -> None:
     """Every rank raises before anything is exchanged: what goes to other ranks is bytes."""
     mesh = init_device_mesh(DEVICE, (WORLD,))

@@ -215,6 +215,10 @@ class ParallelExperts(nn.Module):
         if hidden_states.shape[-1] != self.hidden_size:
             expected, got = f"[..., {self.hidden_size}] (hidden_size)", list(hidden_states.shape)
             raise ValueError(f"ParallelExperts: expected hidden_states {expected}, got {got}")
+        device = hidden_states.device.type
+        if hidden_states.dtype == torch.float32 and torch.is_autocast_enabled(device):
+            # As the op does; here for ranks without experts too, whose zeros are added to the others' results.
+            hidden_states = hidden_states.to(torch.get_autocast_dtype(device))
         if self.plan.tokens == "sharded":
             return self._sharded(hidden_states, topk_weights, topk_ids)
         groups = self._groups("tp", "ep")
