@@ -72,7 +72,7 @@ class Import(NamedTuple):
 
     target: str  # "torch_nvfp4.ops.moe": the module that holds it
     name: str | None  # what is taken from the module, None for the module itself
-    lazy: bool  # within a function
+    lazy: bool  # within a function, or for type checkers alone
 
 
 class Module:
@@ -98,6 +98,7 @@ class Module:
             id(inner)
             for node in ast.walk(self.tree)
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+            or (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
             for inner in ast.walk(node)
         }
         for node in ast.walk(self.tree):

@@ -101,7 +101,7 @@ def test_copies_of_experts(duplicate: Callable[[nn.Module], nn.Module]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_leaves_the_ops_alone(dtype: torch.dtype, device: str) -> None:
+def test_autocast_leaves_16_bit_activations_alone(dtype: torch.dtype, device: str) -> None:
     """They keep the dtype of their input: autocast decides for the layers before them, not for them."""
     layer = Layer(device)
     for kept in (torch.bfloat16, torch.float16):
@@ -115,6 +115,60 @@ def test_autocast_leaves_the_ops_alone(dtype: torch.dtype, device: str) -> None:
     with torch.autocast(device, dtype=dtype):
         out = layer(projection(x), *routing)
     assert out.dtype == dtype
+
+
+def steps_of_moe(x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+    w13, w2, shared = weights(x.device.type)
+    order, offsets = torch_nvfp4.route(topk_ids, None, EXPERTS)
+    packed = torch_nvfp4.pack(w13, gated=True)
+    gated = torch_nvfp4.grouped_gemm_swiglu(x, packed, w13.global_scale, order, offsets, clamp_limit=7.0)
+    both = torch_nvfp4.grouped_gemm(x, packed, w13.global_scale, order, offsets)
+    assert both.dtype == gated.dtype
+    w2_packed = torch_nvfp4.pack(w2)
+    out = torch_nvfp4.grouped_gemm(gated, w2_packed, w2.global_scale, order, offsets)
+    batch = x[None].expand(EXPERTS, -1, -1).contiguous()
+    counts = torch.full((EXPERTS,), len(x), dtype=torch.int32, device=x.device)
+    experts = (packed, w13.global_scale, w2_packed, w2.global_scale)
+    assert torch_nvfp4.batched_moe(batch, *experts, counts).dtype == gated.dtype
+    bias = torch.ones(HIDDEN, dtype=x.dtype, device=x.device)
+    combined = torch_nvfp4.combine(out, topk_weights, topk_ids, None, EXPERTS)
+    return combined + torch_nvfp4.linear(x, torch_nvfp4.pack(shared), shared.global_scale, bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_rounds_float32_activations(dtype: torch.dtype, device: str) -> None:
+    """As those of ``nn.Linear``; the CUDA kernels take no others. Router weights and scales stay float32."""
+    x, *routing = inputs(torch.float32, device=device)
+    for run in (Layer(device), steps_of_moe):
+        with torch.autocast(device, dtype=dtype):
+            out = run(x, *routing)
+            inside = run(x.to(dtype), *routing)
+        assert out.dtype == dtype
+        assert_same(out, inside)
+    out = Layer(device)(x.to(dtype), *routing)
+    assert_accurate(out, reference(x.to(dtype), *routing))
+
+
+def test_gradients_under_autocast(device: str) -> None:
+    layer, (x, *routing) = Layer(device), inputs(torch.float32, device=device)
+    experts = (layer.w13, layer.w13_global_scale, layer.w2, layer.w2_global_scale)
+
+    def loss(x: Tensor) -> Tensor:
+        return torch_nvfp4.moe(x, *experts, *routing, clamp_limit=7.0).float().square().sum()
+
+    def under_autocast(x: Tensor) -> Tensor:
+        with torch.autocast(device, dtype=torch.bfloat16):
+            return loss(nn.functional.layer_norm(x, (HIDDEN,)))
+
+    def gradient(run: Callable[[Tensor], Tensor]) -> Tensor:
+        leaf = x.clone().requires_grad_()
+        run(leaf).backward()
+        assert leaf.grad is not None
+        return leaf.grad
+
+    expected = gradient(lambda x: loss(nn.functional.layer_norm(x, (HIDDEN,)).bfloat16()))
+    assert torch.equal(gradient(under_autocast), expected)
+    torch.testing.assert_close(gradient(torch.compile(under_autocast, fullgraph=True, backend="aot_eager")), expected)
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])

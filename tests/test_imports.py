@@ -99,6 +99,7 @@ BAD = [
      "nn/other.py: line 1 gives a reason for a function that is short"),
     ("nn/other.py", "def f():\n    from torch_nvfp4.nn import layer\n",
      "torch_nvfp4.nn.layer -> torch_nvfp4.nn.other -> torch_nvfp4.nn.layer: a circle of imports"),
+    ("__init__.py", "if TYPE_CHECKING:\n    from torch_nvfp4 import compiler\n", ""),
     ("bench/run.py", "import torch_nvfp4.verify\n", ""),
     ("nn/other.py", "# Over 60 lines: one table of everything there is\n@cache\n" + LONG, ""),
     ("nn/other.py", "x = 1\n" * 450, ""),
@@ -203,6 +204,25 @@ def test_the_former_names_are_the_same_objects() -> None:
     assert torch_nvfp4.inductor_options is importlib.import_module("torch_nvfp4.compiler").inductor_options
     with pytest.raises(AttributeError, match=r"module 'torch_nvfp4.compiler' has no attribute 'nothing'"):
         _ = importlib.import_module("torch_nvfp4.compiler").nothing
+
+
+@pytest.mark.parametrize(
+    "name", ["compiler", "distributed", "integrations.transformers", "mxfp4", "reference_fp8", "testing"]
+)
+def test_documented_submodules_are_attributes(name: str) -> None:
+    """The README and the errors name them, as in ``torch_nvfp4.distributed.expert_maps``."""
+    program = f"import torch_nvfp4; print(torch_nvfp4.{name}.__name__)"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == [f"torch_nvfp4.{name}"]
+
+
+def test_attributes_that_are_not_there() -> None:
+    assert "distributed" in dir(torch_nvfp4)
+    with pytest.raises(AttributeError, match="module 'torch_nvfp4' has no attribute 'parallel'"):
+        _ = torch_nvfp4.parallel  # type: ignore[attr-defined]
+    integrations = importlib.import_module("torch_nvfp4.integrations")
+    with pytest.raises(AttributeError, match=r"module 'torch_nvfp4.integrations' has no attribute 'keras'"):
+        _ = integrations.keras
 
 
 @pytest.mark.parametrize("name", ["torch_nvfp4", "torch_nvfp4.compiler", "torch_nvfp4.integrations.transformers"])

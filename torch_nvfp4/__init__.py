@@ -4,7 +4,8 @@ Importing the package loads the op libraries and registers everything about the 
 happen before the first trace.
 """
 
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from torch_nvfp4 import _start, reference  # noqa: F401  (_start comes before whatever imports torch)
 from torch_nvfp4._version import __version__
@@ -32,6 +33,14 @@ from torch_nvfp4.ops import (
     unpack,
 )
 from torch_nvfp4.quant_config import MoEQuantConfig
+
+if TYPE_CHECKING:
+    from torch_nvfp4 import compiler as compiler
+    from torch_nvfp4 import distributed as distributed
+    from torch_nvfp4 import integrations as integrations
+    from torch_nvfp4 import reference_fp8 as reference_fp8
+    from torch_nvfp4 import testing as testing
+    from torch_nvfp4.compiler import inductor_options
 
 __all__ = [
     "Activation",
@@ -72,14 +81,23 @@ def _register_sharding_rules() -> None:
     register_rules()
 
 
+# Submodules that are imported at their first use as attributes, which ``import torch_nvfp4`` does not wait for.
+_SUBMODULES = frozenset({"compiler", "distributed", "integrations", "reference_fp8", "testing"})
+
+
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_SUBMODULES})
 
 
-def __getattr__(name: str) -> Any:
-    # Inductor is imported with it, which takes seconds that only those who compile should pay.
-    if name == "inductor_options":
-        from torch_nvfp4.compiler import inductor_options
+# Hidden from type checkers, for which every name would be there, as Any.
+if not TYPE_CHECKING:
 
-        return inductor_options
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        if name in _SUBMODULES:
+            return import_module(f"{__name__}.{name}")
+        # Inductor is imported with it, which takes seconds that only those who compile should pay.
+        if name == "inductor_options":
+            from torch_nvfp4.compiler import inductor_options
+
+            return inductor_options
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

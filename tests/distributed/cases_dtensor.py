@@ -315,7 +315,7 @@ def case_linear_and_swiglu() -> None:
             torch_nvfp4.swiglu(placed(x, mesh, given), clamp_limit=0.3), torch_nvfp4.swiglu(x, clamp_limit=0.3), result
         )
     sliced = placed(packed, mesh, S0)
-    refused(lambda: torch_nvfp4.linear(placed(x, mesh, R), sliced, whole[1]), "weight to be replicated", "S(0)", "pack")
+    refused(lambda: torch_nvfp4.linear(placed(x, mesh, R), sliced, whole[1]), "replicated", "S(0)", "from_weight")
 
 
 def case_steps() -> None:

@@ -314,6 +314,62 @@ def case_gradients_are_those_of_the_layer() -> None:
         sharded(*leaves, ids)
 
 
+def case_functional_gradients() -> None:
+    """torch.func.grad passes through the sums over ranks, also on a rank without experts."""
+    *inputs, ids = tokens(6, 1)
+    whole = NVFP4Experts.from_weights(*weights(1), clamp_limit=0.5)
+    parallel = parallelize_experts(whole, init_device_mesh(DEVICE, (WORLD,)), ExpertsPlan(ep=0))
+    got, expected = (
+        torch.func.grad(lambda *leaves, run=run: run(*leaves, ids).float().square().sum(), (0, 1))(*inputs)
+        for run in (parallel, whole)
+    )
+    for grad, exact in zip(got, expected, strict=True):
+        assert relative_l2(grad, exact) < ERROR
+
+
+def case_autocast() -> None:
+    """float32 tokens become 16 bits on every rank, those without experts included."""
+    mesh = init_device_mesh(DEVICE, (WORLD,))
+    for experts in (1, 5):
+        whole = NVFP4Experts.from_weights(*weights(experts), clamp_limit=0.5)
+        x, *routing = tokens(6, experts)
+        expected = whole(x.bfloat16(), *routing)
+        for tokens_are in ("sharded", "replicated"):
+            parallel = parallelize_experts(whole, mesh, ExpertsPlan(ep=0, tokens=tokens_are))
+            with torch.autocast(DEVICE, dtype=torch.bfloat16), torch.no_grad():
+                got = parallel(x.float(), *routing)
+            assert got.dtype == torch.bfloat16
+            assert relative_l2(got, expected) < 2 * TOLERANCE[torch.bfloat16]
+
+
+def case_words_of_inputs() -> None:
+    """Every rank raises before anything is exchanged: what goes to other ranks is bytes."""
+    mesh = init_device_mesh(DEVICE, (WORLD,))
+    x, topk_weights, ids = tokens(6, 4)
+    same = "expected hidden_states .* of the same tokens, got "
+    rows = (
+        ((x[:5], topk_weights, ids), same + r"\[5, 64\], \[6, 3\], \[6, 3\]"),
+        ((x, topk_weights[:5], ids), same + r"\[6, 64\], \[5, 3\], \[6, 3\]"),
+        ((x, topk_weights, ids[:, :2]), same + r"\[6, 64\], \[6, 3\], \[6, 2\]"),
+        ((x.view(2, 3, K), topk_weights, ids.view(3, 2, TOP_K)), same + r"\[2, 3, 64\], \[6, 3\], \[3, 2, 3\]"),
+        ((x, topk_weights, ids.float()), "topk_ids in int32 or int64, got torch.float32 and torch.float32"),
+        ((x, ids, ids), "topk_weights in floating point .*, got torch.int64 and torch.int64"),
+    )
+    whole = NVFP4Experts.from_weights(*weights(4))
+    sharded = parallelize_experts(whole, mesh, ExpertsPlan(ep=0, tokens="sharded"))
+    for arguments, words in rows:
+        with pytest.raises(ValueError, match=f"ParallelExperts: .*{words}"):
+            sharded(*arguments)
+    for tokens_are in ("sharded", "replicated"):
+        parallel = parallelize_experts(whole, mesh, ExpertsPlan(ep=0, tokens=tokens_are))
+        with pytest.raises(ValueError, match=r"expected hidden_states \[..., 64\] \(hidden_size\), got \[6, 32\]"):
+            parallel(x[:, :32], topk_weights, ids)
+    for mesh_given, plan in (("cpu", ExpertsPlan(ep=0)), (mesh, {"ep": 0})):
+        got = f"got {type(mesh_given).__name__} and {type(plan).__name__}"
+        with pytest.raises(TypeError, match=f"expected a DeviceMesh .* and an ExpertsPlan, {got}"):
+            parallelize_experts(whole, mesh_given, plan)  # type: ignore[call-overload]
+
+
 def case_compiled_gradients_2() -> None:
     mesh = init_device_mesh(DEVICE, (WORLD,))
     whole = NVFP4Experts.from_weights(*weights(1), clamp_limit=0.5)  # the other rank has no expert

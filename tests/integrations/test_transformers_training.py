@@ -94,6 +94,35 @@ def test_training_lowers_the_loss(path: Path) -> None:
     torch.testing.assert_close(losses["packed"], losses["dense"], rtol=1e-4, atol=1e-4)
 
 
+def test_prepared_for_kbit_training_under_autocast(path: Path) -> None:
+    """The recipe for QLoRA: what is not quantized becomes float32, and autocast makes 16 bits of what the packed layers
+    get, since on a GPU they take no others. The loss is no measure here: rounding changes some tokens' experts."""
+    model = AutoModel.from_pretrained(path / "packed", dtype=torch.bfloat16)
+    model = peft.prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
+    torch.manual_seed(0)
+    settings = peft.LoraConfig(r=4, lora_alpha=8, target_modules=MODELS[path.name], init_lora_weights=False)
+    model = peft.get_peft_model(model, settings).train()
+    got = []
+
+    def check(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
+        got.append(args[0].dtype)
+        assert output.dtype == torch.bfloat16
+        with torch.autocast("cpu", enabled=False):
+            assert torch.equal(output, module.forward(args[0].bfloat16(), *args[1:]))
+
+    for module in model.modules():
+        if isinstance(module, (PackedExperts, PackedLinear)):
+            module.register_forward_hook(check)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = loss_of(model)
+    loss.backward()
+    assert torch.float32 in got
+    for name, parameter in adapters(model).items():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all()
+        assert parameter.grad.any()
+
+
 def test_the_trainer_takes_it(path: Path, tmp_path: Path) -> None:
     """It refuses quantized models whose quantizer cannot train."""
     model = with_adapters(path, "packed")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
 
 from torch_nvfp4 import NVFP4Experts, NVFP4Linear, NVFP4Weight, dequantize, quantize
+from torch_nvfp4.checkpoint import Checkpoint, write_checkpoint
 
 BACKENDS = (None, "reference")
 
@@ -63,3 +65,19 @@ def test_linear_and_float_weights() -> None:
 def test_shapes_are_checked_all_the_same(make: Callable[[], object], words: str) -> None:
     with FakeTensorMode(), pytest.raises((ValueError, RuntimeError, NotImplementedError), match=words):
         make()
+
+
+def test_a_checkpoint_is_not_read_into_fake_tensors(tmp_path: Path) -> None:
+    """They have no memory to read into. What was read before goes on working, and the mode leaves nothing behind."""
+    write_checkpoint(tmp_path, hidden_size=64, moe_intermediate_size=32, n_routed_experts=8, num_hidden_layers=1)
+    checkpoint = Checkpoint.open(tmp_path)
+    words = "checkpoint: expected to read outside FakeTensorMode, got one that is active; read before, or make"
+    with FakeTensorMode():
+        for read in (
+            lambda: NVFP4Experts.from_checkpoint(tmp_path, 0),
+            lambda: checkpoint.experts(0),
+            lambda: checkpoint.tensor(next(iter(checkpoint.tensors))),
+        ):
+            with pytest.raises(RuntimeError, match=words):
+                read()
+    assert NVFP4Experts.from_checkpoint(tmp_path, 0)(torch.ones(1, 64), torch.ones(1, 1), torch.zeros(1, 1).int()).any()

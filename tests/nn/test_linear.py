@@ -54,3 +54,12 @@ def test_bad_weights() -> None:
         NVFP4Linear.from_weight(testing.random_weight((48, K)), torch.zeros(64))
     with pytest.raises(ValueError, match=r"expected a weight \[N, K\]"):
         NVFP4Linear.from_weight(testing.random_weight((2, 48, K)))
+
+
+def test_an_input_of_another_width_is_refused() -> None:
+    """The packed weight has its columns padded to 64: to the op, 48 and 64 inputs look alike."""
+    module = NVFP4Linear.from_float(torch.randn(32, 48))
+    for columns in (16, 64, 128):
+        with pytest.raises(ValueError, match=rf"expected x \[..., 48\] \(in_features\), got \[2, {columns}\]"):
+            module(torch.randn(2, columns))
+    assert module(torch.randn(48)).shape == (32,)

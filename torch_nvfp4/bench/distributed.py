@@ -309,11 +309,13 @@ def say(text: str) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m torch_nvfp4.bench.distributed", description=__doc__)
     parser.add_argument("--ranks", type=int, help="processes to start; default: one per GPU")
-    parser.add_argument("--layers", type=int, default=1, help="layers to split; the calls take turns among them")
-    parser.add_argument("--tokens", type=parse_tokens, default=(1, 16, 128, 1024, 8192))
-    parser.add_argument("--seconds", type=float, default=0.5, help="for each row")
+    layers = "layers to split; the calls take turns among them (default 1)"
+    parser.add_argument("--layers", type=int, default=1, help=layers)
+    tokens = "rows of the table: numbers of tokens, such as 1,16,128,1024,8192 (the default)"
+    parser.add_argument("--tokens", type=parse_tokens, default=(1, 16, 128, 1024, 8192), help=tokens)
+    parser.add_argument("--seconds", type=float, default=0.5, help="time of each row (default 0.5)")
     parser.add_argument("--dir", type=Path, help="where the checkpoint goes; default: shared memory, else $TMPDIR")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="file for the rows and what they were measured on")
     parser.add_argument("--tiny", action="store_true", help="a layer of toy size")
     return parser
 

@@ -18,8 +18,8 @@ from torch_nvfp4.checkpoint.experts import Expert, LayerExperts
 from torch_nvfp4.checkpoint.headers import Stamp, TensorInfo, check_stamp, open_again, tensor_error
 from torch_nvfp4.checkpoint.layouts import UNIT_LEAVES, Matrix, Unsupported
 from torch_nvfp4.checkpoint.records import ExpertWeights
-from torch_nvfp4.errors import shown
-from torch_nvfp4.format import GROUP_SIZE, NVFP4Weight, reciprocal_global_scale
+from torch_nvfp4.errors import refusal, shown
+from torch_nvfp4.format import GROUP_SIZE, NVFP4Weight, has_values, reciprocal_global_scale
 
 __all__ = ["Shards", "check_other_leaves", "empty_bytes", "read_experts", "read_matrix"]
 
@@ -48,6 +48,9 @@ class Shards:
         self._open: dict[Path, tuple[BinaryIO, Stamp]] = {}
 
     def __enter__(self) -> Shards:
+        if not has_values(empty_bytes(1)):
+            advice = "read before, or make the layer without values, as NVFP4Experts(E, K, I)"
+            raise RuntimeError(refusal("checkpoint", "to read outside FakeTensorMode", "one that is active", advice))
         return self
 
     def __exit__(self, error: object, *_: object) -> None:

@@ -45,10 +45,15 @@ def _all_reduce(tensor: Tensor, groups: Groups, dtype: torch.dtype | None) -> Te
     return total.to(tensor.dtype)
 
 
+# With setup_context, which torch.func asks for.
 class _Summed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, partial: Tensor, groups: Groups, dtype: torch.dtype | None) -> Tensor:
+    def forward(partial: Tensor, groups: Groups, dtype: torch.dtype | None) -> Tensor:
         return _all_reduce(partial.clone(), groups, dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
@@ -57,9 +62,12 @@ class _Summed(torch.autograd.Function):
 
 class _GradientsAdded(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, groups: Groups) -> Tensor:
-        ctx.groups = groups
+    def forward(tensor: Tensor, groups: Groups) -> Tensor:
         return tensor.view_as(tensor)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.groups = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -68,9 +76,12 @@ class _GradientsAdded(torch.autograd.Function):
 
 class _NothingAdded(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_states: Tensor, topk_weights: Tensor) -> Tensor:
-        ctx.save_for_backward(topk_weights)
+    def forward(hidden_states: Tensor, topk_weights: Tensor) -> Tensor:
         return torch.zeros_like(hidden_states)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,6 +140,9 @@ class _Place:
 
     @classmethod
     def of(cls, mesh: DeviceMesh, plan: ExpertsPlan) -> _Place:
+        if not isinstance(mesh, DeviceMesh) or not isinstance(plan, ExpertsPlan):
+            got = f"{type(mesh).__name__} and {type(plan).__name__}"
+            raise TypeError(f"expected a DeviceMesh (init_device_mesh) and an ExpertsPlan, got {got}")
         if mesh.get_coordinate() is None:
             raise ValueError(f"expected a mesh that this rank is in, got {mesh} on rank {distributed.get_rank()}")
         ranks = []
@@ -160,11 +164,12 @@ def mesh_dim(mesh: DeviceMesh, name: str | int) -> int:
 
 
 class ParallelExperts(nn.Module):
-    """One rank's part of a layer's experts, called as ``NVFP4Experts`` is and with the same result on every rank.
+    """One rank's part of a layer's experts, called as ``NVFP4Experts`` is: its results are those of the whole layer for
+    the tokens that the rank has, with replicated tokens the same on every rank.
 
     Made by ``parallelize_experts`` or ``load_experts``. Every rank of the mesh has to call it, also one without tokens
-    or without experts. torch.compile(fullgraph=True) traces the form with replicated tokens. Its state dict is that of
-    the rank's own part.
+    or without experts, with the same dtype and top_k. torch.compile(fullgraph=True) traces the form with replicated
+    tokens. Its state dict is that of the rank's own part.
 
     Attributes:
         experts: this rank's ``NVFP4Experts``, None on a rank without.
@@ -203,7 +208,17 @@ class ParallelExperts(nn.Module):
 
         Gradients with respect to hidden_states and topk_weights are those of the whole layer where tokens are
         replicated. NotImplementedError where one is asked for with sharded tokens.
+
+        Raises ValueError or RuntimeError (expected and got) for what ``NVFP4Experts`` refuses, before anything is
+        exchanged; a rank whose own inputs are right then waits for the others.
         """
+        if hidden_states.shape[-1] != self.hidden_size:
+            expected, got = f"[..., {self.hidden_size}] (hidden_size)", list(hidden_states.shape)
+            raise ValueError(f"ParallelExperts: expected hidden_states {expected}, got {got}")
+        device = hidden_states.device.type
+        if hidden_states.dtype == torch.float32 and torch.is_autocast_enabled(device):
+            # As the op does; here for ranks without experts too, whose zeros are added to the others' results.
+            hidden_states = hidden_states.to(torch.get_autocast_dtype(device))
         if self.plan.tokens == "sharded":
             return self._sharded(hidden_states, topk_weights, topk_ids)
         groups = self._groups("tp", "ep")
@@ -227,6 +242,7 @@ class ParallelExperts(nn.Module):
                 "expected no gradient through experts whose tokens are sharded, got one that is wanted: call them "
                 "under torch.no_grad(), or use ExpertsPlan(tokens='replicated')"
             )
+        _check_tokens(hidden_states, topk_weights, topk_ids)
         x, weights, ids = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (hidden_states, topk_weights, topk_ids))
         (group,) = self._groups("ep")
         output = sent_to_experts(self.local, x, weights, ids, self._owner, group)
@@ -246,6 +262,19 @@ class ParallelExperts(nn.Module):
             f"{place.ep_rank} of {place.ep_size}, intermediate part {place.tp_rank} of {place.tp_size}, "
             f"tokens={self.plan.tokens}"
         )
+
+
+def _check_tokens(hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> None:
+    """What ``NVFP4Experts`` checks, of tokens that go to other ranks as bytes before one gets them."""
+    shapes = [tensor.shape for tensor in (hidden_states, topk_weights, topk_ids)]
+    tokens = {math.prod(shape[:-1]) for shape in shapes} if topk_weights.shape[-1] == topk_ids.shape[-1] else set()
+    batches = {shape[:-1] for shape in shapes if len(shape) > 2}  # a matrix holds their tokens in the same order
+    if len(tokens) != 1 or len(batches) > 1:
+        expected = "hidden_states [..., K] and topk_weights and topk_ids [..., top_k] of the same tokens"
+        raise ValueError(f"ParallelExperts: expected {expected}, got {', '.join(str(list(shape)) for shape in shapes)}")
+    if topk_ids.dtype not in (torch.int32, torch.int64) or not topk_weights.is_floating_point():
+        expected = "topk_weights in floating point and topk_ids in int32 or int64"
+        raise ValueError(f"ParallelExperts: expected {expected}, got {topk_weights.dtype} and {topk_ids.dtype}")
 
 
 def _build(

@@ -115,6 +115,8 @@ def _check_weights(op: str, specs: Specs, mesh_dim: int, *, experts: bool) -> No
         allowed = f"{name} to be replicated" + (" or sharded by experts, Shard(0)" if experts else "")
         why = "packed bytes cannot be sliced along N or K" if name in _PACKED else "it has to go with its weight"
         advice = "slice the canonical weights, then pack (torch_nvfp4.distributed.parallelize_experts does)"
+        if op.startswith("linear"):
+            advice = "NVFP4Linear.from_weight(...) of the rank's rows or columns of NVFP4Linear.unpacked_weight()"
         if op == "pack":
             why, advice = "a part of N or K packs to other bytes", "pack what to_local() gives, on each rank"
         _fail(op, allowed, f"{placement} along mesh dimension {mesh_dim}", f"{why}: {advice}")

@@ -289,11 +289,15 @@ class NVFP4Experts(PackedModule):
     def forward(self, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         """hidden_states [..., K], topk_weights and topk_ids [..., top_k] -> [..., K] in hidden_states' dtype.
 
-        topk_weights of another floating point dtype are taken as float32.
+        topk_weights of another floating point dtype are taken as float32. Under ``torch.autocast`` hidden_states in
+        float32 are rounded to its dtype, as in ``nn.Linear``.
 
-        Raises ValueError where leading dimensions differ: a token would get another one's routing. A matrix beside a
-        batch of sequences holds the tokens in the same order.
+        Raises ValueError for hidden_states of another K, and where leading dimensions differ: a token would get another
+        one's routing. A matrix beside a batch of sequences holds the tokens in the same order.
         """
+        if hidden_states.dim() and hidden_states.shape[-1] != self.hidden_size:
+            expected, got = f"[..., {self.hidden_size}] (hidden_size)", list(hidden_states.shape)
+            raise ValueError(f"NVFP4Experts: expected hidden_states {expected}, got {got}")
         _check_leading_dimensions(hidden_states=hidden_states, topk_weights=topk_weights, topk_ids=topk_ids)
         # Past nn.Module.__getattr__, which takes as long as the rest of this.
         buffers: Mapping[str, Any] = self._buffers

@@ -20,7 +20,7 @@ class NVFP4Linear(PackedModule):
 
     Made by ``from_float``, ``from_weight`` or ``from_checkpoint``; the constructor itself makes zero weights (on the
     meta device: none) for ``load_state_dict``. The bias is a parameter that ``.to(dtype)`` converts. Input and
-    bias have gradients, the weight is frozen.
+    bias have gradients, the weight is frozen; so is the bias until ``linear.bias.requires_grad_()``.
 
     Args:
         in_features, out_features: K and N, K a multiple of 16.
@@ -93,7 +93,14 @@ class NVFP4Linear(PackedModule):
         return self._unpack()[""]
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] -> [..., N] in x's dtype; a bias of another dtype is rounded to it."""
+        """x [..., K] -> [..., N] in x's dtype; a bias of another dtype is rounded to it.
+
+        Under ``torch.autocast`` float32 is rounded to its dtype, as in ``nn.Linear``. Raises ValueError for x of
+        another K.
+        """
+        if x.dim() and x.shape[-1] != self.in_features:  # padded to 64 in the packed weight, so not always an error
+            got = list(x.shape)
+            raise ValueError(f"NVFP4Linear: expected x [..., {self.in_features}] (in_features), got {got}")
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if self.backend == "kernel":
             packed, global_scale = self._buffer("packed"), self._buffer("global_scale")

@@ -1,6 +1,6 @@
 """The ops of ``torch.ops.nvfp4``: one file per op with its typed wrapper, docstring, fake and autograd."""
 
-from torch_nvfp4.ops import flops, gradients  # noqa: F401  (registers the formulas and the derivatives)
+from torch_nvfp4.ops import _autocast, flops, gradients  # noqa: F401  (they register kernels, formulas, derivatives)
 from torch_nvfp4.ops._library import call_before_fakes, call_with_dtensor, library_paths
 from torch_nvfp4.ops.batch_invariance import is_batch_invariant, set_batch_invariant
 from torch_nvfp4.ops.batched_moe import batched_moe

@@ -50,6 +50,8 @@ def batched_moe(
     Returns [E, T, K] in hidden_states' dtype, ``out`` if that is given, else with zeros at and behind the counts.
     No tensor may change while the op runs: counts that do lead to undefined values, not out of the tensors.
 
+    Nothing has a gradient here: one that is asked for raises NotImplementedError in backward.
+
     Raises what ``moe`` raises, and NotImplementedError under ``set_batch_invariant(True)``: what is summed by how many
     warps follows from the counts.
     """

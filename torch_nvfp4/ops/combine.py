@@ -17,7 +17,8 @@ def combine(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, expert_map: Tenso
         topk_weights: [M, top_k] float32.
         topk_ids, expert_map, num_experts: as in ``route``; slots without a local expert are not read.
 
-    Returns [M, N] in x's dtype. Raises RuntimeError (expected and got).
+    Returns [M, N] in x's dtype. Raises RuntimeError (expected and got). x and topk_weights have gradients (reverse
+    mode, once).
     """
     return _call((x, topk_weights), (x, topk_weights, topk_ids, expert_map, num_experts), {})
 

@@ -41,7 +41,8 @@ def grouped_gemm(
 
     Raises RuntimeError (expected and got). Values count too: ``order`` must hold every slot once, and ``offsets`` begin
     with 0, not decrease, and not exceed the slots. Where the values cannot be looked at without waiting for the device,
-    on CUDA, all of the result is NaN instead.
+    on CUDA, all of the result is NaN instead. x and topk_weights have gradients (reverse mode, once); another that is
+    asked for raises NotImplementedError in backward. ``torch.autocast`` acts as in ``linear``.
     """
     arguments = (x, weight, global_scale, order, offsets, *optional_arguments(topk_weights, bias))
     return _call((x, global_scale, topk_weights, bias), arguments, invariance_keywords(batch_invariant))
@@ -68,6 +69,7 @@ def grouped_gemm_swiglu(
     without a gate; one of [E, 2] belongs to a weight packed with gated=True.
 
     Returns [slots, I] in x's dtype. Raises RuntimeError (expected and got), ValueError for an unknown activation name.
+    Gradients and ``torch.autocast`` as in ``grouped_gemm``.
     """
     keywords: dict[str, Any] = gate_keywords(parse_activation(activation).value, clamp_limit, alpha, beta)
     keywords.update(invariance_keywords(batch_invariant))

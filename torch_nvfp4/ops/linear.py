@@ -26,7 +26,11 @@ def linear(
         bias: [N] in x's dtype.
         batch_invariant: a row's bits depend on nothing but the row; None: as ``set_batch_invariant`` says.
 
-    Returns [..., N] in x's dtype, gate columns before up columns. Raises RuntimeError (expected and got).
+    Returns [..., N] in x's dtype, gate columns before up columns. Under ``torch.autocast`` float32 x and bias are
+    rounded to its dtype first, as in ``torch.nn.functional.linear``.
+
+    Raises RuntimeError (expected and got). x and bias have gradients (reverse mode, once); another that is asked for
+    raises NotImplementedError in backward.
     """
     return _call((x, global_scale, bias), (x, weight, global_scale, bias), invariance_keywords(batch_invariant))
 

@@ -73,6 +73,7 @@ def moe(
     which one has its w2_bias.
 
     Returns [M, K] in hidden_states' dtype, ``out`` if that is given. A token with NaN or infinity comes out as NaN.
+    Under ``torch.autocast`` (without ``out``) float32 hidden_states are rounded to its dtype first.
     No tensor may change while the op runs: on CUDA, another stream that writes topk_ids or expert_map meanwhile leads
     to no access outside the tensors, but to undefined values or, up to 32 slots, to a call that does not end.
 

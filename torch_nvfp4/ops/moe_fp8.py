@@ -46,7 +46,8 @@ def moe_fp8(
         activation: silu only.
 
     Returns [M, K] in hidden_states' dtype. Raises RuntimeError (expected and got) for a wrong dtype, device, shape,
-    layout or gate parameter or while ``set_batch_invariant`` holds, ValueError for an unknown activation name.
+    layout or gate parameter or while ``set_batch_invariant`` holds, ValueError for an unknown activation name. Nothing
+    has a gradient here: one that is asked for raises NotImplementedError in backward.
     """
     refuse_batch_invariance("moe_fp8")
     keywords: dict[str, Any] = gate_keywords(parse_activation(activation).value, clamp_limit, alpha, beta)

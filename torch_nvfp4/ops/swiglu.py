@@ -25,7 +25,7 @@ def swiglu(
         gated: False for ``act(up)`` of up [..., I], of experts without a gate.
 
     Returns [..., I] in gate_up's dtype. Raises RuntimeError (expected and got), ValueError for an unknown activation
-    name.
+    name. gate_up has a gradient (reverse mode, once).
     """
     gate = gate_keywords(parse_activation(activation).value, clamp_limit, alpha, beta)
     if not gated:

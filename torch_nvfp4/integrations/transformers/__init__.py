@@ -5,6 +5,11 @@ of ``torch_nvfp4.checkpoint``, and leaves all others to transformers. ``from_pre
 model without changing anything for others, and takes MXFP4 experts (gpt-oss, the original DeepSeek-V4) too; so does
 ``register(mxfp4=True)``. Experts may have biases, and no gate (Nemotron-3), as the model's class has them.
 
+Adapters of PEFT train beside it (QLoRA). ``target_modules`` names linears of the model, NVFP4 or not, such as
+``["q_proj", "o_proj"]``; never the experts, through which gradients pass. An adapter can be saved and loaded, but not
+merged into packed weights. Kernels on a GPU take 16 bits: load with ``dtype=torch.bfloat16``, and train under
+``torch.autocast`` (``TrainingArguments(bf16=True)``) after ``prepare_model_for_kbit_training``.
+
 transformers builds the model and loads whatever is not quantized. The experts, the NVFP4 linears and the FP8 weights
 come from ``torch_nvfp4.checkpoint``, one layer after the other, so that memory holds at most one layer twice.
 
@@ -39,14 +44,17 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})  # the names that are imported at their first use, too
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in ("transformers", "accelerate"):
-            raise
-        raise ImportError(
-            f"{__name__}: expected {error.name} to be installed, got none; pip install 'torch-nvfp4[transformers]'"
-        ) from error
+# Hidden from type checkers, for which every name would be there, as Any.
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        try:
+            return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] not in ("transformers", "accelerate"):
+                raise
+            raise ImportError(
+                f"{__name__}: expected {error.name} to be installed, got none; pip install 'torch-nvfp4[transformers]'"
+            ) from error
