@@ -5,8 +5,8 @@
 - ``state_dict()`` holds the canonical weights under ModelOpt's leaf names (``weight``, ``weight_scale``,
   ``weight_scale_2``), independent of device and backend; so does a pickle. Both cost one unpacked copy.
   ``torch.func.functional_call`` takes the packed buffers instead, ``dict(module.named_buffers())``.
-- ``torch.distributed.checkpoint`` and ``fully_shard`` leave the packed buffers whole on every rank. So does
-  ``DistributedDataParallel``, which sends all buffers before each forward unless it is told ``broadcast_buffers=False``.
+- ``torch.distributed.checkpoint`` and ``fully_shard`` leave the packed buffers whole on every rank.
+  ``DistributedDataParallel`` sends all buffers before each forward unless it is told ``broadcast_buffers=False``.
 - On the meta device there are only shapes: materialise with ``to_empty(device=...)`` and ``load_state_dict``, or with
   ``load_state_dict`` alone, which then takes the device of the state dict.
 """
