@@ -197,6 +197,10 @@ def case_sharded_tokens_that_cannot_be_sent() -> None:
         ((x, topk_weights, ids[:, :half]), r"got hidden_states .* topk_ids \[6, 2\]"),
         ((x, topk_weights, ids.float()), "expected topk_ids in int32 or int64 .* got topk_ids torch.float32"),
         ((x, ids, ids), "topk_weights in a floating point dtype, got topk_ids torch.int64, topk_weights torch.int64"),
+        (
+            (x.view(2, 3, K), topk_weights.view(3, 2, TOP_K), ids.view(3, 2, TOP_K)),
+            r"the same dimensions before the last one, got hidden_states \[2, 3, 64\], topk_weights \[3, 2, 3\]",
+        ),
         ((x.double(), topk_weights, ids), "hidden_states: expected .*float32, got torch.float64"),
     )
     for wrong, words in rows:

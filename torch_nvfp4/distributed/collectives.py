@@ -92,6 +92,7 @@ def sent_to_experts(
     topk_ids: Tensor,
     owner: Tensor,
     group: Any,
+    problem: str | None = None,
 ) -> Tensor:
     """Every token goes once to each rank that has one of its experts, and the results are added where it came from.
 
@@ -99,13 +100,14 @@ def sent_to_experts(
         run: the experts of this rank, over tokens [n, K] with their whole routing: its part of their results.
         hidden_states, topk_weights, topk_ids: [M, K], [M, top_k], [M, top_k], of this rank; M may differ, and be 0.
         owner: int64 [E + 1], the rank of each expert, and behind the last the number of ranks.
+        problem: why this rank's arguments cannot be sent; then it raises ValueError once the others know.
 
     Returns [M, K] in hidden_states' dtype: sums in fp32, in the order of the ranks. Waits for the device once, to know
     how many tokens come, and whether all ranks send the same kind of row: RuntimeError on every rank if not, since what
     is sent are bytes, and ValueError on a rank whose own arguments do not fit together.
     """
     ranks, experts = distributed.get_world_size(group), owner.shape[0] - 1
-    problem = _problem(hidden_states, topk_weights, topk_ids)
+    problem = problem or _problem(hidden_states, topk_weights, topk_ids)
     ids = topk_ids if problem is None else topk_ids.new_empty((0, 1), dtype=torch.int64)
     # Ids of no expert as -1, since they are sent as int32, in which a larger one would be another.
     ids = torch.where((ids >= 0) & (ids < experts), ids, -1)

@@ -16,6 +16,7 @@ from torch_nvfp4.checkpoint import Checkpoint
 from torch_nvfp4.distributed.collectives import gradients_added, on_every_rank, sent_to_experts, summed
 from torch_nvfp4.distributed.slicing import checked_part, expert_range, slice_biases, slice_experts
 from torch_nvfp4.nn import NVFP4Experts
+from torch_nvfp4.nn.experts import check_leading_dimensions
 from torch_nvfp4.quant_config import MoEQuantConfig
 
 __all__ = ["ExpertsPlan", "ParallelExperts", "expert_range", "load_experts", "parallelize_experts", "slice_experts"]
@@ -183,9 +184,14 @@ class ParallelExperts(nn.Module):
                 "expected no gradient through experts whose tokens are sharded, got one that is wanted: call them "
                 "under torch.no_grad(), or use ExpertsPlan(tokens='replicated')"
             )
+        problem = None
+        try:
+            check_leading_dimensions(hidden_states=hidden_states, topk_weights=topk_weights, topk_ids=topk_ids)
+        except ValueError as error:
+            problem = str(error)
         x, weights, ids = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (hidden_states, topk_weights, topk_ids))
         (group,) = self._groups("ep")
-        output = sent_to_experts(self.local, x, weights, ids, self._owner, group)
+        output = sent_to_experts(self.local, x, weights, ids, self._owner, group, problem)
         return summed(output, self._groups("tp"), self.plan.reduce_dtype).view(hidden_states.shape)
 
     def _groups(self, *names: str) -> list[Any]:

@@ -273,7 +273,7 @@ class NVFP4Experts(PackedModule):
         Raises ValueError where leading dimensions differ: a token would get another one's routing. A matrix beside a
         batch of sequences holds the tokens in the same order.
         """
-        _check_leading_dimensions(hidden_states=hidden_states, topk_weights=topk_weights, topk_ids=topk_ids)
+        check_leading_dimensions(hidden_states=hidden_states, topk_weights=topk_weights, topk_ids=topk_ids)
         # Past nn.Module.__getattr__, which takes as long as the rest of this.
         buffers: Mapping[str, Any] = self._buffers
         output = moe_backend(self.backend).apply(
@@ -386,7 +386,7 @@ def _checked_bias(name: str, bias: Tensor | None, shape: tuple[int, int], device
     return bias.detach().to(device, torch.float32, copy=True).contiguous()
 
 
-def _check_leading_dimensions(**tensors: Tensor) -> None:
+def check_leading_dimensions(**tensors: Tensor) -> None:
     """Tensors of a batch of sequences have the same ones. A matrix holds all tokens in rows, which the ops count."""
     batched = [(name, tensor.shape) for name, tensor in tensors.items() if tensor.dim() > 2]
     if any(shape[:-1] != batched[0][1][:-1] for _, shape in batched):
