@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import torch_nvfp4
 from torch_nvfp4 import NVFP4Weight
@@ -273,6 +275,24 @@ def test_forward_mode_with_dual_numbers() -> None:
     x, *routing = inputs()
     with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match=ERROR):
         Layer()(torch.autograd.forward_ad.make_dual(x, x), *routing)
+
+
+def test_a_mode_that_differentiates() -> None:
+    """What a mode adds to the op's result has its gradient, also where nothing of the op itself wants one."""
+    added = torch.zeros(TOKENS, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
+
+    class Adapter(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = function(*args, **(kwargs or {}))
+            is_op = function in (torch.ops.nvfp4.moe.default, torch.ops.nvfp4.linear.default)
+            return result + added if is_op else result
+
+    args = inputs()
+    with Adapter():
+        out = LAYER(*args)
+    assert_same(out, LAYER(*args))
+    out.sum().backward()
+    assert torch.equal(added.grad, torch.full_like(added, 2.0))  # type: ignore[arg-type]
 
 
 def test_reference_has_a_gradient() -> None:

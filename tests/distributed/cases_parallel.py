@@ -12,12 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor, distributed, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
 
 import torch_nvfp4
 from torch_nvfp4 import Gate, NVFP4Experts, NVFP4Weight, reference
 from torch_nvfp4.checkpoint import Checkpoint
+from torch_nvfp4.checkpoint.headers import read_header
 from torch_nvfp4.checkpoint.synthetic import write_checkpoint
 from torch_nvfp4.distributed import (
     ExpertsPlan,
@@ -27,6 +31,7 @@ from torch_nvfp4.distributed import (
     parallelize_experts,
     slice_experts,
 )
+from torch_nvfp4.errors import CheckpointError
 from torch_nvfp4.quant_config import MoEQuantConfig
 from torch_nvfp4.testing import FP8_TOLERANCE, TOLERANCE, random_routing, random_weight, relative_l2
 
@@ -193,6 +198,70 @@ def case_sharded_tokens() -> None:
         close(parallel(*batch), whole(*batch))
 
 
+def case_sharded_ids_of_no_expert() -> None:
+    """Beyond int32, in which ids are sent: 2**32 is not expert 0."""
+    mesh = init_device_mesh(DEVICE, (WORLD,))
+    whole = NVFP4Experts.from_weights(*weights(5), clamp_limit=0.5)
+    parallel = parallelize_experts(whole, mesh, ExpertsPlan(ep=0, tokens="sharded"))
+    x, topk_weights, ids = tokens(9, 5, seed=RANK)
+    ids[:, 1] += 2**32
+    close(parallel(x, topk_weights, ids), whole(x, topk_weights, ids))
+
+
+def case_sharded_tokens_that_cannot_be_sent() -> None:
+    """One rank's arguments are wrong: it says so, and the others do not wait for it."""
+    mesh = init_device_mesh(DEVICE, (WORLD,))
+    whole = NVFP4Experts.from_weights(*weights(5))
+    parallel = parallelize_experts(whole, mesh, ExpertsPlan(ep=0, tokens="sharded"))
+    x, topk_weights, ids = tokens(6, 5)
+    half = TOP_K - 1
+    rows: tuple[tuple[tuple[Tensor, Tensor, Tensor], str], ...] = (
+        ((x, topk_weights[:4], ids[:4]), r"got hidden_states \[6, 64\], topk_weights \[4, 3\], topk_ids \[4, 3\]"),
+        ((x, topk_weights, ids[:, :half]), r"got hidden_states .* topk_ids \[6, 2\]"),
+        ((x, topk_weights, ids.float()), "expected topk_ids in int32 or int64 .* got topk_ids torch.float32"),
+        ((x, ids, ids), "topk_weights in a floating point dtype, got topk_ids torch.int64, topk_weights torch.int64"),
+        (
+            (x.view(2, 3, K), topk_weights.view(3, 2, TOP_K), ids.view(3, 2, TOP_K)),
+            r"the same dimensions before the last one, got hidden_states \[2, 3, 64\], topk_weights \[3, 2, 3\]",
+        ),
+        ((x.double(), topk_weights, ids), "hidden_states: expected .*float32, got torch.float64"),
+    )
+    for wrong, words in rows:
+        expected = (ValueError, words) if RANK == 1 else (RuntimeError, "got none of rank 1 of the group")
+        with pytest.raises(expected[0], match=expected[1]):
+            parallel(*(wrong if RANK == 1 else (x, topk_weights, ids)))
+    other = ((x.bfloat16(), topk_weights, ids), (x, topk_weights[:, :half].contiguous(), ids[:, :half].contiguous()))
+    for given in other:
+        words = r"the same from every rank, K = 64, top_k = \d, torch.\w+, got K = 64, top_k = \d, torch.\w+ of rank"
+        with pytest.raises(RuntimeError, match=words):
+            parallel(*(given if RANK == 1 else (x, topk_weights, ids)))
+    close(parallel(x, topk_weights, ids), whole(x, topk_weights, ids))
+
+
+def case_ranks_without_experts_do_as_the_others() -> None:
+    """Whatever the strides of the input and of what flows back, and with an input that the op refuses."""
+    mesh = init_device_mesh(DEVICE, (WORLD,))
+    whole = NVFP4Experts.from_weights(*weights(1), clamp_limit=0.5)
+    parallel = parallelize_experts(whole, mesh, ExpertsPlan(ep=0))
+    assert (parallel.experts is None) == (RANK > 0)
+    assert (not parallel.state_dict()) == (RANK > 0)
+    parallel.load_state_dict(parallel.state_dict())
+    *inputs, ids = tokens(K, 1)
+    strided = inputs[0].t().contiguous().t()
+    assert not strided.is_contiguous()
+    with torch.no_grad():
+        assert torch.equal(parallel(strided, inputs[1], ids), whole(strided, inputs[1], ids))
+    flow = torch.randn(K, K, generator=torch.Generator().manual_seed(9)).to(DEVICE, DTYPE).t()
+    grads = []
+    for run in (parallel, whole):
+        leaves = [strided.detach().requires_grad_(), inputs[1].detach().t().contiguous().t().requires_grad_()]
+        grads.append(torch.autograd.grad(run(*leaves, ids), leaves, flow))
+    for grad, expected in zip(*grads, strict=True):
+        assert relative_l2(grad, expected) < ERROR
+    with pytest.raises(ValueError, match=r"expected hidden_states \[\.\.\., 64\] \(hidden_size\), got \[\d+, 32\]"):
+        parallel(inputs[0][:, : K // 2].contiguous(), inputs[1], ids)
+
+
 @contextmanager
 def checkpoint() -> Iterator[Path]:
     """A small checkpoint that rank 0 writes, whose experts two ranks, but not four, share evenly."""
@@ -231,6 +300,56 @@ def case_ranks_read_their_part() -> None:
             Checkpoint.open(path).experts(layer, experts=range(3), ep_size=2)
 
 
+SCALE = ".experts.5.w2.weight_scale"
+
+
+def case_all_ranks_fail_where_one_does() -> None:
+    """Of the experts of the last rank one has a scale of NaN, which the others do not read."""
+    with checkpoint() as path:
+        layer = Checkpoint.open(path).layers[0]
+        if RANK == 0:
+            headers = [read_header(shard) for shard in path.glob("*.safetensors")]
+            (info,) = (info for header in headers for name, info in header.items() if name.endswith(SCALE))
+            with info.file.open("r+b") as file:
+                file.seek(info.begin)
+                file.write(b"\x7f")
+        distributed.barrier()
+        words = "NaN" if RANK == WORLD - 1 else "got an error on another rank"
+        with pytest.raises(CheckpointError, match=words):
+            load_experts(path, layer, init_device_mesh(DEVICE, (WORLD,)), ExpertsPlan(ep=0), device=DEVICE)
+
+
+class Projected(nn.Module):
+    """What DistributedDataParallel takes: something that learns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(K, K, bias=False, device=DEVICE, dtype=DTYPE)
+        nn.init.eye_(self.project.weight)
+        self.experts = NVFP4Experts.from_weights(*weights(5), clamp_limit=0.5)
+
+    def forward(self, x: Tensor, topk_weights: Tensor, ids: Tensor) -> Tensor:
+        result: Tensor = self.experts(self.project(x), topk_weights, ids)
+        return result
+
+
+def case_distributed_data_parallel() -> None:
+    """It makes every buffer that of rank 0, and so every rank's experts those of rank 0."""
+    mesh = init_device_mesh(DEVICE, (WORLD,))
+    arguments = tokens(6, 5)
+    expected = Projected()(*arguments)
+    model = DistributedDataParallel(parallelize_experts(Projected(), mesh, ExpertsPlan(ep=0)))
+    close(model(*arguments).detach(), expected.detach())
+    close(model(*arguments).detach(), expected.detach())
+    even = NVFP4Experts.from_weights(*weights(WORLD))  # else the broadcast itself fails
+    model = Projected()
+    model.experts = parallelize_experts(even, mesh, ExpertsPlan(ep=0))
+    wrapped = DistributedDataParallel(nn.Sequential(model))
+    if RANK > 0:
+        with pytest.raises(RuntimeError, match="expected this rank's own experts, got buffers that were written in"):
+            wrapped.module[0](*arguments)
+
+
 class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -263,9 +382,6 @@ def case_compiles_with_functional_collectives() -> None:
     graphs: list[str] = []
 
     def backend(module: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
-        from functorch.compile import make_boxed_func
-        from torch._dynamo.backends.common import aot_autograd
-
         def keep(graph: torch.fx.GraphModule, _: list[Tensor]) -> Any:
             graphs.append(str(graph.graph))
             return make_boxed_func(graph.forward)
@@ -343,23 +459,10 @@ def case_autocast() -> None:
 
 
 def case_words_of_inputs() -> None:
-    """Every rank raises before anything is exchanged: what goes to other ranks is bytes."""
+    """What is wrong on every rank; of one rank: case_sharded_tokens_that_cannot_be_sent."""
     mesh = init_device_mesh(DEVICE, (WORLD,))
     x, topk_weights, ids = tokens(6, 4)
-    same = "expected hidden_states .* of the same tokens, got "
-    rows = (
-        ((x[:5], topk_weights, ids), same + r"\[5, 64\], \[6, 3\], \[6, 3\]"),
-        ((x, topk_weights[:5], ids), same + r"\[6, 64\], \[5, 3\], \[6, 3\]"),
-        ((x, topk_weights, ids[:, :2]), same + r"\[6, 64\], \[6, 3\], \[6, 2\]"),
-        ((x.view(2, 3, K), topk_weights, ids.view(3, 2, TOP_K)), same + r"\[2, 3, 64\], \[6, 3\], \[3, 2, 3\]"),
-        ((x, topk_weights, ids.float()), "topk_ids in int32 or int64, got torch.float32 and torch.float32"),
-        ((x, ids, ids), "topk_weights in floating point .*, got torch.int64 and torch.int64"),
-    )
     whole = NVFP4Experts.from_weights(*weights(4))
-    sharded = parallelize_experts(whole, mesh, ExpertsPlan(ep=0, tokens="sharded"))
-    for arguments, words in rows:
-        with pytest.raises(ValueError, match=f"ParallelExperts: .*{words}"):
-            sharded(*arguments)
     for tokens_are in ("sharded", "replicated"):
         parallel = parallelize_experts(whole, mesh, ExpertsPlan(ep=0, tokens=tokens_are))
         with pytest.raises(ValueError, match=r"expected hidden_states \[..., 64\] \(hidden_size\), got \[6, 32\]"):
@@ -382,6 +485,43 @@ def case_compiled_gradients_2() -> None:
     grads = [torch.autograd.grad(run(*leaves, ids), leaves, direction) for run in (compiled, whole)]
     for grad, expected in zip(*grads, strict=True):
         assert relative_l2(grad, expected) < ERROR
+
+
+class TwoLayers(nn.Module):
+    """A layer that has an expert on one rank alone, behind a router and a layer with experts on two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = NVFP4Experts.from_weights(*weights(2), clamp_limit=0.5)
+        self.second = NVFP4Experts.from_weights(*weights(1), clamp_limit=0.5)
+
+    def forward(self, x: Tensor, router: Tensor) -> Tensor:
+        for experts, count in ((self.first, 2), (self.second, 1)):
+            topk_weights, ids = (x.float() @ router[:, :count]).softmax(-1).topk(1)
+            x = x + experts(x, topk_weights, ids)
+        return x
+
+
+def case_compiled_gradients_of_two_layers() -> None:
+    """Every rank meets the others in the same sums in the same order, also where it has no experts."""
+    mesh = init_device_mesh(DEVICE, (WORLD,))
+    whole = TwoLayers()
+    parallel = parallelize_experts(copy.deepcopy(whole), mesh, ExpertsPlan(ep=0))
+    torch._dynamo.reset()
+    backend = aot_autograd(
+        fw_compiler=lambda graph, _: make_boxed_func(graph.forward),
+        partition_fn=min_cut_rematerialization_partition,  # Inductor's
+    )
+    compiled = torch.compile(parallel, fullgraph=True, backend=backend)
+    generator = torch.Generator().manual_seed(9)
+    x = torch.randn(6, K, generator=generator).to(DEVICE, DTYPE)
+    router, flow = (torch.randn(K, size, generator=generator).to(DEVICE) for size in (2, 6))
+    grads = []
+    for run in (compiled, whole):
+        leaves = [x.detach().requires_grad_(), router.detach().requires_grad_()]
+        grads.append(torch.autograd.grad(run(*leaves), leaves, flow.t().to(DTYPE)))
+    for grad, expected in zip(*grads, strict=True):
+        assert relative_l2(grad, expected) < 10 * ERROR  # sums over ranks that are rounded in two layers
 
 
 def case_words_of_plans() -> None:

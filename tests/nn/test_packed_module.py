@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
 from helpers.modules import (
     LIMIT,
@@ -108,6 +109,23 @@ def test_load_inside_a_model(kind: str, assign: bool) -> None:
     assert torch.equal(target["a"](*args), module(*args))
     if not assign:  # in place: whoever holds a buffer sees the new values
         assert all(held[name] is buffer for name, buffer in target["a"].named_buffers())
+
+
+@every_kind
+@pytest.mark.parametrize("full", [False, True])
+def test_state_dict_of_a_distributed_checkpoint(kind: str, full: bool) -> None:
+    """It looks for every name of a state dict among the attributes of the module, where leaves are not."""
+    module, args = make(kind)
+    model = nn.ModuleDict({"a": module, "b": nn.Linear(2, 2)})
+    target = copy.deepcopy(model)
+    for buffer in target["a"].buffers():
+        raw(buffer).zero_()
+    options = StateDictOptions(full_state_dict=full)
+    state = get_model_state_dict(model, options=options)
+    assert state.keys() == model.state_dict().keys()
+    set_model_state_dict(target, state, options=options)
+    assert torch.equal(target["a"](*args), module(*args))
+    assert not hasattr(NVFP4Linear(16, 16), "weight")  # for whoever looks for a dense one
 
 
 def test_state_dict_errors() -> None:

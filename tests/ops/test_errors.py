@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import torch_nvfp4
 from helpers.error_rows import ACTIVATIONS, ROWS, ROWS_WITHOUT_GATE, elsewhere
 from torch_nvfp4 import NVFP4Weight
+from torch_nvfp4.ops import _autograd
 from torch_nvfp4.testing import random_routing, random_weight
 
 M, TOP_K, E, K, I, N = 5, 2, 3, 80, 32, 48  # noqa: E741
@@ -308,6 +310,15 @@ def test_out_has_no_gradient(op: str, device: str) -> None:
             call(op, arguments)
         with torch.no_grad():
             call(op, arguments)
+
+
+def test_no_gradient_for_a_reason_of_another_version() -> None:
+    """As in a graph out of a compiler's cache; what a number means does not follow from the order of the reasons."""
+    for words in _autograd._REASONS.values():
+        with pytest.raises(NotImplementedError, match=re.escape(words)):
+            torch.ops.nvfp4.no_gradient(torch.ones(1), torch.ones(1), zlib.crc32(words.encode()))
+    with pytest.raises(NotImplementedError, match=r"an op of nvfp4 has no gradient .* compile again"):
+        torch.ops.nvfp4.no_gradient(torch.ones(1), torch.ones(1), 7)
 
 
 @pytest.mark.parametrize("op", ["moe", "batched_moe", "grouped_gemm", "grouped_gemm_swiglu", "linear"])

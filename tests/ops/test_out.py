@@ -133,6 +133,12 @@ def test_a_backward_that_saved_the_buffer_notices(op: str, device: str) -> None:
     getattr(torch.ops.nvfp4, op).out(**arguments, out=out)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         product.sum().backward()
+    for mode in (torch.no_grad, torch.inference_mode):
+        product = factor * out
+        with mode():
+            getattr(torch.ops.nvfp4, op).out(**arguments, out=out)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.sum().backward()
     with torch.inference_mode():
         buffer = torch.ones_like(out)
         getattr(torch.ops.nvfp4, op).out(**arguments, out=buffer)

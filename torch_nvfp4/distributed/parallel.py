@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +10,13 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.parallel import DistributedDataParallel
 
 from torch_nvfp4.checkpoint import Checkpoint
-from torch_nvfp4.distributed.collectives import gradients_added, nothing_added, sent_to_experts, summed
-from torch_nvfp4.format import GROUP_SIZE, NVFP4Weight
+from torch_nvfp4.distributed.collectives import gradients_added, on_every_rank, sent_to_experts, summed
+from torch_nvfp4.distributed.slicing import checked_part, expert_range, slice_biases, slice_experts
 from torch_nvfp4.nn import NVFP4Experts
+from torch_nvfp4.nn.experts import check_leading_dimensions
 from torch_nvfp4.quant_config import MoEQuantConfig
 
 __all__ = ["ExpertsPlan", "ParallelExperts", "expert_range", "load_experts", "parallelize_experts", "slice_experts"]
@@ -57,78 +58,6 @@ class ExpertsPlan:
             raise ValueError(f"reduce_dtype: expected a floating point dtype, got {self.reduce_dtype}")
 
 
-def expert_range(num_experts: int, rank: int, size: int) -> range:
-    """The experts of one rank: as even as possible, those with one more first."""
-    if size < 1 or not 0 <= rank < size:
-        raise ValueError(f"expected size >= 1 and 0 <= rank < size, got rank {rank}, size {size}")
-    each, more = divmod(num_experts, size)
-    first = rank * each + min(rank, more)
-    return range(first, first + each + (rank < more))
-
-
-def slice_experts(
-    w13: NVFP4Weight, w2: NVFP4Weight, experts: range, tp_rank: int = 0, tp_size: int = 1
-) -> tuple[NVFP4Weight, NVFP4Weight]:
-    """One rank's part of canonical weights, contiguous: w13 [E, 2I, K] (or [E, I, K]) and w2 [E, K, I] give
-    [len(experts), 2I / tp_size, K] and [len(experts), K, I / tp_size].
-
-    Raises ValueError unless I / tp_size is a multiple of 16.
-    """
-    size = 2 * w2.data.shape[-1]
-    part = _checked_part(size, tp_rank, tp_size)
-    rows = slice(part.start, part.stop)
-    chosen = slice(experts.start, experts.stop)
-
-    def rows13(tensor: Tensor) -> Tensor:
-        """The rank's rows of gate and its rows of up."""
-        halves = tensor[chosen].unflatten(1, (-1, size))
-        return halves[:, :, rows].flatten(1, 2).contiguous()
-
-    def columns2(tensor: Tensor, values: int) -> Tensor:
-        return tensor[chosen, :, part.start // values : part.stop // values].contiguous()
-
-    # Bytes: indexing and contiguous() of float8 are not there on every device.
-    scale13, scale2 = w13.scale.view(torch.uint8), w2.scale.view(torch.uint8)
-    return (
-        NVFP4Weight(
-            rows13(w13.data), rows13(scale13).view(torch.float8_e4m3fn), w13.global_scale[chosen].contiguous()
-        ),
-        NVFP4Weight(
-            columns2(w2.data, 2),
-            columns2(scale2, GROUP_SIZE).view(torch.float8_e4m3fn),
-            w2.global_scale[chosen].contiguous(),
-        ),
-    )  # fmt: skip
-
-
-def _slice_biases(module: NVFP4Experts, experts: range, place: _Place) -> tuple[Tensor | None, Tensor | None]:
-    """The rank's part of w13_bias and w2_bias.
-
-    w2's belongs to the first of the tensor parallel ranks, since the ranks' results are added.
-    """
-    part = _checked_part(module.intermediate_size, place.tp_rank, place.tp_size)
-    w13_bias, w2_bias = module.w13_bias, module.w2_bias
-    if w13_bias is not None:
-        halves = w13_bias[experts.start : experts.stop].unflatten(1, (-1, module.intermediate_size))
-        w13_bias = halves[:, :, part.start : part.stop].flatten(1).contiguous()
-    if w2_bias is not None:
-        w2_bias = w2_bias[experts.start : experts.stop].clone()
-        w2_bias = w2_bias if place.tp_rank == 0 else torch.zeros_like(w2_bias)
-    return w13_bias, w2_bias
-
-
-def _checked_part(intermediate_size: int, rank: int, size: int) -> range:
-    if size < 1 or not 0 <= rank < size:
-        raise ValueError(f"expected tp_size >= 1 and 0 <= tp_rank < tp_size, got tp_rank {rank}, tp_size {size}")
-    if intermediate_size % (size * GROUP_SIZE):
-        raise ValueError(
-            f"expected a tp_size that splits the intermediate size {intermediate_size} into multiples of {GROUP_SIZE} "
-            f"(the group of an NVFP4 scale), got tp_size {size}: {intermediate_size / size:g} each"
-        )
-    part = intermediate_size // size
-    return range(rank * part, (rank + 1) * part)
-
-
 @dataclass(frozen=True)
 class _Place:
     """Where a rank stands in a plan."""
@@ -163,6 +92,20 @@ def mesh_dim(mesh: DeviceMesh, name: str | int) -> int:
     raise ValueError(f"expected a dimension of the mesh ({there}, or an index below {mesh.ndim}), got {name!r}")
 
 
+class _NoExperts(NVFP4Experts):
+    """One expert of zeros, which no id means, on a rank without experts.
+
+    So the rank calls the op that the others call: it raises what they raise, and a compiler that traces it finds the
+    same collectives in the same order, each behind what it waits for. Its state dict is empty.
+    """
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        pass
+
+    def _load_from_state_dict(self, *_: Any, **__: Any) -> None:
+        pass
+
+
 class ParallelExperts(nn.Module):
     """One rank's part of a layer's experts, called as ``NVFP4Experts`` is: its results are those of the whole layer for
     the tokens that the rank has, with replicated tokens the same on every rank.
@@ -187,9 +130,11 @@ class ParallelExperts(nn.Module):
         hidden_size: int,
         intermediate_size: int,
         device: torch.device,
+        stand_in: NVFP4Experts | None = None,
     ) -> None:
         super().__init__()
         self.experts = experts
+        self._stand_in = stand_in
         self.mesh = mesh
         self.plan = plan
         self.num_experts = num_experts
@@ -209,15 +154,13 @@ class ParallelExperts(nn.Module):
         Gradients with respect to hidden_states and topk_weights are those of the whole layer where tokens are
         replicated. NotImplementedError where one is asked for with sharded tokens.
 
-        Raises ValueError or RuntimeError (expected and got) for what ``NVFP4Experts`` refuses, before anything is
-        exchanged; a rank whose own inputs are right then waits for the others.
+        Raises ValueError or RuntimeError (expected and got) for what ``NVFP4Experts`` refuses. With replicated tokens,
+        a rank whose own inputs are right waits for the others then; with sharded ones every rank raises.
         """
-        if hidden_states.shape[-1] != self.hidden_size:
-            expected, got = f"[..., {self.hidden_size}] (hidden_size)", list(hidden_states.shape)
-            raise ValueError(f"ParallelExperts: expected hidden_states {expected}, got {got}")
+        self._check_own_buffers()
         device = hidden_states.device.type
         if hidden_states.dtype == torch.float32 and torch.is_autocast_enabled(device):
-            # As the op does; here for ranks without experts too, whose zeros are added to the others' results.
+            # As the op does; before tokens and sums are exchanged, which then have 16 bits too.
             hidden_states = hidden_states.to(torch.get_autocast_dtype(device))
         if self.plan.tokens == "sharded":
             return self._sharded(hidden_states, topk_weights, topk_ids)
@@ -229,11 +172,21 @@ class ParallelExperts(nn.Module):
         output = self.local(hidden_states, topk_weights, topk_ids)
         return summed(output, groups, self.plan.reduce_dtype)
 
+    def _check_own_buffers(self) -> None:
+        """Nobody writes ``_owner`` in place but who writes all buffers, as a broadcast of those of another rank."""
+        if torch.compiler.is_compiling() or self._owner.is_inference() or self._owner._version == 0:
+            return
+        raise RuntimeError(
+            "expected this rank's own experts, got buffers that were written in place, as DistributedDataParallel "
+            "does with those of rank 0: give it the module that parallelize_experts returned, or tell it by "
+            "_set_params_and_buffers_to_ignore_for_model(module, names) to ignore the buffers of ParallelExperts"
+        )
+
     def local(self, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         """What this rank's experts add to the result, [M, K]; nothing is exchanged."""
-        if self.experts is None:
-            return nothing_added(hidden_states, topk_weights)
-        result: Tensor = self.experts(hidden_states, topk_weights, topk_ids)
+        experts = self._stand_in if self.experts is None else self.experts
+        assert experts is not None
+        result: Tensor = experts(hidden_states, topk_weights, topk_ids)
         return result
 
     def _sharded(self, hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
@@ -242,10 +195,17 @@ class ParallelExperts(nn.Module):
                 "expected no gradient through experts whose tokens are sharded, got one that is wanted: call them "
                 "under torch.no_grad(), or use ExpertsPlan(tokens='replicated')"
             )
-        _check_tokens(hidden_states, topk_weights, topk_ids)
+        problem = None
+        if hidden_states.shape[-1] != self.hidden_size:
+            expected, got = f"[..., {self.hidden_size}] (hidden_size)", list(hidden_states.shape)
+            problem = f"ParallelExperts: expected hidden_states {expected}, got {got}"
+        try:
+            check_leading_dimensions(hidden_states=hidden_states, topk_weights=topk_weights, topk_ids=topk_ids)
+        except ValueError as error:
+            problem = str(error)
         x, weights, ids = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (hidden_states, topk_weights, topk_ids))
         (group,) = self._groups("ep")
-        output = sent_to_experts(self.local, x, weights, ids, self._owner, group)
+        output = sent_to_experts(self.local, x, weights, ids, self._owner, group, problem)
         return summed(output, self._groups("tp"), self.plan.reduce_dtype).view(hidden_states.shape)
 
     def _groups(self, *names: str) -> list[Any]:
@@ -264,36 +224,32 @@ class ParallelExperts(nn.Module):
         )
 
 
-def _check_tokens(hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> None:
-    """What ``NVFP4Experts`` checks, of tokens that go to other ranks as bytes before one gets them."""
-    shapes = [tensor.shape for tensor in (hidden_states, topk_weights, topk_ids)]
-    tokens = {math.prod(shape[:-1]) for shape in shapes} if topk_weights.shape[-1] == topk_ids.shape[-1] else set()
-    batches = {shape[:-1] for shape in shapes if len(shape) > 2}  # a matrix holds their tokens in the same order
-    if len(tokens) != 1 or len(batches) > 1:
-        expected = "hidden_states [..., K] and topk_weights and topk_ids [..., top_k] of the same tokens"
-        raise ValueError(f"ParallelExperts: expected {expected}, got {', '.join(str(list(shape)) for shape in shapes)}")
-    if topk_ids.dtype not in (torch.int32, torch.int64) or not topk_weights.is_floating_point():
-        expected = "topk_weights in floating point and topk_ids in int32 or int64"
-        raise ValueError(f"ParallelExperts: expected {expected}, got {topk_weights.dtype} and {topk_ids.dtype}")
-
-
 def _build(
     mesh: DeviceMesh,
     plan: ExpertsPlan,
     sizes: tuple[int, int, int],
     device: torch.device,
     make: Callable[[range, _Place, Tensor | None], NVFP4Experts],
+    config: MoEQuantConfig,
+    backend: str | None,
+    input_quant: str | None,
 ) -> ParallelExperts:
-    """``make(experts, place, expert_map)`` where the rank has experts."""
+    """``make(experts, place, expert_map)`` where the rank has experts; else what the arguments behind it say."""
     place = _Place.of(mesh, plan)
     num_experts, hidden_size, intermediate_size = sizes
-    _checked_part(intermediate_size, place.tp_rank, place.tp_size)
+    rows = checked_part(intermediate_size, place.tp_rank, place.tp_size)
     part = expert_range(num_experts, place.ep_rank, place.ep_size)
     expert_map = None
     if len(part) < num_experts:
         expert_map = torch.full((num_experts,), -1, dtype=torch.int32, device="cpu")
         expert_map[part.start : part.stop] = torch.arange(len(part), dtype=torch.int32, device="cpu")
     experts = make(part, place, expert_map) if part else None
+    stand_in = None
+    if experts is None:
+        stand_in = _NoExperts(
+            1, hidden_size, len(rows), quant_config=config, expert_map=expert_map, backend=backend,
+            input_quant=input_quant, device=device,
+        )  # fmt: skip
     return ParallelExperts(
         experts,
         mesh,
@@ -302,6 +258,7 @@ def _build(
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
         device=device,
+        stand_in=stand_in,
     )
 
 
@@ -314,7 +271,8 @@ def parallelize_experts(module: nn.Module, mesh: DeviceMesh, plan: ExpertsPlan) 
     then packed: packed bytes cannot be sliced along I.
 
     Every rank holds the whole layer while its part is cut out, one layer at a time; ``load_experts`` reads the part
-    alone.
+    alone. ``DistributedDataParallel(module)`` leaves each rank its own experts; around a module that holds ``module``
+    it makes them those of rank 0, which the next forward refuses.
 
     Args:
         module: changed in place; ``NVFP4Experts`` itself is left as it is.
@@ -338,13 +296,27 @@ def parallelize_experts(module: nn.Module, mesh: DeviceMesh, plan: ExpertsPlan) 
         raise ValueError(f"module: expected NVFP4Experts in it, got {type(module).__name__} without")
     for _, _, child in found:  # before the first is replaced
         _check_whole(child)
-        _checked_part(child.intermediate_size, 0, _Place.of(mesh, plan).tp_size)
+        checked_part(child.intermediate_size, 0, _Place.of(mesh, plan).tp_size)
     new: dict[int, ParallelExperts] = {}
     for parent, name, child in found:  # a layer may be there twice
         if id(child) not in new:
             new[id(child)] = _parallel(child, mesh, plan)
         setattr(parent, name, new[id(child)])
+    _keep_from_ddp(module)
     return module
+
+
+def _keep_from_ddp(module: nn.Module) -> None:
+    """Tells DistributedDataParallel, should ``module`` be wrapped in it, to leave every rank its own experts: it makes
+    all buffers those of rank 0."""
+    own = {
+        f"{name}.{buffer}"
+        for name, child in module.named_modules(remove_duplicate=False)
+        if isinstance(child, ParallelExperts)
+        for buffer, _ in child.named_buffers()
+    }
+    own.update(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, sorted(own))
 
 
 def _check_whole(module: NVFP4Experts) -> None:
@@ -362,7 +334,7 @@ def _parallel(module: NVFP4Experts, mesh: DeviceMesh, plan: ExpertsPlan) -> Para
 
     def make(part: range, place: _Place, expert_map: Tensor | None) -> NVFP4Experts:
         w13, w2 = slice_experts(*module.unpacked_weights(), part, place.tp_rank, place.tp_size)
-        w13_bias, w2_bias = _slice_biases(module, part, place)
+        w13_bias, w2_bias = slice_biases(module, part, place.tp_rank, place.tp_size)
         return NVFP4Experts.from_weights(
             w13,
             w2,
@@ -376,7 +348,10 @@ def _parallel(module: NVFP4Experts, mesh: DeviceMesh, plan: ExpertsPlan) -> Para
         )
 
     sizes = (module.num_experts, module.hidden_size, module.intermediate_size)
-    return _build(mesh, plan, sizes, module.device, make)
+    config = MoEQuantConfig(
+        module.quant_config.gate, apply_router_weight_on_input=module.apply_router_weight_on_input
+    )  # fmt: skip
+    return _build(mesh, plan, sizes, module.device, make, config, module.requested_backend, module.input_quant)
 
 
 def load_experts(
@@ -392,15 +367,34 @@ def load_experts(
     """One layer of a checkpoint, of which each rank reads its own part and nothing else.
 
     Gate, limit and where the router's weight acts come from the checkpoint's config, as in
-    ``NVFP4Experts.from_checkpoint``, whose keywords ``backend`` and ``input_quant`` are. Raises CheckpointError (a
-    ValueError), and what ``parallelize_experts`` raises.
+    ``NVFP4Experts.from_checkpoint``, whose keywords ``backend`` and ``input_quant`` are. All ranks along tp and ep have
+    to call it.
+
+    Raises CheckpointError (a ValueError), also where another rank cannot read its part, and what
+    ``parallelize_experts`` raises.
     """
+    _Place.of(mesh, plan)  # raises on ranks that take no part
+    groups = [mesh.get_group(mesh_dim(mesh, dim)) for dim in (plan.tp, plan.ep) if dim is not None]
+    return on_every_rank(
+        lambda: _load(checkpoint, layer, mesh, plan, device, backend, input_quant), groups, mesh.device_type
+    )
+
+
+def _load(
+    checkpoint: str | Path | Checkpoint,
+    layer: int,
+    mesh: DeviceMesh,
+    plan: ExpertsPlan,
+    device: torch.device | str,
+    backend: str | None,
+    input_quant: str | None,
+) -> ParallelExperts:
     source = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
     config = source.layer_config(layer)
+    quant = MoEQuantConfig(config.gate, apply_router_weight_on_input=config.apply_router_weight_on_input)
 
     def make(part: range, place: _Place, expert_map: Tensor | None) -> NVFP4Experts:
         weights = source.experts(layer, tp_rank=place.tp_rank, tp_size=place.tp_size, experts=part).to(device)
-        quant = MoEQuantConfig(config.gate, apply_router_weight_on_input=config.apply_router_weight_on_input)
         return NVFP4Experts.from_weights(
             weights.w13,
             weights.w2,
@@ -412,4 +406,4 @@ def load_experts(
             input_quant=input_quant,
         )
 
-    return _build(mesh, plan, config[:3], torch.device(device), make)
+    return _build(mesh, plan, config[:3], torch.device(device), make, quant, backend, input_quant)

@@ -298,7 +298,7 @@ class NVFP4Experts(PackedModule):
         if hidden_states.dim() and hidden_states.shape[-1] != self.hidden_size:
             expected, got = f"[..., {self.hidden_size}] (hidden_size)", list(hidden_states.shape)
             raise ValueError(f"NVFP4Experts: expected hidden_states {expected}, got {got}")
-        _check_leading_dimensions(hidden_states=hidden_states, topk_weights=topk_weights, topk_ids=topk_ids)
+        check_leading_dimensions(hidden_states=hidden_states, topk_weights=topk_weights, topk_ids=topk_ids)
         # Past nn.Module.__getattr__, which takes as long as the rest of this.
         buffers: Mapping[str, Any] = self._buffers
         output = moe_backend(self.backend).apply(
@@ -414,7 +414,7 @@ def _checked_bias(name: str, bias: Tensor | None, shape: tuple[int, int], device
     return bias.detach().to(device, torch.float32, copy=True).contiguous()
 
 
-def _check_leading_dimensions(**tensors: Tensor) -> None:
+def check_leading_dimensions(**tensors: Tensor) -> None:
     """Tensors of a batch of sequences have the same ones. A matrix holds all tokens in rows, which the ops count."""
     batched = [(name, tensor.shape) for name, tensor in tensors.items() if tensor.dim() > 2]
     if any(shape[:-1] != batched[0][1][:-1] for _, shape in batched):

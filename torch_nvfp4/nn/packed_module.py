@@ -5,6 +5,8 @@
 - ``state_dict()`` holds the canonical weights under ModelOpt's leaf names (``weight``, ``weight_scale``,
   ``weight_scale_2``), independent of device and backend; so does a pickle. Both cost one unpacked copy.
   ``torch.func.functional_call`` takes the packed buffers instead, ``dict(module.named_buffers())``.
+- ``torch.distributed.checkpoint`` and ``fully_shard`` leave the packed buffers whole on every rank.
+  ``DistributedDataParallel`` sends all buffers before each forward unless it is told ``broadcast_buffers=False``.
 - On the meta device there are only shapes: materialise with ``to_empty(device=...)`` and ``load_state_dict``, or with
   ``load_state_dict`` alone, which then takes the device of the state dict.
 """
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -74,6 +77,16 @@ class PackedModule(nn.Module):
 
     def _unpack(self) -> dict[str, NVFP4Weight]:
         raise NotImplementedError
+
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """For torch.distributed.checkpoint.state_dict, which looks for what a state dict names among the attributes:
+        the attribute that has this one. Leaves have no tensors before a state dict is made."""
+        return dict.fromkeys(vars(self._leaves), "_leaves")
+
+    @property
+    def _leaves(self) -> SimpleNamespace:
+        """The leaves of a state dict by name, without values."""
+        return SimpleNamespace(**{prefix + leaf: None for prefix in self._weight_shapes() for leaf in LEAVES})
 
     @property
     def device(self) -> torch.device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -14,8 +15,9 @@ from torch_nvfp4.ops._library import register_fake
 
 # Not torch.library.register_autograd: its forward mode gives zeros, and under torch.func its errors do not name the op.
 _AUTOGRAD = torch.library.Library("nvfp4", "FRAGMENT")
-_REASONS: list[str] = []
-"""What ``nvfp4::no_gradient`` raises, by its argument ``reason``."""
+_REASONS: dict[int, str] = {}
+"""What ``nvfp4::no_gradient`` raises, by its argument ``reason``: a checksum of the words and not their place, since a
+graph that another version of this package traced may come out of a compiler's cache."""
 
 Backward = Callable[[Tensor, dict[str, Any], dict[str, bool]], dict[str, Tensor]]
 """``backward(grad_output, arguments, needed)``: gradients by name of those arguments that are needed and have one. In
@@ -26,7 +28,8 @@ Unread = Callable[[dict[str, bool]], Sequence[str]]
 
 
 def _no_gradient(grad_output: Tensor, input: Tensor, reason: int) -> NoReturn:
-    raise NotImplementedError(_REASONS[reason])
+    words = "an op of nvfp4 has no gradient that is asked for; compile again for the words of this version"
+    raise NotImplementedError(_REASONS.get(reason, words))
 
 
 _AUTOGRAD.impl("no_gradient", _no_gradient, "CompositeExplicitAutograd")
@@ -38,8 +41,10 @@ def _(grad_output: Tensor, input: Tensor, reason: int) -> Tensor:
 
 
 def _reason(op: str, what: str, alternative: str) -> int:
-    _REASONS.append(f"nvfp4::{op} has no gradient{what}. {alternative}")
-    return len(_REASONS) - 1
+    words = f"nvfp4::{op} has no gradient{what}. {alternative}"
+    reason = zlib.crc32(words.encode())
+    _REASONS[reason] = words
+    return reason
 
 
 def _overload(op: str) -> Any:
@@ -144,8 +149,14 @@ def register_no_autograd_of_out(op: str, alternative: str) -> None:
         wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         if wanted or _in_forward_mode(tensors):
             raise NotImplementedError(_REASONS[reason])
-        _below(overload, args, {**kwargs, "out": out})
+        write(*args, out=out, **kwargs)
+
+    def write(*args: Any, out: Tensor, **kwargs: Any) -> None:
+        """Inference mode comes here at once, where ``out`` was made outside of it."""
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            overload(*args, **kwargs, out=out)
         if not out.is_inference():
             torch.autograd.graph.increment_version(out)
 
     _AUTOGRAD.impl(op, autograd, "Autograd")
+    _AUTOGRAD.impl(op, write, "ADInplaceOrView")
