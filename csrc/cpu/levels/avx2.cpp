@@ -17,8 +17,8 @@ constexpr int kFewTokens = 4;
 constexpr int kFoldedTokens = 6;
 constexpr int kGroupedTokens = 3;
 constexpr int kExactTokens = 4;
-// Few tokens: into L2 and far ahead, see avx512.cpp. Many: the next blocks into L1.
-constexpr int kPrefetchFew = 16;
+// Few tokens: into L2, a little more than a page of 4 KiB ahead. Many: the next blocks into L1.
+constexpr int kPrefetchFew = 9;
 constexpr int kPrefetchMany = 2;
 constexpr int kScaleBlocks = 8;  // whose scales are decoded before their codes, so that nothing waits for them
 
@@ -259,11 +259,9 @@ __attribute__((noinline)) void multiply_decoded(const uint8_t* block, const Fold
   }
 }
 
-template <int kBlocksAhead, _mm_hint kHint>
+template <_mm_hint kHint>
 NVFP4_INLINE void prefetch_block(const uint8_t* block) {
-  NVFP4_UNROLL for (int line = 0; line < kBlockBytes; line += 64) {
-    _mm_prefetch(block + kBlocksAhead * kBlockBytes + line, kHint);
-  }
+  NVFP4_UNROLL for (int line = 0; line < kBlockBytes; line += 64) _mm_prefetch(block + line, kHint);
 }
 
 // sums [count, 2, 16] of the panel that it points at.
@@ -271,7 +269,7 @@ void multiply_many(const uint8_t* panel, const TokenTile& tile, float* sums) {
   const int64_t count = tile.count;
   FoldedScales scales;
   for (int64_t block = 0; block < tile.blocks; ++block, panel += kBlockBytes) {
-    prefetch_block<kPrefetchMany, _MM_HINT_T0>(panel);
+    prefetch_block<_MM_HINT_T0>(panel + kPrefetchMany * kBlockBytes);
     fold_scales(panel, &scales);
     multiply_decoded(panel, scales, count, static_cast<const int16_t*>(tile.values) + block * count * kBlockColumns,
                      tile.scale + block * count, sums);
@@ -325,7 +323,7 @@ void multiply_few(const uint8_t* panel, const TokenTile& tile, float* sums) {
     for (int64_t i = 0; in_turn == 0 && i < (left < kScaleBlocks ? left : kScaleBlocks); ++i) {
       fold_scales(panel + i * kBlockBytes, &scales[i]);
     }
-    prefetch_block<kPrefetchFew, _MM_HINT_T1>(panel);
+    prefetch_block<_MM_HINT_T1>(panel + kPrefetchFew * kBlockBytes);
     if (scales[in_turn].folded) {
       multiply_registers<kTokens>(panel, scales[in_turn], values, token_scales, sums);
     } else {
@@ -341,19 +339,24 @@ struct DecodedExact {
   alignas(32) float weights[kBlockColumns][2][kHalfRows];
 };
 
-void decode_exact(const uint8_t* block, DecodedExact* out) {
+// The values of the codes in the lowest four bits of each lane.
+NVFP4_INLINE __m256 decode_exact_values(__m256i codes) {
   const __m256 magnitudes = _mm256_setr_ps(0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f);
-  const __m256i sign_bit = _mm256_set1_epi32(INT32_MIN);
+  const __m256i sign = _mm256_and_si256(_mm256_slli_epi32(codes, 28), _mm256_set1_epi32(INT32_MIN));
+  return _mm256_or_ps(_mm256_permutevar8x32_ps(magnitudes, codes), _mm256_castsi256_ps(sign));
+}
+
+NVFP4_INLINE __m256 decode_exact_scales(const uint8_t* bytes) {
+  return _mm256_mul_ps(decode_scales(bytes), _mm256_set1_ps(256.0f));
+}
+
+void decode_exact(const uint8_t* block, DecodedExact* out) {
   for (int run = 0; run < 8; ++run) {
     for (int half = 0; half < 2; ++half) {
-      __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block + run * 64 + half * 32));
-      const __m256 scales = _mm256_mul_ps(
-          decode_scales(block + kBlockCodeBytes + run / 2 * kPanelRows + half * kHalfRows), _mm256_set1_ps(256.0f));
+      __m256i codes = load(block + run * 64 + half * 32);
+      const __m256 scales = decode_exact_scales(block + kBlockCodeBytes + run / 2 * kPanelRows + half * kHalfRows);
       for (int column = 0; column < 8; ++column) {
-        const __m256 magnitude = _mm256_permutevar8x32_ps(magnitudes, codes);
-        const __m256i sign = _mm256_and_si256(_mm256_slli_epi32(codes, 28), sign_bit);
-        const __m256 value = _mm256_or_ps(magnitude, _mm256_castsi256_ps(sign));
-        _mm256_store_ps(out->weights[run * 8 + column][half], _mm256_mul_ps(value, scales));
+        _mm256_store_ps(out->weights[run * 8 + column][half], _mm256_mul_ps(decode_exact_values(codes), scales));
         codes = _mm256_srli_epi32(codes, 4);
       }
     }
@@ -399,6 +402,10 @@ void multiply(const uint8_t* panels, int64_t panel_count, const TokenTile& tile,
   constexpr void (*kMultiplyFew[kFewTokens])(const uint8_t*, const TokenTile&, float*) = {
       multiply_few<1>, multiply_few<2>, multiply_few<3>, multiply_few<4>};
   std::memset(sums, 0, tile.count * 2 * kPanelRows * sizeof(float));
+  // Another thread may have had the panels before these.
+  for (int64_t i = 0; i < kPrefetchFew && !tile.exact && tile.count <= kFewTokens; ++i) {
+    prefetch_block<_MM_HINT_T1>(panels + i * kBlockBytes);
+  }
   for (int64_t i = 0; i < panel_count; ++i) {
     const uint8_t* panel = panels + i * tile.blocks * kBlockBytes;
     float* panel_sums = sums + i * kPanelRows;
@@ -426,22 +433,18 @@ using Floats = __m256;
 constexpr int kBackwardTokens = 3;
 
 void decode_rows(const uint8_t* block, float (*rows)[kBlockColumns]) {
-  const __m256 magnitudes = _mm256_setr_ps(0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f);
-  const __m256i sign_bit = _mm256_set1_epi32(INT32_MIN);
   const __m256i shifts = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
   for (int run = 0; run < 8; ++run) {
     alignas(32) float scales[kPanelRows];
     for (int half = 0; half < 2; ++half) {
       const uint8_t* bytes = block + kBlockCodeBytes + run / 2 * kPanelRows + half * kHalfRows;
-      _mm256_store_ps(scales + half * kHalfRows, _mm256_mul_ps(decode_scales(bytes), _mm256_set1_ps(256.0f)));
+      _mm256_store_ps(scales + half * kHalfRows, decode_exact_scales(bytes));
     }
     for (int row = 0; row < kPanelRows; ++row) {
       int32_t eight;
       std::memcpy(&eight, block + run * 64 + row * 4, sizeof(eight));
-      const __m256i codes = _mm256_srlv_epi32(_mm256_set1_epi32(eight), shifts);
-      const __m256i sign = _mm256_and_si256(_mm256_slli_epi32(codes, 28), sign_bit);
-      const __m256 value = _mm256_or_ps(_mm256_permutevar8x32_ps(magnitudes, codes), _mm256_castsi256_ps(sign));
-      _mm256_store_ps(rows[row] + run * 8, _mm256_mul_ps(value, _mm256_set1_ps(scales[row])));
+      const __m256 values = decode_exact_values(_mm256_srlv_epi32(_mm256_set1_epi32(eight), shifts));
+      _mm256_store_ps(rows[row] + run * 8, _mm256_mul_ps(values, _mm256_set1_ps(scales[row])));
     }
   }
 }
