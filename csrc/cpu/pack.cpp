@@ -50,7 +50,7 @@ void transpose_panels(const Args& args, int threads, Packed* packed, Rows* weigh
 }
 
 // Asks the system for huge pages behind memory that nothing has been written to yet. For few tokens reading the weights
-// is what takes the time, and pages of 4 KiB, once memory is fragmented, make it 1.5 times as long. Where the system
+// is what takes the time, and pages of 4 KiB, once memory is fragmented, make it 1.6 times as long. Where the system
 // has or allows none, the memory stays as it was.
 void prefer_huge_pages(uint8_t* data, int64_t bytes) {
 #ifdef MADV_HUGEPAGE
