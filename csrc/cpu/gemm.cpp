@@ -127,6 +127,7 @@ void multiply_plain(const LevelKernels& kernels, const Product& product, const f
 struct HiddenTiles {
   TokenTile all;  // as if all slots were one tile
   int64_t k;
+  int corrections;  // of the level
 
   TokenTile of(const ExpertTile& expert_tile) const {
     const int64_t first = expert_tile.begin * blocks_of(k);
@@ -138,7 +139,7 @@ struct HiddenTiles {
     } else {
       tile.values = static_cast<int16_t*>(all.values) + first * all.parts * kBlockColumns;
       tile.scale = all.scale + first;
-      tile.corrections = all.corrections + first;
+      tile.corrections = all.corrections + first * corrections;
     }
     return tile;
   }
@@ -282,7 +283,7 @@ MoeWorkspace lay_out(Workspace& space, const MoeArgs& args, const Context& conte
           space.take<int32_t>(args.routing.experts + 1),
           space.take<ExpertTile>(most_expert_tiles(slots, args.routing.experts)),
           take_scratch(space, context, args.w13.k, slots, form),
-          {take_tile(space, args.w2.k, slots, form), args.w2.k},
+          {take_tile(space, args.w2.k, slots, form), args.w2.k, form.corrections},
           take_per_thread(space, context, std::min(slots, most_tokens(context, args.dtype)) * kBlockColumns),
           take_per_thread(space, context, sums)};
 }
@@ -304,7 +305,7 @@ BatchedMoeWorkspace lay_out(Workspace& space, const BatchedMoeArgs& args, const 
           space.take<int32_t>(experts + 1),
           space.take<ExpertTile>(most_expert_tiles(tokens, experts)),
           take_scratch(space, context, args.w13.k, tokens, form),
-          {take_tile(space, args.w2.k, tokens, form), args.w2.k},
+          {take_tile(space, args.w2.k, tokens, form), args.w2.k, form.corrections},
           take_per_thread(space, context, std::min(tokens, most_tokens(context, args.dtype)) * kBlockColumns)};
 }
 

@@ -25,7 +25,8 @@ inline const char* at(const void* base, DType dtype, int64_t index) {
 // columns the order is 0 4 1 5 2 6 3 7, the pairs that shifting a 32-bit lane of codes brings side by side.
 // The largest magnitude of a block comes to lie in [2^13, 2^14). fp32 stays fp32 in natural order.
 // A block with a NaN or an infinity comes to be NaN: its scale, or all 64 values.
-// levels/amx.cpp instead has bf16 in the order of int16 where it multiplies in tiles.
+// levels/amx.cpp instead has bf16 in the order of int16 where it multiplies in tiles, levels/avx2.cpp bytes for one
+// token.
 struct TokenTile {
   int64_t count;         // tokens, at most most_tokens of the level
   int64_t blocks;        // of 64 columns
@@ -34,7 +35,7 @@ struct TokenTile {
   int parts;             // what values has room for: 2 where a level splits 16-bit values in two, else 1
   void* values;          // int16 or float [blocks, count, 64]; levels/amx.cpp: bf16 [parts, blocks, count, 64]
   float* scale;          // [blocks, count], int16 only: what one unit of (2 * code * scale * 2^-8) * value is worth
-  int32_t* corrections;  // [blocks, count], int16 only: room for a level's own use
+  int32_t* corrections;  // [blocks, count, corrections of the level], int16 only: room for a level's own use
 };
 
 // From the sums of one panel pair to those of the next one, in floats.
@@ -100,6 +101,7 @@ struct LevelKernels {
   int most_tokens = kMaxTileTokens;  // of a tile
   int64_t most_pairs = 1;            // panel pairs that multiply takes at a time
   bool splits_fp16 = false;          // tiles of fp16 have two parts
+  int corrections = 1;               // int32 of a tile's corrections per block and token
 };
 
 extern const LevelKernels kPortableKernels;

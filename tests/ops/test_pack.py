@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,6 +50,21 @@ def test_pack_round_trip(shape: tuple[int, ...], gated: bool, target: str) -> No
     # From other strides, the same bytes.
     transposed = w._replace(data=w.data.mT.contiguous().mT)
     assert torch.equal(torch_nvfp4.pack(transposed, gated=gated), packed)
+
+
+def test_large_weights_ask_for_huge_pages() -> None:
+    weight = NVFP4Weight(
+        torch.zeros(4096, 2048, dtype=torch.uint8), torch.zeros(4096, 256).to(torch.float8_e4m3fn), torch.ones(())
+    )
+    packed = torch_nvfp4.pack(weight)
+    # Only Linux takes such advice, and a kernel that was built without huge pages refuses it.
+    if not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists():
+        return
+    middle = packed.data_ptr() + packed.nbytes // 2
+    mapping = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) .*?^VmFlags: (.*?)$", re.DOTALL | re.MULTILINE)
+    found = mapping.findall(Path("/proc/self/smaps").read_text())
+    [flags] = [flags for begin, end, flags in found if int(begin, 16) <= middle < int(end, 16)]
+    assert "hg" in flags.split()
 
 
 @pytest.mark.parametrize("gated", [False, True])

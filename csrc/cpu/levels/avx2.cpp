@@ -17,10 +17,10 @@ constexpr int kFewTokens = 4;
 constexpr int kFoldedTokens = 6;
 constexpr int kGroupedTokens = 3;
 constexpr int kExactTokens = 4;
-// Few tokens: into L2 and far ahead, see avx512.cpp. Many: the next blocks into L1.
-constexpr int kPrefetchFew = 16;
+// Few tokens: into L2, less than two pages of 4 KiB ahead. Many: the next blocks into L1.
+constexpr int kPrefetchFew = 12;
 constexpr int kPrefetchMany = 2;
-constexpr int kScaleBlocks = 8;  // whose scales are decoded before their codes, so that nothing waits for them
+constexpr int kScaleBlocks = 4;  // whose scales are decoded before their codes, so that nothing waits for them
 
 #define NVFP4_UNROLL _Pragma("GCC unroll 32")
 
@@ -54,14 +54,17 @@ NVFP4_INLINE void add_to(float* sums, __m256 products, __m256 scale) {
   _mm256_storeu_ps(sums, _mm256_fmadd_ps(products, scale, _mm256_loadu_ps(sums)));
 }
 
-// One half of a run of eight columns, 2 * code in bytes: columns 0 2 4 6 of a row in its 32-bit lane, and 1 3 5 7.
+// One half of a run of eight columns, 2 * code + kOffset in bytes: columns 0 2 4 6 of a row in its 32-bit lane, and
+// 1 3 5 7.
 struct CodeBytes {
   __m256i even;
   __m256i odd;
 };
 
+template <int kOffset = 0>
 NVFP4_INLINE CodeBytes decode_run(const uint8_t* run) {
-  const __m256i table = twice(_mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12));
+  const __m128i doubled = _mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12);
+  const __m256i table = twice(_mm_add_epi8(doubled, _mm_set1_epi8(kOffset)));
   const __m256i low_nibbles = _mm256_set1_epi8(15);
   const __m256i codes = load(run);
   return {_mm256_shuffle_epi8(table, _mm256_and_si256(codes, low_nibbles)),
@@ -108,28 +111,37 @@ NVFP4_INLINE void fold_scales(const uint8_t* block, FoldedScales* out) {
   const __m256i from_16 = twice(_mm_setr_epi8(16, 18, 20, 22, 24, 26, 28, 30, 32, 36, 40, 44, 48, 52, 56, 60));
   const __m256i from_32 =
       twice(_mm_setr_epi8(64, 72, 80, 88, 96, 104, 112, 120, -128, -112, -96, -80, -64, -48, -32, -16));
-  __m256i bad = _mm256_or_si256(bytes[0], bytes[1]);  // the signs
-  __m256i values[2];
+  __m256i codes[2], values[2];
   NVFP4_UNROLL for (int i = 0; i < 2; ++i) {
-    const __m256i codes = _mm256_subs_epu8(bytes[i], exponents);
-    bad = _mm256_or_si256(bad, _mm256_cmpgt_epi8(codes, _mm256_set1_epi8(47)));
+    codes[i] = _mm256_subs_epu8(bytes[i], exponents);
     // A blend takes the second value where the highest bit of the last operand is set: bits 4 and 5 of the code.
-    values[i] = _mm256_blendv_epi8(codes, _mm256_shuffle_epi8(from_16, codes), _mm256_slli_epi16(codes, 3));
-    values[i] = _mm256_blendv_epi8(values[i], _mm256_shuffle_epi8(from_32, codes), _mm256_slli_epi16(codes, 2));
+    values[i] = _mm256_blendv_epi8(codes[i], _mm256_shuffle_epi8(from_16, codes[i]), _mm256_slli_epi16(codes[i], 3));
+    values[i] = _mm256_blendv_epi8(values[i], _mm256_shuffle_epi8(from_32, codes[i]), _mm256_slli_epi16(codes[i], 2));
     store(out->factors[2 * i], values[i]);
   }
   // A quarter of a row's sum, rounded up.
   const __m256i half_sums = _mm256_avg_epu8(values[0], values[1]);
   const __m256i quarters = _mm256_avg_epu8(half_sums, _mm256_permute4x64_epi64(half_sums, 0x4e));
-  const __m256i above = _mm256_subs_epu8(quarters, _mm256_set1_epi8(static_cast<int8_t>(682 / 4)));
-  bad = _mm256_or_si256(bad, _mm256_cmpgt_epi8(above, _mm256_setzero_si256()));
-  out->folded = _mm256_movemask_epi8(bad) == 0;
+  // The highest bit is set by a sign, a code above 47, and a quarter above 682 / 4.
+  const __m256i signs = _mm256_or_si256(bytes[0], bytes[1]);
+  const __m256i apart = _mm256_adds_epu8(_mm256_max_epu8(codes[0], codes[1]), _mm256_set1_epi8(127 - 47));
+  const __m256i above = _mm256_subs_epu8(quarters, _mm256_set1_epi8(682 / 4 - 127));
+  out->folded = _mm256_movemask_epi8(_mm256_or_si256(signs, _mm256_or_si256(apart, above))) == 0;
   // 2^(exponent - 10) for integers 2 * code * factor, in units of 2^-8, as the bits of floats.
   const __m128i rows = _mm256_castsi256_si128(exponents);
   const __m256i wide[2] = {_mm256_cvtepu8_epi32(rows), _mm256_cvtepu8_epi32(_mm_srli_si128(rows, 8))};
   NVFP4_UNROLL for (int half = 0; half < 2; ++half) {
     store(out->units[half], _mm256_add_epi32(_mm256_slli_epi32(wide[half], 20), _mm256_set1_epi32(110 << 23)));
   }
+}
+
+// The factors of eight rows, each in both int16 of its row's lane.
+NVFP4_INLINE __m256i factor_pairs(const FoldedScales& scales, int group, int half) {
+  const __m256i first = _mm256_setr_epi8(0, -128, 0, -128, 1, -128, 1, -128, 2, -128, 2, -128, 3, -128, 3, -128, 4,
+                                         -128, 4, -128, 5, -128, 5, -128, 6, -128, 6, -128, 7, -128, 7, -128);
+  const __m256i spread = _mm256_add_epi8(first, _mm256_set1_epi8(static_cast<int8_t>(half * kHalfRows)));
+  const __m128i factors = _mm_load_si128(reinterpret_cast<const __m128i*>(scales.factors[group]));
+  return _mm256_shuffle_epi8(twice(factors), spread);
 }
 
 // The panel's 16 rows, [group, pair of columns, half]. Folded blocks have weights 2 * code * factor and one scale per
@@ -141,14 +153,8 @@ struct DecodedBlock {
 
 void decode_folded(const uint8_t* block, const FoldedScales& scales, DecodedBlock* out) {
   for (int half = 0; half < 2; ++half) {
-    // A row's factor to the even bytes of its 32-bit lane.
-    const __m256i spread =
-        _mm256_add_epi8(_mm256_setr_epi8(0, -128, 0, -128, 1, -128, 1, -128, 2, -128, 2, -128, 3, -128, 3, -128, 4,
-                                         -128, 4, -128, 5, -128, 5, -128, 6, -128, 6, -128, 7, -128, 7, -128),
-                        _mm256_set1_epi8(static_cast<int8_t>(half * kHalfRows)));
     for (int group = 0; group < kBlockGroups; ++group) {
-      const __m128i factors = _mm_load_si128(reinterpret_cast<const __m128i*>(scales.factors[group]));
-      const __m256i low = _mm256_shuffle_epi8(twice(factors), spread);
+      const __m256i low = factor_pairs(scales, group, half);
       const __m256i high = _mm256_slli_epi16(low, 8);
       for (int run = 0; run < 2; ++run) {
         const CodeBytes bytes = decode_run(block + group * 128 + run * 64 + half * 32);
@@ -259,11 +265,9 @@ __attribute__((noinline)) void multiply_decoded(const uint8_t* block, const Fold
   }
 }
 
-template <int kBlocksAhead, _mm_hint kHint>
+template <_mm_hint kHint>
 NVFP4_INLINE void prefetch_block(const uint8_t* block) {
-  NVFP4_UNROLL for (int line = 0; line < kBlockBytes; line += 64) {
-    _mm_prefetch(block + kBlocksAhead * kBlockBytes + line, kHint);
-  }
+  NVFP4_UNROLL for (int line = 0; line < kBlockBytes; line += 64) _mm_prefetch(block + line, kHint);
 }
 
 // sums [count, 2, 16] of the panel that it points at.
@@ -271,7 +275,7 @@ void multiply_many(const uint8_t* panel, const TokenTile& tile, float* sums) {
   const int64_t count = tile.count;
   FoldedScales scales;
   for (int64_t block = 0; block < tile.blocks; ++block, panel += kBlockBytes) {
-    prefetch_block<kPrefetchMany, _MM_HINT_T0>(panel);
+    prefetch_block<_MM_HINT_T0>(panel + kPrefetchMany * kBlockBytes);
     fold_scales(panel, &scales);
     multiply_decoded(panel, scales, count, static_cast<const int16_t*>(tile.values) + block * count * kBlockColumns,
                      tile.scale + block * count, sums);
@@ -314,6 +318,101 @@ NVFP4_INLINE void multiply_registers(const uint8_t* block, const FoldedScales& s
   }
 }
 
+// A single token's values are split into two digits, value = 256 * high + low, both int8: vpmaddubsw then multiplies 32
+// weights at a time, which need not be widened. It takes weights without a sign, 2 * code + 12; what that adds to a
+// group's sums depends on the token alone. The integers that result are those of multiply_registers.
+constexpr int kWeightOffset = 12;
+constexpr int kDigits = 2;
+
+// Of a block, in place of its int16 values: for every run the digits of columns 0 2 4 6, then those of 1 3 5 7.
+struct DigitBlock {
+  int8_t digits[2 * kBlockGroups][2][kDigits][4];
+};
+static_assert(sizeof(DigitBlock) == kBlockColumns * sizeof(int16_t));
+
+// What to add to a group's sums of a digit: over columns 0 to 3 of its runs, and over columns 4 to 7.
+struct DigitCorrections {
+  int16_t sums[kBlockGroups][kDigits][2];
+};
+static_assert(sizeof(DigitCorrections) % sizeof(int32_t) == 0);
+
+NVFP4_INLINE bool has_digits(const TokenTile& tile) { return !tile.exact && tile.count == 1; }
+
+void split_digits(TokenTile* tile, int64_t block) {
+  if (!has_digits(*tile)) return;
+  auto* values = static_cast<int16_t*>(tile->values) + block * kBlockColumns;
+  auto* corrections = reinterpret_cast<DigitCorrections*>(tile->corrections) + block;
+  const __m256i order = twice(_mm_setr_epi8(1, 9, 3, 11, 0, 8, 2, 10, 5, 13, 7, 15, 4, 12, 6, 14));
+  for (int group = 0; group < kBlockGroups; ++group) {
+    // Adding 128 rounds the upper byte, as a low digit with a sign wants it, and makes the lower one that digit + 128.
+    const __m256i rounded = _mm256_add_epi16(load(values + group * 16), _mm256_set1_epi16(128));
+    const __m256i digits = _mm256_shuffle_epi8(_mm256_xor_si256(rounded, _mm256_set1_epi16(128)), order);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(values + group * 16), digits);
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(kWeightOffset), digits);
+    const __m256i runs = _mm256_add_epi16(pairs, _mm256_srli_si256(pairs, 8));
+    const __m128i sums = _mm_add_epi16(_mm256_castsi256_si128(runs), _mm256_extracti128_si256(runs, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(corrections->sums[group]), _mm_sub_epi16(_mm_setzero_si128(), sums));
+  }
+}
+
+void join_digits(const DigitBlock& block, int16_t* values) {
+  const __m256i order = twice(_mm_setr_epi8(4, 0, 6, 2, 12, 8, 14, 10, 5, 1, 7, 3, 13, 9, 15, 11));
+  for (int group = 0; group < kBlockGroups; ++group) {
+    const __m256i digits = _mm256_shuffle_epi8(load(block.digits[2 * group]), order);
+    const __m256i rounded = _mm256_xor_si256(digits, _mm256_set1_epi16(128));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(values + group * 16),
+                        _mm256_sub_epi16(rounded, _mm256_set1_epi16(128)));
+  }
+}
+
+NVFP4_INLINE __m256i broadcast_4_bytes(const void* from) {
+  int32_t bytes;
+  std::memcpy(&bytes, from, sizeof(bytes));
+  return _mm256_set1_epi32(bytes);
+}
+
+// sum (+)= the products of a run with one digit
+NVFP4_INLINE void add_digits(__m256i& sum, const CodeBytes& weights, const int8_t (*even)[4], const int8_t (*odd)[4]) {
+  __m256i a = _mm256_maddubs_epi16(weights.even, broadcast_4_bytes(even));
+  __m256i b = _mm256_maddubs_epi16(weights.odd, broadcast_4_bytes(odd));
+  pin(a, b);
+  sum = _mm256_add_epi16(_mm256_add_epi16(sum, a), b);
+}
+
+// A folded block with one token.
+NVFP4_INLINE void multiply_digits(const uint8_t* block, const FoldedScales& scales, const DigitBlock& token,
+                                  const DigitCorrections& corrections, float token_scale, float* sums) {
+  __m256i totals[2][kDigits];
+  NVFP4_UNROLL for (int group = 0; group < kBlockGroups; ++group) {
+    __m256i dots[2][kDigits];
+    NVFP4_UNROLL for (int run = 0; run < 2; ++run) {
+      const auto& digits = token.digits[2 * group + run];
+      NVFP4_UNROLL for (int half = 0; half < 2; ++half) {
+        const CodeBytes weights = decode_run<kWeightOffset>(block + group * 128 + run * 64 + half * 32);
+        NVFP4_UNROLL for (int digit = 0; digit < kDigits; ++digit) {
+          __m256i& dot = dots[half][digit];
+          if (run == 0) dot = broadcast_4_bytes(corrections.sums[group][digit]);
+          add_digits(dot, weights, &digits[0][digit], &digits[1][digit]);
+        }
+        pin(dots[half][0], dots[half][1]);
+      }
+    }
+    NVFP4_UNROLL for (int half = 0; half < 2; ++half) {
+      const __m256i factors = factor_pairs(scales, group, half);
+      NVFP4_UNROLL for (int digit = 0; digit < kDigits; ++digit) {
+        const __m256i product = _mm256_madd_epi16(dots[half][digit], factors);
+        totals[half][digit] = group == 0 ? product : _mm256_add_epi32(totals[half][digit], product);
+      }
+      pin(totals[half][0], totals[half][1]);
+    }
+  }
+  NVFP4_UNROLL for (int half = 0; half < 2; ++half) {
+    const __m256i total = _mm256_add_epi32(_mm256_slli_epi32(totals[half][0], 8), totals[half][1]);
+    const __m256 products = _mm256_mul_ps(_mm256_cvtepi32_ps(total), _mm256_load_ps(scales.units[half]));
+    add_to(sums + half * kHalfRows, products, _mm256_set1_ps(token_scale));
+  }
+}
+
 template <int kTokens>
 void multiply_few(const uint8_t* panel, const TokenTile& tile, float* sums) {
   const int16_t* values = static_cast<const int16_t*>(tile.values);
@@ -325,8 +424,18 @@ void multiply_few(const uint8_t* panel, const TokenTile& tile, float* sums) {
     for (int64_t i = 0; in_turn == 0 && i < (left < kScaleBlocks ? left : kScaleBlocks); ++i) {
       fold_scales(panel + i * kBlockBytes, &scales[i]);
     }
-    prefetch_block<kPrefetchFew, _MM_HINT_T1>(panel);
-    if (scales[in_turn].folded) {
+    prefetch_block<_MM_HINT_T1>(panel + kPrefetchFew * kBlockBytes);
+    if constexpr (kTokens == 1) {
+      const auto& digits = static_cast<const DigitBlock*>(tile.values)[block];
+      if (scales[in_turn].folded) {
+        const auto& corrections = reinterpret_cast<const DigitCorrections*>(tile.corrections)[block];
+        multiply_digits(panel, scales[in_turn], digits, corrections, *token_scales, sums);
+      } else {
+        int16_t joined[kBlockColumns];
+        join_digits(digits, joined);
+        multiply_decoded(panel, scales[in_turn], kTokens, joined, token_scales, sums);
+      }
+    } else if (scales[in_turn].folded) {
       multiply_registers<kTokens>(panel, scales[in_turn], values, token_scales, sums);
     } else {
       multiply_decoded(panel, scales[in_turn], kTokens, values, token_scales, sums);
@@ -341,19 +450,24 @@ struct DecodedExact {
   alignas(32) float weights[kBlockColumns][2][kHalfRows];
 };
 
-void decode_exact(const uint8_t* block, DecodedExact* out) {
+// The values of the codes in the lowest four bits of each lane.
+NVFP4_INLINE __m256 decode_exact_values(__m256i codes) {
   const __m256 magnitudes = _mm256_setr_ps(0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f);
-  const __m256i sign_bit = _mm256_set1_epi32(INT32_MIN);
+  const __m256i sign = _mm256_and_si256(_mm256_slli_epi32(codes, 28), _mm256_set1_epi32(INT32_MIN));
+  return _mm256_or_ps(_mm256_permutevar8x32_ps(magnitudes, codes), _mm256_castsi256_ps(sign));
+}
+
+NVFP4_INLINE __m256 decode_exact_scales(const uint8_t* bytes) {
+  return _mm256_mul_ps(decode_scales(bytes), _mm256_set1_ps(256.0f));
+}
+
+void decode_exact(const uint8_t* block, DecodedExact* out) {
   for (int run = 0; run < 8; ++run) {
     for (int half = 0; half < 2; ++half) {
-      __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block + run * 64 + half * 32));
-      const __m256 scales = _mm256_mul_ps(
-          decode_scales(block + kBlockCodeBytes + run / 2 * kPanelRows + half * kHalfRows), _mm256_set1_ps(256.0f));
+      __m256i codes = load(block + run * 64 + half * 32);
+      const __m256 scales = decode_exact_scales(block + kBlockCodeBytes + run / 2 * kPanelRows + half * kHalfRows);
       for (int column = 0; column < 8; ++column) {
-        const __m256 magnitude = _mm256_permutevar8x32_ps(magnitudes, codes);
-        const __m256i sign = _mm256_and_si256(_mm256_slli_epi32(codes, 28), sign_bit);
-        const __m256 value = _mm256_or_ps(magnitude, _mm256_castsi256_ps(sign));
-        _mm256_store_ps(out->weights[run * 8 + column][half], _mm256_mul_ps(value, scales));
+        _mm256_store_ps(out->weights[run * 8 + column][half], _mm256_mul_ps(decode_exact_values(codes), scales));
         codes = _mm256_srli_epi32(codes, 4);
       }
     }
@@ -399,6 +513,10 @@ void multiply(const uint8_t* panels, int64_t panel_count, const TokenTile& tile,
   constexpr void (*kMultiplyFew[kFewTokens])(const uint8_t*, const TokenTile&, float*) = {
       multiply_few<1>, multiply_few<2>, multiply_few<3>, multiply_few<4>};
   std::memset(sums, 0, tile.count * 2 * kPanelRows * sizeof(float));
+  // Another thread may have had the panels before these.
+  for (int64_t i = 0; i < kPrefetchFew && !tile.exact && tile.count <= kFewTokens; ++i) {
+    prefetch_block<_MM_HINT_T1>(panels + i * kBlockBytes);
+  }
   for (int64_t i = 0; i < panel_count; ++i) {
     const uint8_t* panel = panels + i * tile.blocks * kBlockBytes;
     float* panel_sums = sums + i * kPanelRows;
@@ -413,11 +531,11 @@ void multiply(const uint8_t* panels, int64_t panel_count, const TokenTile& tile,
 }
 
 void gather(const TokenRows& tokens, TokenTile* tile) {
-  gather_tokens(tokens, tile, [](int64_t) {});
+  gather_tokens(tokens, tile, [&](int64_t index) { split_digits(tile, index); });
 }
 
 void fill_block(const float* values, int64_t block, TokenTile* tile) {
-  fill_tokens(values, block, tile, [](int64_t) {});
+  fill_tokens(values, block, tile, [&](int64_t index) { split_digits(tile, index); });
 }
 
 // ---- derivatives
@@ -426,22 +544,18 @@ using Floats = __m256;
 constexpr int kBackwardTokens = 3;
 
 void decode_rows(const uint8_t* block, float (*rows)[kBlockColumns]) {
-  const __m256 magnitudes = _mm256_setr_ps(0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f);
-  const __m256i sign_bit = _mm256_set1_epi32(INT32_MIN);
   const __m256i shifts = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
   for (int run = 0; run < 8; ++run) {
     alignas(32) float scales[kPanelRows];
     for (int half = 0; half < 2; ++half) {
       const uint8_t* bytes = block + kBlockCodeBytes + run / 2 * kPanelRows + half * kHalfRows;
-      _mm256_store_ps(scales + half * kHalfRows, _mm256_mul_ps(decode_scales(bytes), _mm256_set1_ps(256.0f)));
+      _mm256_store_ps(scales + half * kHalfRows, decode_exact_scales(bytes));
     }
     for (int row = 0; row < kPanelRows; ++row) {
       int32_t eight;
       std::memcpy(&eight, block + run * 64 + row * 4, sizeof(eight));
-      const __m256i codes = _mm256_srlv_epi32(_mm256_set1_epi32(eight), shifts);
-      const __m256i sign = _mm256_and_si256(_mm256_slli_epi32(codes, 28), sign_bit);
-      const __m256 value = _mm256_or_ps(_mm256_permutevar8x32_ps(magnitudes, codes), _mm256_castsi256_ps(sign));
-      _mm256_store_ps(rows[row] + run * 8, _mm256_mul_ps(value, _mm256_set1_ps(scales[row])));
+      const __m256 values = decode_exact_values(_mm256_srlv_epi32(_mm256_set1_epi32(eight), shifts));
+      _mm256_store_ps(rows[row] + run * 8, _mm256_mul_ps(values, _mm256_set1_ps(scales[row])));
     }
   }
 }
@@ -464,6 +578,10 @@ const LevelKernels kAvx2Kernels = {false,
                                    swiglu_row,
                                    differentiate_panel,
                                    swiglu_backward_row,
-                                   multiply_transposed};
+                                   multiply_transposed,
+                                   kMaxTileTokens,
+                                   1,
+                                   false,
+                                   sizeof(DigitCorrections) / sizeof(int32_t)};
 
 }  // namespace nvfp4::cpu
