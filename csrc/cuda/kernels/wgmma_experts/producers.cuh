@@ -34,13 +34,28 @@ __device__ __forceinline__ void describe_tile(const Params& p, const int* offset
   const float* scales = p.gemm[gemm_index].global_scale;
   const float gate_scale = scales[p.gemm[gemm_index].gated ? 2 * expert : expert];
   const float up_scale = p.gemm[gemm_index].gated ? scales[2 * expert + 1] : gate_scale;
-  for (int i = lane; i < round_up(tokens, kTokenAtom); i += kWarp) {
-    const int at = first_slot + first_token + min(i, tokens - 1);
-    const int slot = p.sorting ? order[at] : p.order[at];
-    const uint32_t block = slot / p.slots_per_row * p.gemm[0].k_blocks;
-    tile.slot[i] = slot;
+  // All slots are asked for before the first is used, and all scales before the first is stored: each takes 1500 cycles
+  // while weights stream, and short tiles would wait for their descriptions.
+  constexpr int kRounds = ceil_div(S::kMaxWidth, kWarp);
+  int slot[kRounds];
+  float scale[kRounds] = {};
+#pragma unroll
+  for (int r = 0; r < kRounds; ++r) {
+    const int at = first_slot + first_token + min(r * kWarp + lane, tokens - 1);
+    slot[r] = p.sorting ? order[at] : p.order[at];
+  }
+  if (p.slot_scale != nullptr) {
+#pragma unroll
+    for (int r = 0; r < kRounds; ++r) scale[r] = p.slot_scale[slot[r]];
+  }
+#pragma unroll
+  for (int r = 0; r < kRounds; ++r) {
+    const int i = r * kWarp + lane;
+    if (i >= round_up(tokens, kTokenAtom)) break;
+    const uint32_t block = slot[r] / p.slots_per_row * p.gemm[0].k_blocks;
+    tile.slot[i] = slot[r];
     tile.x_block[p.sorting ? i : i % kTokenAtom * Tile<S>::kAtoms + i / kTokenAtom] = block;
-    if (p.slot_scale != nullptr) tile.scale[i] = p.slot_scale[slot];
+    tile.scale[i] = scale[r];
   }
   if (lane == 0) {
     tile.gemm_index = gemm_index;
