@@ -17,9 +17,10 @@ template <class S, int kTokens>
 __device__ __forceinline__ void store_hidden(const HiddenRows& hidden, const Tile<S>& tile, const Consumer& c,
                                              int first, uint32_t staging) {
   const int panel = tile.row_tile * S::kConsumers + c.group;
-  const bool inside = panel * kElementsPerScale < hidden.row_bytes;
+  const bool inside = panel < hidden.parts;
   const int half = c.thread % 2;
-  const int tokens = min(tile.tokens - first, kTokens);
+  // Padding to 8 tokens is written too: GEMM2 reads it.
+  const int tokens = min(round_up(tile.tokens, kTokenAtom) - first, kTokens);
 #pragma unroll
   for (int i = 0; i < kTokens; i += wgmma_experts::kWarpgroup / 2) {
     const int token = i + c.thread / 2;
@@ -43,18 +44,20 @@ __device__ __forceinline__ void store_hidden(const HiddenRows& hidden, const Til
     uint32_t word[4];
     convert(v, word);
     // Of a step's two chunks the two threads of a token each write 8 bytes.
-    uint8_t* row = hidden.rows + tile.slot[first + min(token, tokens - 1)] * hidden.row_bytes;
-    uint8_t* to = row + panel / 2 * kBlockK + half * 32 + panel % 2 * 8;
+    const int row = tile.hidden_row + first + token;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const uint32_t other = __shfl_xor_sync(~0u, half ? word[h] : word[2 + h], 1);
       const uint32_t mine = half ? word[2 + h] : word[h];
       if (inside && token < tokens) {
-        *reinterpret_cast<uint2*>(to + h * 16) = half ? make_uint2(other, mine) : make_uint2(mine, other);
+        uint8_t* to = hidden.chunk_at(row, panel / 2, 2 * half + h) + panel % 2 * 8;
+        *reinterpret_cast<uint2*>(to) = half ? make_uint2(other, mine) : make_uint2(mine, other);
       }
     }
-    if (inside && token < tokens && half == 0) {
-      hidden.codes[tile.slot[first + token] * hidden.code_bytes + panel] = code;
+    if (inside && token < min(tokens, tile.tokens - first) && half == 0) {
+      const int slot = tile.slot[first + token];
+      hidden.codes[slot * hidden.code_bytes + panel] = code;
+      if (panel == 0) hidden.row_of_slot[slot] = row;
     }
   }
 }

@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kThreads<S>, 1) gemm_kernel(const __grid_const
     if (warp == kConsumerWarps) {
       wgmma_experts::stream_weights(p, shared, ring);
     } else if (warp <= kConsumerWarps + kGatherWarps) {
-      wgmma_fp8::fetch_tokens(p, shared, ring, threadIdx.x - (kConsumerWarps + 1) * kWarp);
+      wgmma_fp8::fetch_tokens<S, kGated>(p, shared, ring, threadIdx.x - (kConsumerWarps + 1) * kWarp);
     } else {
       wgmma_experts::schedule_tiles(p, shared, offsets, nullptr, tiles, rows);
     }

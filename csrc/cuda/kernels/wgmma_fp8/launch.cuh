@@ -26,9 +26,12 @@ inline Layout lay_out(void* base, const ExpertMlpArgs& args) {
   layout.control = workspace.take<int>(2);
   layout.x = workspace.take<uint8_t>(args.rows * k_blocks_of(args.w13.k) * kBlockK + kBlockK);
   layout.x_scale = workspace.take<float>(args.slots);
-  layout.hidden.row_bytes = int64_t{k_blocks_of(args.w2.k)} * kBlockK;
-  layout.hidden.rows = workspace.take<uint8_t>(args.slots * layout.hidden.row_bytes + kBlockK);
-  layout.hidden.code_bytes = round_up<int64_t>(layout.hidden.row_bytes / kElementsPerScale, 8);
+  const int blocks = k_blocks_of(args.w2.k);
+  layout.hidden.rows = padded_rows(args.slots, args.w13.experts);
+  layout.hidden.images = workspace.take<uint8_t>(ceil_div(blocks, kStageBlocks) * layout.hidden.rows * kTokenBytes);
+  layout.hidden.row_of_slot = workspace.take<int>(args.slots);
+  layout.hidden.parts = blocks * (kBlockK / kElementsPerScale);
+  layout.hidden.code_bytes = round_up<int64_t>(layout.hidden.parts, 8);
   layout.hidden.codes = workspace.take<uint8_t>(args.slots * layout.hidden.code_bytes);
   layout.hidden_scale = workspace.take<float>(args.slots);
   layout.bytes = workspace.bytes();
@@ -80,7 +83,8 @@ void run(const ExpertMlpArgs& args, const WgmmaPlan& plan, void* memory, void* s
   second.base = first.base;
   second.base.gemm[0] = wgmma_experts::expert_gemm(args.w2);
   second.base.gate_applies = false;
-  second.base.x = layout.hidden.rows;
+  second.base.hidden = layout.hidden.images;
+  second.base.hidden_rows = layout.hidden.rows;
   second.base.slots_per_row = 1;
   second.base.slot_scale = layout.hidden_scale;
   second.base.out = args.out;

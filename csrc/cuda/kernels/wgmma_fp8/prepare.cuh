@@ -133,12 +133,12 @@ constexpr int kSettleThreads = 256;
 constexpr int kSettleLanes = 8;  // to a row
 
 // Part `part` of a row, 32 values, times 2^(-8 times): 8 bytes in each of the four chunks of its block.
-static __device__ __noinline__ void lower_part(uint8_t* row, int part, uint32_t times) {
-  uint8_t* at = row + part / 2 * kBlockK + part % 2 * 8;
+static __device__ __noinline__ void lower_part(const HiddenRows& hidden, int row, int part, uint32_t times) {
   for (int chunk = 0; chunk < 4; ++chunk) {
-    uint2 v = *reinterpret_cast<uint2*>(at + chunk * 16);
+    auto* at = reinterpret_cast<uint2*>(hidden.chunk_at(row, part / 2, chunk) + part % 2 * 8);
+    uint2 v = *at;
     for (uint32_t t = 0; t < min(times, 3u); ++t) v = make_uint2(divided_by_256(v.x), divided_by_256(v.y));
-    *reinterpret_cast<uint2*>(at + chunk * 16) = v;
+    *at = v;
   }
 }
 
@@ -148,7 +148,7 @@ static __global__ void __launch_bounds__(kSettleThreads) settle_rows_kernel(cons
   ptx::dependency_release();
   const int lane = threadIdx.x % kSettleLanes;
   const int used = p.offsets[p.experts];
-  const int parts = static_cast<int>(p.hidden.row_bytes / kElementsPerScale);
+  const int parts = p.hidden.parts;
   const int rows = gridDim.x * (kSettleThreads / kSettleLanes);
   // Every lane of a warp goes through the same turns.
   const int first = (blockIdx.x * kSettleThreads + threadIdx.x) / kSettleLanes;
@@ -174,7 +174,7 @@ static __global__ void __launch_bounds__(kSettleThreads) settle_rows_kernel(cons
       if (v.x == largest * 0x01010101u && v.y == v.x) continue;
       for (int part = eight * 8; part < min(eight * 8 + 8, parts); ++part) {
         const uint32_t code = (part % 8 < 4 ? v.x : v.y) >> part % 4 * 8 & 0xFF;
-        if (code != largest) lower_part(p.hidden.rows + slot * p.hidden.row_bytes, part, largest - code);
+        if (code != largest) lower_part(p.hidden, p.hidden.row_of_slot[slot], part, largest - code);
       }
     }
   }

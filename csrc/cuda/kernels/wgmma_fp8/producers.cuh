@@ -55,11 +55,32 @@ __device__ __forceinline__ void gather_tokens(const Params& p, const Tile<S>& ti
   for (int s = min(stages, kLag); s > 0; --s) announce();
 }
 
+// One thread. It makes the arrivals of all gathering warps. An image's row is both k-blocks of a stage; behind the last
+// block, if their number is odd, is what nobody multiplies.
 template <class S>
+__device__ __forceinline__ void load_hidden(const Params& p, const Tile<S>& tile, Ring& ring) {
+  const uint32_t bytes = round_up(tile.tokens, kTokenAtom) * kTokenBytes;
+  const uint8_t* source = p.hidden + static_cast<int64_t>(tile.hidden_row) * kTokenBytes;
+  const int stages = ceil_div(p.gemm[0].k_blocks, kStageBlocks);
+  for (int s = 0; s < stages; ++s, source += p.hidden_rows * kTokenBytes, ring.advance()) {
+    ring.wait_empty();
+    ptx::mbarrier_arrive_expect(ring.full_barrier(), bytes);
+    ptx::mbarrier_arrive(ring.full_barrier(), kGatherWarps * wgmma_experts::kWarpArrivals - 1);
+    ptx::bulk_load(ring.stage + kWeightBytes<S>, source, bytes, ring.full_barrier());
+  }
+}
+
+// kGated: of GEMM1, whose tokens are gathered; GEMM2's are images that GEMM1 has written.
+template <class S, bool kGated>
 __device__ __forceinline__ void fetch_tokens(const Params& p, Shared<S>& shared, Ring ring, int thread) {
   TileReader<S> reader{shared};
+  if constexpr (!kGated) ptx::fence_async_proxy();
   while (const Tile<S>* tile = reader.next()) {
-    wgmma_fp8::gather_tokens(p, *tile, ring, thread);
+    if constexpr (kGated) {
+      wgmma_fp8::gather_tokens(p, *tile, ring, thread);
+    } else if (thread == 0) {
+      wgmma_fp8::load_hidden(p, *tile, ring);
+    }
     reader.release();
   }
 }
