@@ -200,6 +200,21 @@ def test_tables_of_many_experts_leave_room_for_three_stages() -> None:
             assert "stages" not in shared or int(shared.split()[-2]) >= 3
 
 
+def test_narrower_tiles_where_they_have_a_stage_more() -> None:
+    kimi = {"hidden": 3584, "features": 384, "top_k": 16}
+    for tokens, experts, width, stages in (
+        (2048, 896, 96, 4),  # 37 slots per expert
+        (4096, 896, 96, 4),  # 73
+        (4256, 896, 96, 4),  # 76
+        (4257, 896, 112, 3),  # too many of its experts would need two tiles
+        (1700, 896, 64, 5),
+        (1024, 256, 112, 4),  # four stages all the same
+    ):
+        answer = ask(tokens, **kimi, experts=experts)
+        assert answer["tile"] == f"256 rows x at most {width} tokens (tall)", answer
+        assert answer["shared memory"].endswith(f" {stages} stages"), answer
+
+
 def test_reasons() -> None:
     answer = ask(64)
     assert list(answer) == [

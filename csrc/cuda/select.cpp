@@ -83,6 +83,19 @@ bool wgmma_sorts(const Problem& problem) {
          problem.gemm[0].k % (wgmma_experts::kStageBlocks * kBlockK) == 0;
 }
 
+// The tables of many experts leave room for three stages of the widest tall tiles and for four of narrower ones, which
+// gain where they still hold most experts' tokens (NOTES.md, "Small layers").
+WgmmaPlan wgmma_plan(const Problem& problem, const Device& device) {
+  constexpr int64_t kNarrowSlotsPerExpert = 76;
+  constexpr int kNarrowWidth = 96;
+  const WgmmaTiles tiles = wgmma_tiles(problem);
+  const bool sorting = wgmma_sorts(problem);
+  const WgmmaPlan plan = plan_wgmma(tiles, wgmma_width(tiles, problem), problem.experts, device, sorting);
+  if (plan.max_width <= kNarrowWidth || problem.slots() > kNarrowSlotsPerExpert * problem.experts) return plan;
+  const WgmmaPlan narrow = plan_wgmma(tiles, kNarrowWidth, problem.experts, device, sorting);
+  return narrow.stages > plan.stages ? narrow : plan;
+}
+
 const char* against_wgmma(const Problem& problem, const Device& device, Choice& choice) {
   if (choice.isa != Isa::sm90) return "wgmma needs SM90 instructions";
   if (problem.op == Op::linear) return "it knows no bias and no rows without a routing";
@@ -93,8 +106,7 @@ const char* against_wgmma(const Problem& problem, const Device& device, Choice& 
                : "it needs more than 5 slots per expert to be ahead in a layer of at most 1 GB";
   }
   if (problem.experts > kWgmmaMaxExperts) return "its shared memory holds the tables of at most 2048 experts";
-  const WgmmaTiles tiles = wgmma_tiles(problem);
-  choice.wgmma = plan_wgmma(tiles, wgmma_width(tiles, problem), problem.experts, device, wgmma_sorts(problem));
+  choice.wgmma = wgmma_plan(problem, device);
   choice.wgmma.weights_leave_first = combine_reads_l2(problem);
   return choice.wgmma.stages > 0 ? nullptr : "a CTA's shared memory has no room for three of its stages";
 }
