@@ -18,6 +18,8 @@ __device__ __forceinline__ void store_hidden(const HiddenRows& hidden, const Til
                                              int first, uint32_t staging) {
   const int panel = tile.row_tile * S::kConsumers + c.group;
   const bool inside = panel < hidden.parts;
+  // Of the last stage of an odd number of blocks GEMM2 copies the second block too, though it does not multiply it.
+  const bool lacks_pair = panel / 2 % kStageBlocks == 0 && panel / 2 == hidden.parts / 2 - 1;
   const int half = c.thread % 2;
   // Padding to 8 tokens is written too: GEMM2 reads it.
   const int tokens = min(round_up(tile.tokens, kTokenAtom) - first, kTokens);
@@ -52,6 +54,10 @@ __device__ __forceinline__ void store_hidden(const HiddenRows& hidden, const Til
       if (inside && token < tokens) {
         uint8_t* to = hidden.chunk_at(row, panel / 2, 2 * half + h) + panel % 2 * 8;
         *reinterpret_cast<uint2*>(to) = half ? make_uint2(other, mine) : make_uint2(mine, other);
+        if (lacks_pair) {
+          to = hidden.chunk_at(row, panel / 2 + 1, 2 * half + h) + panel % 2 * 8;
+          *reinterpret_cast<uint2*>(to) = make_uint2(0, 0);
+        }
       }
     }
     if (inside && token < min(tokens, tile.tokens - first) && half == 0) {

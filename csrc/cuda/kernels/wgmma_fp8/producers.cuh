@@ -56,7 +56,7 @@ __device__ __forceinline__ void gather_tokens(const Params& p, const Tile<S>& ti
 }
 
 // One thread. It makes the arrivals of all gathering warps. An image's row is both k-blocks of a stage; behind the last
-// block, if their number is odd, is what nobody multiplies.
+// block of an odd number lie zeros that nobody multiplies.
 template <class S>
 __device__ __forceinline__ void load_hidden(const Params& p, const Tile<S>& tile, Ring& ring) {
   const uint32_t bytes = round_up(tile.tokens, kTokenAtom) * kTokenBytes;
