@@ -5,6 +5,12 @@
 //   fill(stage, wanted, block)  starts the copy of one block; if not wanted, only the order of stages is kept
 //   wait(stage, parity)         until the stage's copy has landed; `parity` is 0 on the first pass through the ring,
 //                               1 on the second, and so on in turn
+//
+// or, for blocks that lie one behind the other, a turn of kTurnBlocks stages at a time:
+//
+//   fill_turn(stage, count, first_block)  at most `count` of the turn's blocks
+//   wait_in_turn(stage, i, parity)        until the turn's i-th block has landed; those before it come first
+//
 //   kFillQueues                 whether a copy queues behind the warp's earlier loads from shared memory. If not, it
 //                               may overtake them, and a stage may be filled only once the values of its old block are
 //                               in registers
@@ -49,6 +55,15 @@ class CpAsyncRing {
     ptx::cp_async_wait<kStages - 1>();
     __syncwarp();
     return storage_->block[stage];
+  }
+
+  __device__ __forceinline__ void fill_turn(int stage, int count, const uint8_t* first_block) {
+#pragma unroll
+    for (int i = 0; i < kTurnBlocks; ++i) fill(stage + i, i < count, first_block + i * kBlockBytes);
+  }
+
+  __device__ __forceinline__ const uint8_t* wait_in_turn(int stage, int i, uint32_t parity) {
+    return wait(stage + i, parity);
   }
 
  private:
@@ -108,6 +123,20 @@ class BulkRing {
   __device__ __forceinline__ const uint8_t* wait(int stage, uint32_t parity) {
     ptx::mbarrier_wait(landed_ + stage * 8, parity & 1);
     return storage_->block[stage];
+  }
+
+  // One copy, so memory is asked half as often for twice as much.
+  __device__ __forceinline__ void fill_turn(int stage, int count, const uint8_t* first_block) {
+    static_assert(kStageBytes == kBlockBytes && kTurnBlocks == 2);
+    const bool elected = ptx::elect_one();
+    const uint32_t bytes = count > 1 ? 2 * kBlockBytes : count > 0 ? kBlockBytes : 0;
+    ptx::mbarrier_arrive_expect_if(elected, landed_ + stage * 8, bytes);
+    ptx::bulk_load_if(elected && count > 0, blocks_ + stage * kBlockBytes, first_block, bytes, landed_ + stage * 8,
+                      policy_);
+  }
+
+  __device__ __forceinline__ const uint8_t* wait_in_turn(int stage, int i, uint32_t parity) {
+    return i == 0 ? wait(stage, parity) : storage_->block[stage + i];
   }
 
  private:

@@ -55,7 +55,7 @@ class FewSlotsMlp {
   struct Share {
     int first_item;
     int items;
-    int run;  // blocks per warp; the last warps may have fewer
+    int run;  // blocks per warp, whole turns of whole blocks; the last warps may have fewer
     int begin;
     int blocks;  // of this warp
   };
@@ -129,7 +129,9 @@ class FewSlotsMlp {
     s.first_item = cta * each + min(cta, more);
     s.items = each + (cta < more ? 1 : 0);
     const int blocks = s.items * gemm.k_blocks;
-    s.run = kParts ? ceil_div(s.items, kWarps) * gemm.k_blocks : round_up(ceil_div(blocks, kWarps), kTurnBlocks);
+    s.run = ceil_div(blocks, kWarps);
+    if constexpr (kParts) s.run = ceil_div(s.items, kWarps) * gemm.k_blocks;
+    if constexpr (kRowTiles == 4) s.run = round_up(s.run, kTurnBlocks);
     s.begin = min(warp_ * s.run, blocks);
     s.blocks = min(s.run, blocks - s.begin);
     return s;

@@ -98,7 +98,7 @@ class StreamGemm {
         lane_(threadIdx.x % kWarp),
         way_(threadIdx.x / kWarp % k_ways()),
         team_(team),
-        blocks_(ceil_div(p.k_blocks - way_, k_ways())),
+        blocks_(blocks_of_way(p.k_blocks, way_, k_ways())),
         teams_(gridDim.x * (kWarps / k_ways())),
         items_(tiles_.size() * p.panels) {}
 
@@ -108,8 +108,7 @@ class StreamGemm {
 #pragma unroll
     for (int stage = 0; stage < Ring::kStages; stage += kTurnBlocks) {
       begin_turn();
-#pragma unroll
-      for (int i = 0; i < kTurnBlocks; ++i) refill(stage, i);
+      ring_.fill_turn(stage, fill_left_, fill_at_);
       end_turn();
     }
     if (!p_.plan_is_older) release();
@@ -178,16 +177,18 @@ class StreamGemm {
   // Before the first refill of a turn.
   __device__ __forceinline__ void begin_turn() {
     if (fill_left_ > 0 || fill_item_ >= items_) return;
-    const int64_t first = static_cast<int64_t>(fill_panel_) * p_.k_blocks + way_;
+    const int64_t first = static_cast<int64_t>(fill_panel_) * p_.k_blocks + kTurnBlocks * way_;
     fill_at_ = p_.packed + fill_expert_ * p_.expert_bytes + first * kBlockBytes;
     fill_left_ = blocks_;
     const int next = fill_item_ + teams_;
     open(next, locate(p_, next));  // what this loads is not waited for before the next item
   }
 
-  // The i-th block of the turn.
-  __device__ __forceinline__ void refill(int first_stage, int i) {
-    ring_.fill(first_stage + i, i < fill_left_, fill_at_ + i * k_ways() * kBlockBytes);
+  // A way has every k_ways-th turn of an item's blocks.
+  static __device__ __forceinline__ int blocks_of_way(int k_blocks, int way, int k_ways) {
+    const int round = kTurnBlocks * k_ways;
+    const int rest = k_blocks % round - kTurnBlocks * way;
+    return k_blocks / round * kTurnBlocks + min(max(rest, 0), kTurnBlocks);
   }
 
   __device__ __forceinline__ void end_turn() {
@@ -210,32 +211,34 @@ class StreamGemm {
   template <int kTiles, class Prepare>
   __device__ __forceinline__ void multiply_item(const ExpertTile& tile, int slot, int panel, const Scales& scales,
                                                 const Prepare& prepare_next) {
-    const int step = k_ways() * kBlockK;
+    // From a turn's last block to the way's next turn; within a turn it is kBlockK.
+    const int to_next_turn = (kTurnBlocks * (k_ways() - 1) + 1) * kBlockK;
+    static_assert(kTurnBlocks == 2);
     TokenCursor<kTiles> rows = token_rows<kTiles>(tile, slot);
     TokenBlock<kTiles> x[kTurnBlocks] = {};
     release_after_wait();
-    rows.load(x[0], step);
+    rows.load(x[0], kBlockK);
     float sum[4][kTiles][4] = {};
     for (int left = blocks_; left > 0; left -= kTurnBlocks) {
       begin_turn();
 #pragma unroll
       for (int i = 0; i < kTurnBlocks; ++i) {
         const bool here = i == 0 || i < left;
-        const uint8_t* block = ring_.wait(stage_ + i, parity_);
+        const uint8_t* block = ring_.wait_in_turn(stage_, i, parity_);
         WeightBlock w;
         if (here) w = WeightBlock::read(block);
         if constexpr (Ring::kFillQueues) {
           __syncwarp();
-          refill(stage_, i);
+          ring_.fill(stage_ + i, i < fill_left_, fill_at_ + i * kBlockBytes);
         }
         if (here) {
-          rows.load(x[(i + 1) % kTurnBlocks], step);
+          rows.load(x[(i + 1) % kTurnBlocks], i == 0 ? to_next_turn : kBlockK);
           multiply<Operand>(w, x[i], sum);
         }
-        if constexpr (!Ring::kFillQueues) {  // only now: what has been multiplied has been loaded
-          __syncwarp();
-          refill(stage_, i);
-        }
+      }
+      if constexpr (!Ring::kFillQueues) {  // only now: what has been multiplied has been loaded
+        __syncwarp();
+        ring_.fill_turn(stage_, fill_left_, fill_at_);
       }
       end_turn();
       if ((stage_ += kTurnBlocks) == Ring::kStages) {
@@ -259,7 +262,7 @@ class StreamGemm {
   template <int kTiles>
   __device__ __forceinline__ TokenCursor<kTiles> token_rows(const ExpertTile& tile, int slot) const {
     const int row = slot / p_.slots_per_row;
-    const int first_k = way_ * kBlockK;
+    const int first_k = way_ * (kTurnBlocks * kBlockK);
     TokenCursor<kTiles> rows;
     if constexpr (kSplit) {
 #pragma unroll

@@ -39,7 +39,7 @@ constexpr int kCtaSortExperts = 1023;
 struct StreamPlan {
   StreamTiles tiles;
   bool sorting;   // every CTA sorts the slots for itself: moe on SM90, narrow tiles
-  int k_ways[2];  // of each GEMM: warps that share an item, each with every k_ways-th block; 1, 2, 4 or 8
+  int k_ways[2];  // of each GEMM: warps that share an item, each with every k_ways-th turn; 1, 2, 4 or 8
 };
 
 }  // namespace nvfp4::cuda
