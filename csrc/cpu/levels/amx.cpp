@@ -13,7 +13,7 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 
-#include "elementwise.inl"
+#include "decode512.inl"
 
 #ifdef NVFP4_EMULATE_AMX
 #include "emulated_tiles.inl"
@@ -88,12 +88,8 @@ NVFP4_INLINE void decode_run(const uint8_t* run, __m512i table, __m512i kept, __
 
 // A group of any scales: the products in fp32, whose upper halves are bf16 and whose lower halves are zero.
 NVFP4_INLINE void decode_any(const uint8_t* block, int64_t panel, int64_t group, DecodedBlock* out) {
-  const __m512 table = _mm512_setr_ps(0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f, -0.0f, -0.5f, -1.0f, -1.5f, -2.0f,
-                                      -3.0f, -4.0f, -6.0f);
-  const uint8_t* bytes = block + kBlockCodeBytes + group * kPanelRows;
-  const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
-  const __m256i half = _mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16(static_cast<int16_t>(0xbfff)));
-  const __m512 scales = _mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(256.0f));
+  const __m512 table = exact_code_table();
+  const __m512 scales = decode_exact_scales(block + kBlockCodeBytes + group * kPanelRows);
   for (int64_t run = 2 * group; run < 2 * group + 2; ++run) {
     const __m512i codes = _mm512_loadu_si512(block + run * 64);
     for (int j = 0; j < 4; ++j) {
