@@ -161,7 +161,8 @@ inline float panel_scale(const Weight& weight, int64_t expert, int64_t panel) {
 }
 
 // Calls body(thread, expert_tile, first, last) until every expert_tile has met all of its panels, counted in `units` of
-// equal size, in tasks of similar cost.
+// equal size, in tasks of similar cost. A thread stays with an expert tile, whose tokens it has gathered, for as long
+// as it can.
 template <class Body>
 inline void for_each_tile_and_units(const Product& product, int64_t units, const Body& body) {
   // Reading the weights costs about as much as multiplying them with four tokens.
@@ -172,7 +173,7 @@ inline void for_each_tile_and_units(const Product& product, int64_t units, const
   auto tasks_of = [&](const ExpertTile& expert_tile) { return std::min(units, ceil_div(cost(expert_tile), wanted)); };
   int64_t tasks = 0;
   for (int64_t c = 0; c < product.expert_tile_count; ++c) tasks += tasks_of(product.expert_tiles[c]);
-  for_each_task(product.threads, tasks, [&](int64_t thread, int64_t task) {
+  for_each_task_in_ranges(product.threads, tasks, [&](int64_t thread, int64_t task) {
     const ExpertTile* expert_tile = product.expert_tiles;
     for (; task >= tasks_of(*expert_tile); ++expert_tile) task -= tasks_of(*expert_tile);
     const int64_t parts = tasks_of(*expert_tile);

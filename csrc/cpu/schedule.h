@@ -1,6 +1,7 @@
 // Sharing work out over the intra-op threads.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 
@@ -24,6 +25,41 @@ void for_each_task(int64_t most_threads, int64_t tasks, const Body& body) {
   auto work = [](void* argument, int64_t thread) {
     auto& s = *static_cast<Shared*>(argument);
     for (int64_t task; (task = s.next.fetch_add(1, std::memory_order_relaxed)) < s.tasks;) (*s.body)(thread, task);
+  };
+  if (threads == 1) return work(&shared, 0);
+  parallel_for(threads, work, &shared);
+}
+
+// The same for tasks whose neighbours share what a thread makes for itself, such as gathered tokens: every thread
+// begins with a range of tasks of its own, and then helps with the ranges of others.
+template <class Body>
+void for_each_task_in_ranges(int64_t most_threads, int64_t tasks, const Body& body) {
+  constexpr int64_t kMostRanges = 64;
+  struct alignas(64) Range {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  struct Shared {
+    Range ranges[kMostRanges];
+    int64_t count;
+    const Body* body;
+  } shared;
+  const int64_t threads = std::min(most_threads, tasks);
+  if (threads == 0) return;
+  shared.count = std::min(threads, kMostRanges);
+  shared.body = &body;
+  for (int64_t i = 0; i < shared.count; ++i) {
+    shared.ranges[i].next.store(tasks * i / shared.count, std::memory_order_relaxed);
+    shared.ranges[i].end = tasks * (i + 1) / shared.count;
+  }
+  auto work = [](void* argument, int64_t thread) {
+    auto& s = *static_cast<Shared*>(argument);
+    for (int64_t i = 0; i < s.count; ++i) {
+      Range& range = s.ranges[(thread + i) % s.count];
+      for (int64_t task; (task = range.next.fetch_add(1, std::memory_order_relaxed)) < range.end;) {
+        (*s.body)(thread, task);
+      }
+    }
   };
   if (threads == 1) return work(&shared, 0);
   parallel_for(threads, work, &shared);

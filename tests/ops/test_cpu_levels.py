@@ -31,6 +31,29 @@ def test_a_row_has_the_same_bits_in_every_batch(
         assert torch.equal(some.view(torch.int16), whole[rows].view(torch.int16)), count
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("all_scales", [False, True], ids=["close-scales", "all-scales"])
+@pytest.mark.parametrize("level", [level for level in LEVELS if level == "amx"])
+def test_a_row_of_tiles_has_the_same_bits_in_every_batch(
+    level: str, all_scales: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From five tokens on: one or two token tiles keep their sums, more of them take the blocks in chunks.
+
+    The last chunk has one block, the last pair one panel, and a chunk fewer or more passes than blocks to decode.
+    """
+    monkeypatch.setenv("TORCH_NVFP4_CPU_LEVEL", level)
+    stored = make_layer(1, 400, 208, seed=7, all_scales=all_scales)
+    layer = stored.packed("cpu")
+    weights, ids = random_routing(260, 1, 1, generator=seeded(8))
+    x = activations(260, 400, seed=9, scale=1e-2).to(dtype)
+    whole = torch_nvfp4.moe(x, *layer, weights, ids, clamp_limit=7.0)
+    assert_accurate(whole, reference.moe(x, *stored, weights, ids, clamp_limit=7.0))
+    for count in (5, 16, 17, 32, 33, 49, 80, 97, 129, 194):
+        rows = torch.randperm(260, generator=seeded(count))[:count]
+        some = torch_nvfp4.moe(x[rows], *layer, weights[rows], ids[rows], clamp_limit=7.0)
+        assert torch.equal(some.view(torch.int16), whole[rows].view(torch.int16)), count
+
+
 @pytest.mark.parametrize("m", [1, 3, 4, 5, 12, 17])
 def test_largest_sums(m: int, target: str) -> None:
     """Rows whose scales can just be made integers of one unit, or just not: no sum of products may overflow."""

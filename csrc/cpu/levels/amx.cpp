@@ -13,7 +13,7 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 
-#include "elementwise.inl"
+#include "decode512.inl"
 
 #ifdef NVFP4_EMULATE_AMX
 #include "emulated_tiles.inl"
@@ -28,7 +28,8 @@ constexpr int kStepColumns = 32;  // of a tile
 constexpr int kBlockSteps = kBlockColumns / kStepColumns;
 constexpr int kMostTokens = 512;  // of an expert at a time
 constexpr int kMostPairs = 8;     // panel pairs at a time
-constexpr int kChunkBlocks = 4;   // decoded at a time for more than two token tiles: 16 KiB
+constexpr int kChunkBlocks = 3;   // decoded at a time for more than two token tiles,
+constexpr int kChunkPairs = 2;    // of that many pairs: 24 KiB
 constexpr int kAheadBlocks = 4;   // how far ahead blocks are fetched for fewer
 
 #define NVFP4_UNROLL _Pragma("GCC unroll 32")
@@ -43,97 +44,13 @@ NVFP4_INLINE bool uses_tiles(const TokenTile& tile) {
   return !tile.exact && (tile.count > kFewTokens || tile.batch_invariant);
 }
 
-// [k step, panel, pair of columns, row, 2]
-struct DecodedBlock {
-  alignas(64) uint16_t weights[kBlockSteps][2][kTileRows][2 * kPanelRows];
-};
+}  // namespace
+}  // namespace nvfp4::cpu
 
-// Where 32-bit lane i of a decoded vector `run * 4 + j` (columns 8 run + j and 8 run + j + 4) is stored.
-NVFP4_INLINE uint16_t* vector_at(DecodedBlock* out, int64_t panel, int64_t index) {
-  return out->weights[index / kTileRows][panel][index % kTileRows];
-}
+#include "amx_decode.inl"
 
-// Decoding adds in the domain of bf16 bits, where a power of two is an addition: with the bits S of a block scale and T
-// of 1.5 times that scale, a code of magnitude 2^n is S + (n << 7) and one of 1.5 * 2^n is T + (n << 7). The table
-// holds (kBias + n) << 7 and the code's sign, and kOdd for the second kind, of which T - S is taken by an AND. What is
-// then subtracted, (kBias << 7) - S, saturates zero codes at zero and leaves the sign alone.
-constexpr int kBias = 200;
-constexpr int kOdd = 127;  // T - S is 64 .. 84
-
-NVFP4_INLINE __m512i biased_table() {
-  constexpr int16_t kOne = static_cast<int16_t>(kBias << 7);
-  constexpr int16_t kHalf = kOne - 128, kTwo = kOne + 128, kFour = kOne + 256;
-  constexpr int16_t kSign = INT16_MIN;
-  const __m256i once = _mm256_setr_epi16(0, kHalf, kOne, kOne | kOdd, kTwo, kTwo | kOdd, kFour, kFour | kOdd, 0,
-                                         kSign | kHalf, kSign | kOne, kSign | kOne | kOdd, kSign | kTwo,
-                                         kSign | kTwo | kOdd, kSign | kFour, kSign | kFour | kOdd);
-  return _mm512_broadcast_i64x4(once);
-}
-
-// T - S for the three mantissa bits of an E4M3 scale, by the lowest four bits of its byte.
-NVFP4_INLINE __m512i odd_table() {
-  return _mm512_broadcast_i32x4(_mm_setr_epi8(64, 72, 80, 84, 80, 76, 72, 68, 64, 72, 80, 84, 80, 76, 72, 68));
-}
-
-// Four pairs of columns, j and j + 4, of a run of eight.
-NVFP4_INLINE void decode_run(const uint8_t* run, __m512i table, __m512i kept, __m512i subtracted, __m512i* pairs) {
-  const __m512i codes = _mm512_loadu_si512(run);
-  const __m512i shifted[4] = {codes, _mm512_srli_epi16(codes, 4), _mm512_srli_epi16(codes, 8),
-                              _mm512_srli_epi16(codes, 12)};
-  NVFP4_UNROLL for (int j = 0; j < 4; ++j) {
-    const __m512i biased = _mm512_permutexvar_epi16(shifted[j], table);
-    pairs[j] = _mm512_subs_epu16(_mm512_and_si512(biased, kept), subtracted);
-  }
-}
-
-// A group of any scales: the products in fp32, whose upper halves are bf16 and whose lower halves are zero.
-NVFP4_INLINE void decode_any(const uint8_t* block, int64_t panel, int64_t group, DecodedBlock* out) {
-  const __m512 table = _mm512_setr_ps(0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f, -0.0f, -0.5f, -1.0f, -1.5f, -2.0f,
-                                      -3.0f, -4.0f, -6.0f);
-  const uint8_t* bytes = block + kBlockCodeBytes + group * kPanelRows;
-  const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
-  const __m256i half = _mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16(static_cast<int16_t>(0xbfff)));
-  const __m512 scales = _mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(256.0f));
-  for (int64_t run = 2 * group; run < 2 * group + 2; ++run) {
-    const __m512i codes = _mm512_loadu_si512(block + run * 64);
-    for (int j = 0; j < 4; ++j) {
-      const __m512 first = _mm512_mul_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4 * j), table), scales);
-      const __m512 second = _mm512_mul_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4 * j + 16), table), scales);
-      const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(first), 16);
-      _mm512_store_si512(vector_at(out, panel, run * 4 + j),
-                         _mm512_mask_blend_epi16(0xaaaaaaaa, low, _mm512_castps_si512(second)));
-    }
-  }
-}
-
-// Sixteen columns of a block of one panel.
-NVFP4_INLINE void decode_group(const uint8_t* block, int64_t panel, int64_t group, DecodedBlock* out) {
-  const __m128i scales = _mm_loadu_si128(reinterpret_cast<const __m128i*>(block + kBlockCodeBytes) + group);
-  const __mmask16 normal = _mm_cmpgt_epi8_mask(scales, _mm_set1_epi8(7));
-  if (__builtin_expect(normal != 0xffff, 0)) {  // negative, zero and subnormal scales
-    return decode_any(block, panel, group, out);
-  }
-  // Byte r of 16 into both halves of lane r.
-  const __m512i spread =
-      _mm512_set_epi32(0x800f800f, 0x800e800e, 0x800d800d, 0x800c800c, 0x800b800b, 0x800a800a, 0x80098009, 0x80088008,
-                       0x80078007, 0x80068006, 0x80058005, 0x80048004, 0x80038003, 0x80028002, 0x80018001, 0x80008000);
-  const __m512i base = _mm512_set1_epi16((kBias - 120) << 7);  // a scale's bits are (byte << 4) + (120 << 7)
-  const __m512i all_but_odd = _mm512_set1_epi16(static_cast<int16_t>(~kOdd));
-  const __m512i bytes = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(scales), spread);
-  const __m512i subtracted = _mm512_sub_epi16(base, _mm512_slli_epi16(bytes, 4));
-  const __m512i kept = _mm512_or_si512(_mm512_shuffle_epi8(odd_table(), bytes), all_but_odd);
-  NVFP4_UNROLL for (int half = 0; half < 2; ++half) {
-    __m512i pairs[4];
-    decode_run(block + (2 * group + half) * 64, biased_table(), kept, subtracted, pairs);
-    NVFP4_UNROLL for (int j = 0; j < 4; ++j) {
-      _mm512_store_si512(vector_at(out, panel, (2 * group + half) * 4 + j), pairs[j]);
-    }
-  }
-}
-
-NVFP4_INLINE void prefetch_block(const uint8_t* block) {
-  NVFP4_UNROLL for (int line = 0; line < kBlockBytes; line += 64) _mm_prefetch(block + line, _MM_HINT_T0);
-}
+namespace nvfp4::cpu {
+namespace {
 
 struct TileConfig {
   uint8_t palette = 1;
@@ -167,46 +84,6 @@ struct TokenValues {
 constexpr int64_t kTokenBytes = kBlockColumns * 2;             // from one token of a tile to the next
 constexpr int64_t kSumBytes = 2 * kPanelRows * sizeof(float);  // the same of its sums
 
-// Some blocks of a panel pair that are decoded piece by piece between the products of others. A piece is what one scale
-// of each of a panel's rows applies to: 16 rows and 16 columns.
-struct Decoding {
-  const uint8_t* panels[2];
-  const uint8_t* ahead[2];  // blocks to be fetched meanwhile
-  DecodedBlock* out;
-  int64_t pieces;  // of both panels
-  int64_t done;
-
-  // Decodes up to `count` pieces.
-  __attribute__((always_inline)) void advance(int64_t count) {
-    const int64_t last = done + count < pieces ? done + count : pieces;
-    for (; done < last; ++done) {
-      const int64_t block = done / (2 * kBlockGroups), panel = done / kBlockGroups % 2, group = done % kBlockGroups;
-      if (group == 0) prefetch_block(ahead[panel] + block * kBlockBytes);
-      decode_group(panels[panel] + block * kBlockBytes, panel, group, out + block);
-    }
-  }
-
-  // Decodes the rest, a panel's block at a time.
-  __attribute__((always_inline)) void finish() {
-    advance(-done & (kBlockGroups - 1));
-    for (; done < pieces; done += kBlockGroups) {
-      const int64_t block = done / (2 * kBlockGroups), panel = done / kBlockGroups % 2;
-      prefetch_block(ahead[panel] + block * kBlockBytes);
-      NVFP4_UNROLL for (int64_t group = 0; group < kBlockGroups; ++group) {
-        decode_group(panels[panel] + block * kBlockBytes, panel, group, out + block);
-      }
-    }
-  }
-};
-
-// One block of the tokens of a tile, into L1.
-NVFP4_INLINE void fetch_tokens(const uint16_t* values, int64_t rows) {
-  for (int64_t row = 0; row < rows; ++row) {
-    _mm_prefetch(values + row * kBlockColumns, _MM_HINT_T0);
-    _mm_prefetch(values + row * kBlockColumns + kBlockColumns / 2, _MM_HINT_T0);
-  }
-}
-
 // Adds the products of 32 columns with one or two tiles of tokens. Operands are loaded again rather than kept in more
 // tiles: a core that runs two threads is slow where all eight are in use.
 template <bool kTwo>
@@ -228,23 +105,14 @@ NVFP4_INLINE void multiply_step(const uint16_t (&weights)[2][kTileRows][2 * kPan
   }
 }
 
-// Adds the products of some decoded blocks with one or two tiles of tokens, whose first value is `values`. Meanwhile
-// fetches the values of the next block, or of the first one at `next_values`, and decodes `pieces` pieces a step.
+// Adds the products of a decoded block with one or two tiles of tokens, whose first value is `values`.
 template <int kParts, bool kTwo>
-NVFP4_INLINE void multiply_blocks(const DecodedBlock* decoded, int64_t blocks, const TokenValues& tokens,
-                                  const uint16_t* values, const uint16_t* next_values, Decoding& decoding,
-                                  int64_t pieces) {
-  for (int64_t block = 0; block < blocks; ++block) {
-    const uint16_t* fetched = block + 1 < blocks ? values + (block + 1) * tokens.block_values : next_values;
-    NVFP4_UNROLL for (int step = 0; step < kBlockSteps; ++step) {
-      const uint16_t* upper = values + block * tokens.block_values + step * kStepColumns;
-      const auto& weights = decoded[block].weights[step];
-      multiply_step<kTwo>(weights, upper, upper + tokens.tile_values);
-      if (fetched != nullptr && (kTwo || step == 0)) fetch_tokens(fetched + step * tokens.tile_values, tokens.rows);
-      decoding.advance(pieces);
-      if constexpr (kParts == 2) {
-        multiply_step<kTwo>(weights, upper + tokens.part_values, upper + tokens.part_values + tokens.tile_values);
-      }
+NVFP4_INLINE void multiply_block(const DecodedBlock& decoded, const TokenValues& tokens, const uint16_t* values) {
+  NVFP4_UNROLL for (int step = 0; step < kBlockSteps; ++step) {
+    const auto& weights = decoded.weights[step];
+    NVFP4_UNROLL for (int part = 0; part < kParts; ++part) {
+      const uint16_t* first = values + part * tokens.part_values + step * kStepColumns;
+      multiply_step<kTwo>(weights, first, first + tokens.tile_values);
     }
   }
 }
@@ -276,23 +144,6 @@ NVFP4_INLINE void store_sums(float* sums, int64_t rows) {
   }
 }
 
-// One tile of tokens for a chunk of decoded blocks from `block` on; the sums are kept in memory.
-template <int kParts>
-NVFP4_INLINE void multiply_chunk(const DecodedBlock* decoded, int64_t block, int64_t blocks, const TokenValues& tokens,
-                                 int64_t token_tile, float* sums, Decoding& decoding, int64_t pieces) {
-  float* to = sums + token_tile * tokens.rows * 2 * kPanelRows;
-  if (block == 0) {
-    clear_sums<false>();
-  } else {
-    load_sums(to);
-  }
-  const uint16_t* values = tokens.values + block * tokens.block_values;
-  const int64_t next = token_tile + 1 < tokens.tiles ? token_tile + 1 : 0;
-  multiply_blocks<kParts, false>(decoded, blocks, tokens, values + token_tile * tokens.tile_values,
-                                 values + next * tokens.tile_values, decoding, pieces);
-  store_sums<false>(to, tokens.rows);
-}
-
 // The panel pairs of a call. A missing last panel is multiplied as a copy of the one before, into sums that nobody
 // reads.
 struct PanelPairs {
@@ -307,67 +158,32 @@ struct PanelPairs {
   }
 };
 
-// Chunk after chunk of the blocks of all pairs, so that a chunk of the tokens' values stays in the caches. Every step
-// multiplies a chunk of one pair with all tokens and decodes that of the next step.
-template <int kParts>
-void multiply_chunks(const PanelPairs& pairs, const TokenTile& tile, const TokenValues& tokens, float* sums) {
-  DecodedBlock decoded[2][kChunkBlocks];
-  const int64_t steps = (tile.blocks + kChunkBlocks - 1) / kChunkBlocks * pairs.count();
-  auto first_block = [&](int64_t step) { return step / pairs.count() * kChunkBlocks; };
-  auto block_count = [&](int64_t step) {
-    const int64_t left = tile.blocks - first_block(step);
-    return left < kChunkBlocks ? left : kChunkBlocks;
-  };
-  auto decoding_of = [&](int64_t step) {
-    Decoding decoding{};
-    if (step == steps) return decoding;
-    const int64_t ahead = step + 1 < steps ? step + 1 : step;
-    for (int64_t panel = 0; panel < 2; ++panel) {
-      decoding.panels[panel] = pairs.block(step % pairs.count(), panel, first_block(step));
-      decoding.ahead[panel] = pairs.block(ahead % pairs.count(), panel, first_block(ahead));
-    }
-    decoding.out = decoded[step % 2];
-    decoding.pieces = block_count(step) * 2 * kBlockGroups;
-    return decoding;
-  };
-  decoding_of(0).finish();
-  for (int64_t step = 0; step < steps; ++step) {
-    order_memory(decoded);
-    Decoding next = decoding_of(step + 1);
-    const int64_t products = tokens.tiles * block_count(step) * kBlockSteps;
-    const int64_t pieces = (next.pieces + products - 1) / products;
-    for (int64_t i = 0; i < tokens.tiles; ++i) {
-      multiply_chunk<kParts>(decoded[step % 2], first_block(step), block_count(step), tokens, i,
-                             sums + step % pairs.count() * pair_sums(tile.count), next, pieces);
-    }
-    next.finish();
-  }
-}
+}  // namespace
+}  // namespace nvfp4::cpu
+
+#include "amx_chunks.inl"
+
+namespace nvfp4::cpu {
+namespace {
 
 // One or two tiles of tokens: pair after pair, and the sums stay in their tiles.
 template <int kParts, bool kTwo>
 void multiply_pairs(const PanelPairs& pairs, const TokenTile& tile, const TokenValues& tokens, float* sums) {
   DecodedBlock decoded[2];
   for (int64_t pair = 0; pair < pairs.count(); ++pair) {
-    auto decoding_of = [&](int64_t block) {
-      Decoding decoding{};
-      if (block == tile.blocks) return decoding;
-      for (int64_t panel = 0; panel < 2; ++panel) {
-        decoding.panels[panel] = pairs.block(pair, panel, block);
-        decoding.ahead[panel] = pairs.block(pair, panel, block + kAheadBlocks);
+    auto decode = [&](int64_t block) __attribute__((always_inline)) {
+      if (block == tile.blocks) return;
+      NVFP4_UNROLL for (int panel = 0; panel < 2; ++panel) {
+        prefetch_block<_MM_HINT_T0>(pairs.block(pair, panel, block + kAheadBlocks));
+        decode_block({pairs.block(pair, panel, block), &decoded[block % 2], panel});
       }
-      decoding.out = &decoded[block % 2];
-      decoding.pieces = 2 * kBlockGroups;
-      return decoding;
     };
     clear_sums<kTwo>();
-    decoding_of(0).finish();
+    decode(0);
     for (int64_t block = 0; block < tile.blocks; ++block) {
       order_memory(decoded);
-      Decoding next = decoding_of(block + 1);
-      next.finish();  // before the products, whose tiles are so loaded from lines long stored
-      multiply_blocks<kParts, kTwo>(&decoded[block % 2], 1, tokens, tokens.values + block * tokens.block_values,
-                                    nullptr, next, 0);
+      decode(block + 1);  // before the products, whose tiles are so loaded from lines long stored
+      multiply_block<kParts, kTwo>(decoded[block % 2], tokens, tokens.values + block * tokens.block_values);
     }
     store_sums<kTwo>(sums + pair * pair_sums(tile.count), tokens.rows);
   }

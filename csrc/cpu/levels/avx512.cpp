@@ -10,7 +10,7 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 
-#include "elementwise.inl"
+#include "decode512.inl"
 
 namespace nvfp4::cpu {
 namespace {
@@ -41,13 +41,6 @@ NVFP4_INLINE void decode_run(const uint8_t* run, __m512i table, __m512i* pairs) 
   pairs[1] = decode_pair<1>(codes, table);
   pairs[2] = decode_pair<2>(codes, table);
   pairs[3] = decode_pair<3>(codes, table);
-}
-
-// Sixteen E4M3 bytes times 2^-8: that is fp16 with the exponent field in its place.
-NVFP4_INLINE __m512 decode_scales(const uint8_t* bytes) {
-  const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
-  const __m256i half = _mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16(static_cast<int16_t>(0xbfff)));
-  return _mm512_cvtph_ps(half);
 }
 
 NVFP4_INLINE __m512i broadcast_pair(const int16_t* pair) {
@@ -311,15 +304,6 @@ void multiply_many(const uint8_t* first, const uint8_t* second, const TokenTile&
       token += tokens;
     }
   }
-}
-
-NVFP4_INLINE __m512 exact_code_table() {
-  return _mm512_setr_ps(0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f, -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f,
-                        -6.0f);
-}
-
-NVFP4_INLINE __m512 decode_exact_scales(const uint8_t* bytes) {
-  return _mm512_mul_ps(decode_scales(bytes), _mm512_set1_ps(256.0f));
 }
 
 template <int kTokens>
