@@ -62,8 +62,12 @@ __device__ __forceinline__ void store_hidden(const HiddenRows& hidden, const Til
     }
     if (inside && token < min(tokens, tile.tokens - first) && half == 0) {
       const int slot = tile.slot[first + token];
-      hidden.codes[slot * hidden.code_bytes + panel] = code;
+      uint8_t* codes = hidden.codes + slot * hidden.code_bytes;
+      codes[panel] = code;
       if (panel == 0) hidden.row_of_slot[slot] = row;
+      if (panel == hidden.parts - 1) {  // settle_rows() reads eight at a time
+        for (int more = hidden.parts; more < hidden.code_bytes; ++more) codes[more] = 0;
+      }
     }
   }
 }

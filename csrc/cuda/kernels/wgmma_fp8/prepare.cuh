@@ -53,6 +53,10 @@ __global__ void __launch_bounds__(kQuantizeThreads) quantize_rows_kernel(const _
     p.control[i] = 0;
   }
   const int groups = ceil_div(p.k, kBlockK) * 4;
+  // Of an odd number of blocks a stage copies what lies behind the last one too, here behind the last row.
+  if (blockIdx.x == 0 && thread < kBlockK / 4) {
+    reinterpret_cast<uint32_t*>(p.out + p.rows * groups * 16)[thread] = 0;
+  }
   int turn = 0;
   for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x, turn ^= 1) {
     const uint16_t* x = p.x + row * p.k;
@@ -155,13 +159,10 @@ static __global__ void __launch_bounds__(kSettleThreads) settle_rows_kernel(cons
   for (int i = first; i - first % 4 < used; i += rows) {
     const int64_t slot = p.order[min(i, used - 1)];
     const auto* codes = reinterpret_cast<const uint2*>(p.hidden.codes + slot * p.hidden.code_bytes);
-    const auto valid = [&](int part, uint32_t four) {  // codes of four parts, zeros beyond the last
-      return part + 4 <= parts ? four : part >= parts ? 0 : four & ((1u << (parts - part) * 8) - 1);
-    };
     uint32_t largest = 0;
     for (int eight = lane; eight * 8 < parts; eight += kSettleLanes) {
       const uint2 v = codes[eight];
-      largest = __vmaxu4(largest, __vmaxu4(valid(eight * 8, v.x), valid(eight * 8 + 4, v.y)));
+      largest = __vmaxu4(largest, __vmaxu4(v.x, v.y));  // zeros beyond the last part
     }
     largest = __vmaxu4(largest, largest >> 16);
     largest = max(largest & 0xFF, largest >> 8 & 0xFF);
