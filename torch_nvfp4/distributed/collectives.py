@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
+from torch.distributed import _functional_collectives as functional
 
 from torch_nvfp4.errors import CheckpointError
 
@@ -59,8 +60,13 @@ def on_every_rank(action: Callable[[], _Result], groups: Groups, device: str) ->
 def _all_reduce(tensor: Tensor, groups: Groups, dtype: torch.dtype | None) -> Tensor:
     total = tensor if dtype is None else tensor.to(dtype)
     for group in groups:
-        distributed.all_reduce(total, group=group)
-    return total.to(tensor.dtype)
+        if torch.compiler.is_compiling():
+            total = functional.all_reduce(total, "sum", group)
+        else:
+            distributed.all_reduce(total, group=group)
+    # Neither summed in place nor through a to() that changes nothing: where an autograd function's result is an alias,
+    # torch 2.11's compiler begins its backward with zeros.
+    return total if total.dtype == tensor.dtype else total.to(tensor.dtype)
 
 
 # With setup_context, which torch.func asks for.
