@@ -109,10 +109,9 @@ def test_a_server_that_takes_too_long_or_is_gone(serve, stream):
 
 
 def test_the_template_makes_the_tokens_that_are_expected(tmp_path):
-    from transformers import PreTrainedTokenizerFast
-
+    transformers = pytest.importorskip("transformers")
     write_tokenizer(tmp_path, 60)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
     asked = question(3, 20, 4, 60)
     chatted = [{"role": "user", "content": asked.message}]
     ids = tokenizer.apply_chat_template(chatted, add_generation_prompt=True, return_dict=False)
