@@ -1,4 +1,5 @@
-"""What ``cpu`` and ``marlin`` share: ``torch.ops.nvfp4`` packs for, and runs on, the device of its tensors."""
+"""What ``cpu``, ``marlin`` and, for weights, ``wgmma_fp8`` share: ``torch.ops.nvfp4`` packs for the device of its
+tensors, and runs there."""
 
 from __future__ import annotations
 
@@ -17,13 +18,13 @@ from torch_nvfp4.ops.optional import optional_arguments
 from torch_nvfp4.quant_config import MoEQuantConfig
 
 
-def prepare(w13: NVFP4Weight, w2: NVFP4Weight) -> dict[str, Tensor]:
+def prepare(w13: NVFP4Weight, w2: NVFP4Weight, input_quant: str | None = None) -> dict[str, Tensor]:
     """[E, 2I, K] (global_scale [E, 2]) or [E, I, K] (global_scale [E]), gate rows first, and [E, K, I] -> the weight
-    arguments of the op ``moe``."""
+    arguments of the op ``moe``, or of the one for ``input_quant``."""
     return {
-        "w13": pack(w13, gated=has_gate_rows(w13, w2)),
+        "w13": pack(w13, gated=has_gate_rows(w13, w2), input_quant=input_quant),
         "w13_global_scale": w13.global_scale.contiguous(),
-        "w2": pack(w2),
+        "w2": pack(w2, input_quant=input_quant),
         "w2_global_scale": w2.global_scale.contiguous(),
     }
 

@@ -12,14 +12,13 @@ from typing import NoReturn
 
 from torch import Tensor
 
-from torch_nvfp4.backends import marlin
+from torch_nvfp4.backends import _packed, marlin
 from torch_nvfp4.backends._packed import restore
 from torch_nvfp4.backends.config import MoEBackendConfig
 from torch_nvfp4.format import NVFP4Weight
 from torch_nvfp4.gate import Activation
 from torch_nvfp4.ops.moe import moe
 from torch_nvfp4.ops.moe_fp8 import MAX_EXPERTS
-from torch_nvfp4.ops.pack import pack
 from torch_nvfp4.quant_config import MoEQuantConfig
 
 __all__ = [
@@ -65,12 +64,7 @@ def prepare(w13: NVFP4Weight, w2: NVFP4Weight) -> dict[str, Tensor]:
             f"input_quant='fp8': expected at most {MAX_EXPERTS} experts, got {w13.data.shape[0]}; leave input_quant "
             "out, or split the experts over several GPUs"
         )
-    return {
-        "w13": pack(w13, gated=True, input_quant=INPUT_QUANT),
-        "w13_global_scale": w13.global_scale.contiguous(),
-        "w2": pack(w2, input_quant=INPUT_QUANT),
-        "w2_global_scale": w2.global_scale.contiguous(),
-    }
+    return _packed.prepare(w13, w2, INPUT_QUANT)
 
 
 def apply(
