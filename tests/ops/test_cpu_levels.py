@@ -75,7 +75,7 @@ def test_largest_sums(m: int, target: str) -> None:
 
 
 def test_random_weights_reach_both_kinds_of_blocks() -> None:
-    """Rows of four scales that fit integers of one unit, as FoldedScales of levels/avx2.cpp has it, or do not."""
+    """Rows of four scales that fit integers of one unit, as FoldedScales (avx2_decode.inl) has it, or do not."""
 
     def share_that_fits(all_scales: bool) -> float:
         scale = random_weight((256, 1024), generator=seeded(6), all_scales=all_scales).scale.float()
