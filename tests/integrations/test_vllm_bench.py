@@ -135,13 +135,17 @@ JOB = Job("model", decode=(1, 4), prefill=((2, 8),), scored=(3, 5), repeats=2, v
 
 
 def test_one_measurement_of_a_stand_in_engine(stand_in, tmp_path):
-    job = replace(JOB, attention_backend="TRITON_ATTN", options={"enforce_eager": True})
+    job = replace(JOB, attention_backend="TRITON_ATTN", options={"enforce_eager": True, "seed": 7})
     result = measure(job, tmp_path / "log_probs.pt")
     assert result["experts"] == [f"{__name__}.StandInLLM"]
     assert result["decode"] == {"1": [0.5] * 2, "4": [0.5] * 2}  # per step, without what a run takes besides
     assert result["prefill"] == {"2 x 8": [5.5] * 4}
-    assert StandInLLM.made["attention_backend"] == "TRITON_ATTN"
-    assert StandInLLM.made["enforce_eager"] is True
+    assert StandInLLM.made == {
+        "skip_tokenizer_init": True, "max_logprobs": -1, "dtype": "bfloat16", "max_model_len": 4096,
+        "gpu_memory_utilization": 0.6, "enable_prefix_caching": False, "max_num_seqs": 64,
+        "max_num_batched_tokens": 8192, "tensor_parallel_size": 1, "attention_backend": "TRITON_ATTN",
+        "enforce_eager": True, "seed": 7,
+    }  # fmt: skip
     log_probs = torch.load(tmp_path / "log_probs.pt")
     torch.testing.assert_close(log_probs, torch.arange(16).float().log_softmax(0).expand(2 + 4, 16))
 

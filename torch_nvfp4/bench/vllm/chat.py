@@ -19,6 +19,7 @@ from typing import Any
 from torch_nvfp4.bench.layer import BenchError
 from torch_nvfp4.bench.process import log_end, process_group
 from torch_nvfp4.bench.vllm.client import Answer, Client, question
+from torch_nvfp4.bench.vllm.options import EngineOptions
 from torch_nvfp4.bench.vllm.report import FIRST_TOKEN, OURS, RATE, THEIRS
 from torch_nvfp4.bench.vllm.serve import MODES
 
@@ -42,39 +43,23 @@ _EVERY = 10.0  # seconds between lines of progress
 
 
 @dataclasses.dataclass(frozen=True)
-class ChatJob:
+class ChatJob(EngineOptions):
     """What is served, and what one server is asked."""
 
-    model: str
     requests: tuple[int, ...] = (1, 16)  # at once
     words: int = 512  # of a message
     tokens: int = 128  # of an answer
     repeats: int = 3  # of each number of requests, after one that is not counted
     vocab: int = 32000
-    max_model_len: int = 4096
-    dtype: str = "bfloat16"
-    tensor_parallel_size: int = 1
-    memory: float = 0.6
-    attention_backend: str | None = None
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)  # more arguments of vllm serve
 
     def command(self, port: int) -> list[str]:
-        """The server; its options are those of ``engine.measure``."""
+        """The server, with the options of ``engine.measure``."""
         given = {
             "port": port,
             "host": "127.0.0.1",
             "served_model_name": _NAME,
-            "dtype": self.dtype,
-            "max_model_len": self.max_model_len,
-            "gpu_memory_utilization": self.memory,
-            "enable_prefix_caching": False,
-            "max_num_seqs": max(*self.requests, 64),
-            "max_num_batched_tokens": max(8192, self.max_model_len),
-            "seed": 0,
-            "tensor_parallel_size": self.tensor_parallel_size,
             "disable_uvicorn_access_log": True,
-            **({"attention_backend": self.attention_backend} if self.attention_backend else {}),
-            **self.options,
+            **self.arguments(max(self.requests)),
         }
         return [*_SERVER, self.model, *(flag for name, value in given.items() for flag in _flag(name, value))]
 

@@ -9,12 +9,14 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from torch_nvfp4.bench.vllm.options import EngineOptions
 
 __all__ = ["Job", "experts_classes", "measure", "prompt", "scored_prompts"]
 
@@ -23,21 +25,14 @@ _FEW, _MANY = 16, 112  # steps of two runs, whose difference is what 96 steps ta
 
 
 @dataclass(frozen=True)
-class Job:
+class Job(EngineOptions):
     """What one process does."""
 
-    model: str
     decode: tuple[int, ...] = (1, 4, 16, 64)  # sequences per decode step
     prefill: tuple[tuple[int, int], ...] = ((1, 2048), (4, 2048))  # sequences, tokens per sequence
     scored: tuple[int, ...] = ()  # lengths of prompts whose tokens are scored
     repeats: int = 3
     vocab: int = 32000
-    max_model_len: int = 4096
-    dtype: str = "bfloat16"
-    tensor_parallel_size: int = 1
-    memory: float = 0.6
-    attention_backend: str | None = None
-    options: dict[str, Any] = field(default_factory=dict)  # more arguments of vllm.LLM
 
     def save(self, file: Path) -> None:
         file.write_text(json.dumps(asdict(self)))
@@ -82,22 +77,8 @@ def measure(job: Job, log_probs_file: Path | None = None) -> dict[str, Any]:
     from vllm import LLM
 
     begin = time.perf_counter()
-    longest = max(max(job.decode, default=1), 64)
-    llm = LLM(
-        job.model,
-        skip_tokenizer_init=True,
-        dtype=job.dtype,
-        max_model_len=job.max_model_len,
-        gpu_memory_utilization=job.memory,
-        enable_prefix_caching=False,
-        max_num_seqs=longest,
-        max_num_batched_tokens=max(8192, job.max_model_len),
-        max_logprobs=-1,
-        seed=0,
-        tensor_parallel_size=job.tensor_parallel_size,
-        **({"attention_backend": job.attention_backend} if job.attention_backend else {}),
-        **job.options,
-    )
+    arguments = {"skip_tokenizer_init": True, "max_logprobs": -1, **job.arguments(max(job.decode, default=1))}
+    llm = LLM(job.model, **arguments)
     result: dict[str, Any] = {"load_seconds": time.perf_counter() - begin}
     result["experts"] = sorted({name for names in llm.apply_model(experts_classes) for name in names})
     print(f"loaded in {result['load_seconds']:.0f} s, experts run by {result['experts']}", flush=True)
