@@ -163,8 +163,9 @@ def select_moe_backend(config: MoEBackendConfig, backend: str | None = None) -> 
             passed_over = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason is not None)
             _log_once(f"MoE backend {candidate.name} for {config}; passed over: {passed_over or 'none'}")
             return candidate
-    if config.input_quant is not None:
-        _refuse_input_quant(config, reasons[wgmma_fp8.name] or "")
+    reason = _reason_against_input_quant(config.input_quant, reasons)
+    if config.input_quant is not None and reason is not None:
+        _refuse_input_quant(config, reason)
     listed = "".join(f"\n  {name}: {reason}" for name, reason in reasons.items())
     raise NotImplementedError(f"no backend can run this MoE layer ({config}):{listed}")
 
@@ -172,6 +173,11 @@ def select_moe_backend(config: MoEBackendConfig, backend: str | None = None) -> 
 def input_quant_error(device: torch.device | str, input_quant: str | None) -> str | None:
     """Why no layer can have this ``input_quant`` on a device that is here, as "expected ..., got ...", or None."""
     reasons = explain_moe_backends(MoEBackendConfig.for_device(device, 64, 64, input_quant=input_quant))
+    return _reason_against_input_quant(input_quant, reasons)
+
+
+def _reason_against_input_quant(input_quant: str | None, reasons: Mapping[str, str | None]) -> str | None:
+    """None if one of the backends for ``input_quant`` can run the layer, else why the first of them cannot."""
     of_it = [reasons[backend.name] for backend in BACKENDS if input_quant == backend.INPUT_QUANT]
     return None if None in of_it else of_it[0]
 
