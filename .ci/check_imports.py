@@ -22,7 +22,7 @@ from typing import NamedTuple
 PACKAGE = "torch_nvfp4"
 # Each module or package may import those of its own layer and of earlier ones.
 LAYERS = [
-    {"_version", "_start", "errors"},
+    {"_lazy", "_version", "_start", "errors"},
     {"format"},
     {"gate", "activation", "config_sections", "mxfp4"},
     {"reference", "reference_fp8", "model_config", "testing"},

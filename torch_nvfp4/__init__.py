@@ -4,10 +4,10 @@ Importing the package loads the op libraries and registers everything about the 
 happen before the first trace.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch_nvfp4 import _start, reference  # noqa: F401  (_start comes before whatever imports torch)
+from torch_nvfp4._lazy import imported_at_first_use
 from torch_nvfp4._version import __version__
 from torch_nvfp4.backends import select_moe_backend
 from torch_nvfp4.format import NVFP4Weight, dequantize, quantize
@@ -81,23 +81,13 @@ def _register_sharding_rules() -> None:
     register_rules()
 
 
-# Submodules that are imported at their first use as attributes, which ``import torch_nvfp4`` does not wait for.
-_SUBMODULES = frozenset({"compiler", "distributed", "integrations", "reference_fp8", "testing"})
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_SUBMODULES})
-
-
-# Hidden from type checkers, for which every name would be there, as Any.
+# What ``import torch_nvfp4`` does not wait for: submodules, and a name that Inductor is imported with, which takes
+# seconds that only those who compile should pay.
 if not TYPE_CHECKING:
-
-    def __getattr__(name: str) -> Any:
-        if name in _SUBMODULES:
-            return import_module(f"{__name__}.{name}")
-        # Inductor is imported with it, which takes seconds that only those who compile should pay.
-        if name == "inductor_options":
-            from torch_nvfp4.compiler import inductor_options
-
-            return inductor_options
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    __getattr__, __dir__ = imported_at_first_use(
+        __name__,
+        {
+            **dict.fromkeys(("compiler", "distributed", "integrations", "reference_fp8", "testing"), ""),
+            "inductor_options": "compiler",
+        },
+    )

@@ -18,8 +18,9 @@ and ``decompose_moe`` use also with 2.11 on a GPU:
 - ``OpOverload._schema``, to read arguments by name.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from torch_nvfp4._lazy import imported_at_first_use
 
 if TYPE_CHECKING:
     from torch_nvfp4.compiler.decomposition import decompose_moe
@@ -28,22 +29,13 @@ if TYPE_CHECKING:
 
 __all__ = ["GraphPass", "decompose_moe", "fuse_gates", "inductor_options"]
 
-_MODULES = {
-    "GraphPass": "inductor",
-    "decompose_moe": "decomposition",
-    "fuse_gates": "fusion",
-    "inductor_options": "inductor",
-}
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
-
-
-# Hidden from type checkers, for which every name would be there, as Any.
 if not TYPE_CHECKING:
-
-    def __getattr__(name: str) -> Any:
-        if name not in _MODULES:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    __getattr__, __dir__ = imported_at_first_use(
+        __name__,
+        {
+            "GraphPass": "inductor",
+            "decompose_moe": "decomposition",
+            "fuse_gates": "fusion",
+            "inductor_options": "inductor",
+        },
+    )

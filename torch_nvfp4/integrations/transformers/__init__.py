@@ -23,8 +23,9 @@ Importing this package does not import transformers; the first use of one of its
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
+
+from torch_nvfp4._lazy import imported_at_first_use
 
 if TYPE_CHECKING:
     from torch_nvfp4.integrations.transformers.config import TorchNVFP4Config
@@ -32,26 +33,20 @@ if TYPE_CHECKING:
 
 __all__ = ["TorchNVFP4Config", "from_pretrained", "register", "unregister"]
 
-_MODULES = {
-    "TorchNVFP4Config": "config",
-    "from_pretrained": "registry",
-    "register": "registry",
-    "unregister": "registry",
-}
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})  # the names that are imported at their first use, too
-
-
-# Hidden from type checkers, for which every name would be there, as Any.
 if not TYPE_CHECKING:
+    _get, __dir__ = imported_at_first_use(
+        __name__,
+        {
+            "TorchNVFP4Config": "config",
+            "from_pretrained": "registry",
+            "register": "registry",
+            "unregister": "registry",
+        },
+    )
 
     def __getattr__(name: str) -> Any:
-        if name not in _MODULES:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         try:
-            return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+            return _get(name)
         except ModuleNotFoundError as error:
             if (error.name or "").partition(".")[0] not in ("transformers", "accelerate"):
                 raise
