@@ -133,7 +133,7 @@ T* optional_data(const std::optional<Tensor>& tensor) {
 Dims any_shape(const Tensor& tensor, const char* last);
 std::vector<int64_t> with_last_dim(const Tensor& tensor, int64_t size);
 
-// The words are those of gate_error in torch_nvfp4/gate.py.
+// In check_gate.cpp. The words are those of gate_error in torch_nvfp4/gate.py.
 Gate check_gate(const char* op, int64_t activation, std::optional<double> clamp_limit, double alpha, double beta,
                 bool gated);
 
