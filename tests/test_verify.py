@@ -183,6 +183,26 @@ def test_fp8_specification_of_a_layer(checkpoint):
     assert 0.02 < relative_error(expected.specification, expected.output) < 0.1
 
 
+@pytest.mark.parametrize(("limit", "least", "most"), [(10.0, 0.15, 0.3), (None, 0.0, 0.0)])
+def test_fp8s_own_error_is_within_the_tolerance_of_the_demos_layers(limit, least, most, tmp_path):
+    """Layers as ``torch-nvfp4 demo`` writes them, a fifth of whose values the limit clamps; and without a limit."""
+    path = write_checkpoint(
+        tmp_path, hidden_size=1024, moe_intermediate_size=512, n_routed_experts=4, num_experts_per_tok=2,
+        num_hidden_layers=1, swiglu_limit=limit,
+    )  # fmt: skip
+    x = torch.randn(16, 1024, generator=torch.Generator().manual_seed(0)).bfloat16()
+    routing = covering_routing(16, 4, 2, generator=torch.Generator().manual_seed(1))
+    expected = library._references(Checkpoint.open(path), 0, x, *routing, "fp8")
+    assert least <= expected.clamped_share <= most
+    # The specification in the place of the kernel.
+    errors = library._errors(expected.specification, expected, torch.bfloat16, 4)
+    assert errors["problem"] is None
+    assert errors["specification_l2"] == 0.0
+    assert errors["relative_l2"] == errors["quantization_l2"]
+    assert errors["tolerance"] == pytest.approx(0.06 + 0.1 * expected.clamped_share)
+    assert (errors["relative_l2"] > 0.06) == (limit is not None)
+
+
 def fp8_check(of_specification, error):
     output = torch.ones(2, 2, dtype=torch.float64)
     expected = library._Expected(output / (1 + error), 0.25, output / (1 + of_specification))
@@ -194,11 +214,12 @@ def fp8_check(of_specification, error):
 
 
 def test_a_kernel_at_fault_and_a_layer_that_fp8_does_not_suit(capsys):
-    good, rough, wrong = fp8_check(0.01, 0.055), fp8_check(0.01, 0.08), fp8_check(0.021, 0.05)
-    assert (good.passed, good.tolerance, good.specification_tolerance) == (True, 0.06, 0.02)
+    good, rough, wrong = fp8_check(0.01, 0.08), fp8_check(0.01, 0.09), fp8_check(0.021, 0.05)
+    assert (good.passed, good.tolerance, good.specification_tolerance) == (True, 0.06 + 0.1 * 0.25, 0.02)
+    assert good.quantization_l2 == pytest.approx(1.08 / 1.01 - 1)
     assert rough.problem == (
-        "a relative error of 8.00e-02, which is FP8's own rounding of this layer, as the kernel is within 1.00e-02 of "
-        "its specification: run it with activations in 16 bits"
+        "a relative error of 9.00e-02, which is FP8's own rounding of this layer: its specification is off by "
+        "7.92e-02, and the kernel within 1.00e-02 of that; run it with activations in 16 bits"
     )
     assert wrong.problem == (
         "a relative error of 2.10e-02 against the specification of FP8 activations, where at most 0.02 is right: the "
@@ -208,13 +229,15 @@ def test_a_kernel_at_fault_and_a_layer_that_fp8_does_not_suit(capsys):
     print_checks(Terminal(None), [good])
     text = " ".join(capsys.readouterr().out.split())
     assert "rel. L2 tolerance to FP8 spec. tolerance" in text
-    assert "5.50e-02 0.06 1.00e-02 0.02 ok" in text
-    assert "1 layer within 0.06 of the fp64 reference and 0.02 of the specification of FP8 activations" in text
+    assert "8.00e-02 0.085 1.00e-02 0.02 ok" in text
+    assert "1 layer within 0.085 of the fp64 reference and 0.02 of the specification of FP8 activations" in text
     with pytest.raises(typer.Exit) as left:
         print_checks(Terminal(None), [good, rough])
     assert left.value.exit_code == 1
-    assert "expected an error of at most 0.06, got a relative error of 8.00e-02, which" in capsys.readouterr().err
+    assert "expected an error of at most 0.085, got a relative error of 9.00e-02, which" in capsys.readouterr().err
     assert good.to_json()["specification_l2"] == pytest.approx(0.01)
+    unknown = fp8_check(math.nan, math.nan).to_json()
+    assert [unknown[name] for name in ("relative_l2", "specification_l2", "quantization_l2")] == [None] * 3
 
 
 def test_steps_are_told(checkpoint):

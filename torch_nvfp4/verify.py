@@ -16,7 +16,7 @@ from torch_nvfp4.checkpoint import Checkpoint
 from torch_nvfp4.errors import CheckpointError, refusal
 from torch_nvfp4.format import is_gated_pair
 from torch_nvfp4.nn import NVFP4Experts
-from torch_nvfp4.testing import FP8_TOLERANCE, TOLERANCE, random_routing, relative_l2
+from torch_nvfp4.testing import FP8_TOLERANCE, TOLERANCE, fp8_tolerance, random_routing, relative_l2
 
 __all__ = [
     "LayerCheck",
@@ -40,10 +40,12 @@ class LayerCheck:
         experts_unchecked: those that no token was routed to, so that nothing is known about them.
         clamped_share: share (0..1) of the pre-activations that the limit changed; None without a limit.
         relative_l2: of the output over all tokens; infinite where the reference does not tell what is right.
-        tolerance: the largest ``relative_l2`` that passes.
+        tolerance: the largest ``relative_l2`` that passes; with input_quant ``testing.fp8_tolerance``.
         specification_l2: as relative_l2, against ``reference_fp8``, which rounds as the kernel does; None without
             input_quant. It tells a fault of the kernel from what FP8 costs.
         specification_tolerance: the largest ``specification_l2`` that passes.
+        quantization_l2: of ``reference_fp8`` itself against the fp64 reference: what FP8 costs this layer, whatever the
+            kernel does; None without input_quant.
         problem: why the layer did not pass, or None.
         seconds: of loading, running and the reference.
     """
@@ -62,6 +64,7 @@ class LayerCheck:
     input_quant: str | None = None
     specification_l2: float | None = None
     specification_tolerance: float | None = None
+    quantization_l2: float | None = None
 
     @property
     def passed(self) -> bool:
@@ -73,9 +76,11 @@ class LayerCheck:
 
     def to_json(self) -> dict[str, Any]:
         # JSON has no infinity.
-        errors = {"relative_l2": self.relative_l2, "specification_l2": self.specification_l2}
-        finite = {name: error if error is not None and math.isfinite(error) else None for name, error in errors.items()}
-        return asdict(self) | finite | {"experts_hit": self.experts_hit, "passed": self.passed}
+        fields = asdict(self)
+        for name in ("relative_l2", "specification_l2", "quantization_l2"):
+            if fields[name] is not None and not math.isfinite(fields[name]):
+                fields[name] = None
+        return fields | {"experts_hit": self.experts_hit, "passed": self.passed}
 
 
 def verify_layer(
@@ -222,22 +227,25 @@ def _references(
 def _errors(output: Tensor, expected: _Expected, dtype: torch.dtype, experts_hit: int) -> dict[str, Any]:
     """The fields of ``LayerCheck`` that say how far the output is off, and whether that passes."""
     error, tolerance = relative_error(output, expected.output), TOLERANCE[dtype]
-    of_specification, allowed = None, None
+    of_specification, allowed, quantization = None, None, None
     if expected.specification is not None:
         of_specification, allowed = relative_error(output, expected.specification), FP8_TOLERANCE
-        tolerance = TOLERANCE[torch.float8_e4m3fn]
+        quantization = relative_error(expected.specification, expected.output)
+        tolerance = fp8_tolerance(expected.clamped_share)
     return {
         "relative_l2": error,
         "tolerance": tolerance,
-        "problem": _problem(expected.output, experts_hit, error, tolerance, of_specification),
+        "problem": _problem(expected.output, experts_hit, error, tolerance, of_specification, quantization),
         "specification_l2": of_specification,
         "specification_tolerance": allowed,
+        "quantization_l2": quantization,
     }
 
 
 def _problem(
-    expected: Tensor, experts_hit: int, error: float, tolerance: float, of_specification: float | None = None
-) -> str | None:
+    expected: Tensor, experts_hit: int, error: float, tolerance: float, of_specification: float | None = None,
+    quantization: float | None = None,
+) -> str | None:  # fmt: skip
     if experts_hit == 0:
         return "no token was routed to an expert, so that nothing was checked"
     if not bool(torch.isfinite(expected).all()):
@@ -253,10 +261,10 @@ def _problem(
         )
     if not error <= tolerance:
         found = f"a relative error of {error:.2e}"
-        if of_specification is None:
+        if quantization is None:
             return found
         return (
-            f"{found}, which is FP8's own rounding of this layer, as the kernel is within {of_specification:.2e} of "
-            "its specification: run it with activations in 16 bits"
+            f"{found}, which is FP8's own rounding of this layer: its specification is off by {quantization:.2e}, and "
+            f"the kernel within {of_specification:.2e} of that; run it with activations in 16 bits"
         )
     return None

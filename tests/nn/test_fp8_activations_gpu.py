@@ -201,7 +201,7 @@ def test_compile_export_and_a_graph() -> None:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # Without a limit, as the weights that write_checkpoint makes for one have a quarter of the values clamped.
+    # Without a limit: the weights that write_checkpoint makes for one have a fifth of the values clamped.
     return write_checkpoint(
         tmp_path_factory.mktemp("fp8"), hidden_size=256, moe_intermediate_size=128, n_routed_experts=8,
         num_experts_per_tok=2, num_hidden_layers=2, swiglu_limit=None,
@@ -229,6 +229,20 @@ def test_from_checkpoint_and_verify(checkpoint: Path) -> None:
     assert "2 layers within 0.06 of the fp64 reference and 0.02 of the specification of FP8 activations" in text
     usual = json.loads(run("verify", checkpoint, "--json", "-").stdout)
     assert [(layer["backend"], layer["specification_l2"]) for layer in usual["layers"]] == [("marlin", None)] * 2
+
+
+def test_verify_of_layers_that_are_clamped(tmp_path: Path) -> None:
+    path = write_checkpoint(
+        tmp_path, hidden_size=1024, moe_intermediate_size=512, n_routed_experts=8, num_experts_per_tok=2,
+        num_hidden_layers=1,
+    )  # fmt: skip
+    result = run("verify", path, "--input-quant", "fp8", "--json", "-")
+    assert result.exit_code == 0, result.output
+    (layer,) = json.loads(result.stdout)["layers"]
+    assert 0.15 < layer["clamped_share"] < 0.3
+    assert layer["tolerance"] == pytest.approx(0.06 + 0.1 * layer["clamped_share"])
+    assert 0.05 < layer["quantization_l2"] < 0.07
+    assert 0 < layer["specification_l2"] < 0.02
 
 
 def test_verify_sees_a_wrong_expert(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
