@@ -538,6 +538,40 @@ def test_kt_is_refused_with_its_reason(monkeypatch):
         cpu_engines.kt_contender(bench.Layer.random(TINY, clamp_limit=10.0))
 
 
+@pytest.mark.parametrize("workspaces", [{"get_marlin_workspace": lambda device: ("workspace", device)}, {
+    "marlin_make_workspace_new": lambda device, blocks: ("workspace", device) if blocks == 4 else None
+}, {}])  # fmt: skip
+def test_marlin_gets_its_workspace_from_each_vllm(workspaces, monkeypatch):
+    """vLLM from 0.31 on, before, and one that has neither."""
+    layer = bench.Layer.random(TINY, clamp_limit=10.0)
+    device = layer.w13.data.device
+
+    def prepare(described, w13, s13, g13, w2, s2, g2, is_act_and_mul):
+        return w13, s13, g13, w2, s2, g2
+
+    def fused_marlin_moe(x, w13, w2, *_, workspace, **how):
+        assert workspace == ("workspace", device)
+        assert (how["global_scale2"] == layer.w2.global_scale).all()
+        return bench.dequantize_then_matmul(bench.Case(x, *_[-2:]), layer.w13, layer.w2, clamp_limit=10.0)
+
+    layers = "vllm.model_executor.layers"
+    types = SimpleNamespace(float4_e2m1f=SimpleNamespace(id=1))
+    modules = {
+        f"{layers}.fused_moe.experts.marlin_moe": SimpleNamespace(fused_marlin_moe=fused_marlin_moe, **workspaces),
+        f"{layers}.quantization.utils.marlin_utils_fp4": SimpleNamespace(prepare_nvfp4_moe_layer_for_marlin=prepare),
+        "vllm.scalar_type": SimpleNamespace(scalar_types=types),
+    }
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(torch.ops, "_C", SimpleNamespace(silu_and_mul_with_clamp=None), raising=False)
+    if not workspaces:
+        with pytest.raises(bench.BenchError, match=r"expected vLLM .* got: .*marlin_make_workspace_new"):
+            bench.vllm_contender(layer, torch.bfloat16)
+        return
+    contenders = [bench.our_contender(layer, torch.bfloat16), bench.vllm_contender(layer, torch.bfloat16)]
+    bench.check_agreement(contenders, next(bench.cases(TINY, 3)))
+
+
 def test_flashinfer_is_tuned_for_each_number_of_tokens(monkeypatch):
     layer = bench.Layer.random(TINY, clamp_limit=10.0)
     ran = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from functools import partial
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -198,6 +198,14 @@ def _dequantize_experts(weight: NVFP4Weight, dtype: torch.dtype) -> Tensor:
     return out
 
 
+def _marlin_workspace(marlin: ModuleType) -> Callable[[torch.device], Tensor]:
+    """What makes the workspace that ``fused_marlin_moe`` makes for itself when it is given none."""
+    if hasattr(marlin, "get_marlin_workspace"):  # since vLLM 0.31
+        return marlin.get_marlin_workspace
+    make, blocks_per_multiprocessor = marlin.marlin_make_workspace_new, 4
+    return lambda device: make(device, blocks_per_multiprocessor)
+
+
 def vllm_contender(layer: Layer, dtype: torch.dtype) -> Contender:
     """vLLM's Marlin MoE as its experts call it: its own weight preparation, clamped SiLU and sum over a token's slots.
 
@@ -209,8 +217,11 @@ def vllm_contender(layer: Layer, dtype: torch.dtype) -> Contender:
         fp4 = importlib.import_module(f"{layers}.quantization.utils.marlin_utils_fp4")
         quant_type = importlib.import_module("vllm.scalar_type").scalar_types.float4_e2m1f.id
         silu_and_mul_with_clamp = torch.ops._C.silu_and_mul_with_clamp
+        make_workspace = _marlin_workspace(marlin)
     except (ImportError, AttributeError) as error:
-        raise BenchError(f"--peer vllm: expected vLLM (0.33) with its Marlin NVFP4 MoE, got: {error}") from error
+        raise BenchError(
+            f"--peer vllm: expected vLLM (0.24 to 0.33) with its Marlin NVFP4 MoE, got: {error}"
+        ) from error
     shape = layer.shape
     described = SimpleNamespace(
         num_experts=shape.experts,
@@ -225,7 +236,7 @@ def vllm_contender(layer: Layer, dtype: torch.dtype) -> Contender:
     )  # fmt: skip
 
     # The locks of its GEMMs, zero again after each of them. A call that is given none makes and clears its own.
-    workspace = marlin.get_marlin_workspace(w13.device)
+    workspace = make_workspace(w13.device)
 
     def activation(_: object, out: Tensor, gate_up: Tensor, **__: object) -> None:
         silu_and_mul_with_clamp(out, gate_up, layer.clamp_limit)
