@@ -104,6 +104,7 @@ class InlineTiles {
     return lane < static_cast<int>(routing.tokens * routing.top_k) ? local_expert(routing, lane) : -1;
   }
 
+  InlineTiles() = default;
   __device__ __forceinline__ InlineTiles(int expert_of_lane, int width, const Divider& by_width)
       : width_(width), expert_(expert_of_lane) {
     const int lane = threadIdx.x % kWarp;
@@ -113,6 +114,9 @@ class InlineTiles {
   }
 
   __device__ __forceinline__ int size() const { return __popc(first_); }
+
+  // Its expert, or -1.
+  __device__ __forceinline__ int expert_of_slot(int slot) const { return __shfl_sync(~0u, expert_, slot); }
 
   // Bit i: slot i has an expert here.
   __device__ __forceinline__ unsigned used_slots() const { return __ballot_sync(~0u, expert_ >= 0); }
@@ -125,9 +129,11 @@ class InlineTiles {
   }
 
   __device__ __forceinline__ int slot(const ExpertTile& tile) const {
+    if (tile.count == 1) return tile.begin;
     const int lane = threadIdx.x % kWarp;
     unsigned members = __shfl_sync(~0u, peers_, tile.begin) & (~0u << tile.begin);
     int slot = 0;
+#pragma unroll 1
     for (int i = 0; i < tile.count; ++i) {
       if (lane >= i) slot = __ffs(members) - 1;
       members &= members - 1;

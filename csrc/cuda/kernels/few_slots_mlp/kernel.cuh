@@ -21,6 +21,13 @@
 
 namespace nvfp4::cuda {
 
+// racecheck follows only lanes that arrive themselves. A library built for it has all lanes of a warp arrive.
+#ifdef NVFP4_RACECHECK
+constexpr int kWarpArrivals = kWarp;
+#else
+constexpr int kWarpArrivals = 1;
+#endif
+
 // kRowTiles: of a panel's four warp tiles, those of an item. Half panels spread a few large items evenly over the CTAs.
 // Of one warp tile in w13, and then of two in w2, they are for batch invariance: a warp multiplies whole items (parts),
 // and everything is rounded where stream_gemm, wgmma_experts and combine round it. kExtended: with biases, activations
@@ -42,12 +49,14 @@ class FewSlotsMlp {
   static constexpr int kRingBytes = kWarps * sizeof(typename Ring::Storage);
 
   static __device__ __forceinline__ void run(const FewSlotsParams& p, uint8_t* storage) {
-    Ring ring;
-    ring.start(reinterpret_cast<typename Ring::Storage*>(storage)[threadIdx.x / kWarp]);
+    FewSlotsMlp mlp(p, storage);
+    const int tile = mlp.expect();
     ptx::dependency_wait();
     const int expert = InlineTiles::expert_of_lane(p.routing);  // copies go out before its value is there
-    if (p.gemm[0].all_rows) copy_rows(p.gemm[0], storage + kRingBytes);
-    FewSlotsMlp(p, storage, ring, expert).run();
+    if (p.gemm[0].all_rows) copy_rows(p.gemm[0], mlp.tokens_);
+    mlp.tiles_ = InlineTiles(expert, p.width, p.by_width);
+    mlp.start(tile);
+    mlp.run();
   }
 
  private:
@@ -55,22 +64,68 @@ class FewSlotsMlp {
   struct Share {
     int first_item;
     int items;
-    int run;  // blocks per warp, whole turns of whole blocks; the last warps may have fewer
-    int begin;
+    int each;    // units per warp, which are whole turns of whole blocks, or half blocks
+    int more;    // so many warps, the first ones, have one unit more
+    int begin;   // of this warp
     int blocks;  // of this warp
   };
 
-  __device__ __forceinline__ FewSlotsMlp(const FewSlotsParams& p, uint8_t* storage, const Ring& ring, int expert)
-      : p_(p),
-        tokens_(storage + kRingBytes),
-        partials_(reinterpret_cast<float*>(storage + kRingBytes + p.token_bytes)),
-        lane_(threadIdx.x % kWarp),
-        warp_(threadIdx.x / kWarp),
-        tiles_(expert, p.width, p.by_width),
-        ring_(ring) {}
+  // Where a lane's token of an item is, and which warp tiles of the panel are the item's.
+  struct TokenPlace {
+    uint32_t at;  // the lane's 16 k of block k
+    bool used;    // whether there is such a token
+    int first_tile;
+  };
 
-  __device__ __forceinline__ void run() {
-    open(0);
+  // What finishing an item takes from global memory.
+  struct Outcome {
+    ExpertTile tile;
+    int tile_index;
+    int panel;       // or half a panel: the item's place among those of its tile
+    int slot;        // of the tile's token number `lane`
+    float upper;     // scale of the rows, or of the gate rows
+    float lower;     // scale of the up rows
+    float scale;     // of slot `slot`
+    float weight;    // of slot number `lane`
+    int first_warp;  // of those whose runs hold some of the item, which are consecutive
+    int warps;
+  };
+
+  static constexpr int kUnit = kRowTiles == 4 ? kTurnBlocks : 1;  // blocks
+
+  // The first block of a warp's run.
+  __device__ __forceinline__ int begin_of_run(int gemm_index, const Share& s, int warp) const {
+    const int k_blocks = p_.gemm[gemm_index].k_blocks;
+    int run = (warp * s.each + min(warp, s.more)) * kUnit;
+    if constexpr (kParts) run = warp * s.each * k_blocks;
+    return min(run, s.items * k_blocks);
+  }
+
+  __device__ __forceinline__ FewSlotsMlp(const FewSlotsParams& p, uint8_t* storage)
+      : p_(p),
+        arrived_(ptx::shared_address(storage + kRingBytes)),
+        tokens_(storage + kRingBytes + kFewSlotsBarrierBytes),
+        partials_(reinterpret_cast<float*>(storage + kRingBytes + kFewSlotsBarrierBytes + p.token_bytes)),
+        lane_(threadIdx.x % kWarp),
+        warp_(threadIdx.x / kWarp) {
+    ring_.start(reinterpret_cast<typename Ring::Storage*>(storage)[warp_]);
+    if (!Ring::kFillQueues && threadIdx.x == 0) ptx::mbarrier_init(arrived_, kWarps * kWarpArrivals);
+  }
+
+  // Before routing is known: opens w13 as if each slot had an expert, and none the same. Returns the first item's tile.
+  __device__ __forceinline__ int expect() {
+    open(0, static_cast<int>(p_.routing.tokens * p_.routing.top_k));
+    return fill_ahead_ > 0 ? next_item() : 0;
+  }
+
+  // Fills the ring for the first time.
+  __device__ __forceinline__ void start(int expected_tile) {
+    if (tiles_.size() == static_cast<int>(p_.routing.tokens * p_.routing.top_k)) {
+      fill_at_ += tiles_.expert_of_slot(expected_tile) * p_.gemm[0].expert_bytes;
+    } else {
+      fill_left_ = 0;
+      open(0, tiles_.size());
+    }
 #pragma unroll 1
     for (int stage = 0; stage < Ring::kStages; stage += kTurnBlocks) {
       begin_turn();
@@ -78,69 +133,97 @@ class FewSlotsMlp {
       for (int i = 0; i < kTurnBlocks; ++i) refill(stage, i);
       end_turn();
     }
+  }
+
+  __device__ __forceinline__ void run() {
     ptx::dependency_release();
     if (tiles_.size() == 0) return write_no_sums();
 
 #pragma unroll 1
     for (int gemm_index = 0; gemm_index < 2; ++gemm_index) {
-      const Share s = share(gemm_index);
-      if (gemm_index == 0) {
-        if (!p_.gemm[0].all_rows) copy_tokens<false>(0, s);
-      } else {
-        copy_tokens<true>(1, s);
-      }
-      ptx::cp_async_commit();
-      int first = warp_;
-      if constexpr (kParts) first = p_.gemm[gemm_index].by_k_blocks.quotient(s.begin);
-      Outcome outcome = prepare(gemm_index, s, first);
-      ptx::cp_async_wait<0>();
-      __syncthreads();
-      if (kSplit && gemm_index == 0) {
-        split_rows(s);
-        __syncthreads();
-      }
+      const Share s = share(gemm_index, tiles_.size());
+      const int first = p_.gemm[gemm_index].by_k_blocks.quotient(s.begin);
+      const int k = s.begin - first * p_.gemm[gemm_index].k_blocks;
+      TokenPlace place = {};
+      Outcome outcome = await_tokens(gemm_index, s, first, k, place);
       if constexpr (kParts) {
         gemm_index == 0 ? multiply_parts<1>(0, s, first, outcome) : multiply_parts<2>(1, s, first, outcome);
         __syncthreads();
-        continue;
-      }
-      const int before = p_.gemm[gemm_index].by_k_blocks.quotient(s.begin);
-      int k = s.begin - before * p_.gemm[gemm_index].k_blocks;
-      for (int item = before, left = s.blocks; left > 0; ++item, k = 0) {
-        const int blocks = min(left, p_.gemm[gemm_index].k_blocks - k);
-        multiply_blocks(gemm_index, s, item, k, blocks);
-        left -= blocks;
-      }
-      __syncthreads();
-      for (int i = warp_; i < s.items; i += kWarps) {
-        finish(gemm_index, s, i, outcome);
-        if (i + kWarps < s.items) outcome = prepare(gemm_index, s, i + kWarps);
+      } else {
+        multiply_run(gemm_index, s, first, k, place);
+        __syncthreads();
+        for (int i = warp_; i < s.items; i += kWarps) {
+          finish_item(gemm_index, partial(outcome.first_warp, i), outcome.warps, outcome);
+          if (i + kWarps < s.items) outcome = prepare(gemm_index, s, i + kWarps);
+        }
       }
     }
   }
 
-  __device__ __forceinline__ Share share(int gemm_index) const {
+  // Until the tokens of a GEMM are in shared memory. Meanwhile finds what the warp's first item needs, whose first
+  // block of the run is block `k`, and what it finishes first. A warp with nothing to copy arrives before all that.
+  __device__ __forceinline__ Outcome await_tokens(int gemm_index, const Share& s, int item, int k, TokenPlace& place) {
+    const bool copies = gemm_index == 1 && copies_tokens(s);
+    if (gemm_index == 1 && !copies) arrive();
+    if (!kParts && s.blocks > 0) place = find_token<kRowTiles>(gemm_index, s, item, k);
+    if (gemm_index == 0) {
+      if (!p_.gemm[0].all_rows) copy_tokens<false>(0, s);
+      ptx::cp_async_commit();
+    } else if (copies) {
+      copy_tokens<true>(1, s);
+      arrive();
+    }
+    // Only now: ptxas would wait for what this loads before it asks for tokens.
+    const Outcome outcome = prepare(gemm_index, s, kParts ? item : warp_);
+    if (gemm_index == 1) {
+      wait_for_all();
+      return outcome;
+    }
+    ptx::cp_async_wait<0>();
+    __syncthreads();
+    if (kSplit) {
+      split_rows(s);
+      __syncthreads();
+    }
+    return outcome;
+  }
+
+  // Once per launch: the warp has read w13's sums, and its part of w2's tokens is in shared memory.
+  __device__ __forceinline__ void arrive() const {
+    if constexpr (Ring::kFillQueues) return;
+    if constexpr (kWarpArrivals == 1) __syncwarp();
+    if (kWarpArrivals > 1 || lane_ == 0) ptx::mbarrier_arrive(arrived_);
+  }
+
+  __device__ __forceinline__ void wait_for_all() const {
+    if constexpr (Ring::kFillQueues) {
+      __syncthreads();
+    } else {
+      ptx::mbarrier_wait(arrived_, 0);
+    }
+  }
+
+  __device__ __forceinline__ Share share(int gemm_index, int tiles) const {
     const FewSlotsGemm& gemm = p_.gemm[gemm_index];
-    const int all = tiles_.size() * gemm.items_per_tile;
+    const int all = tiles * gemm.items_per_tile;
     const int each = p_.by_grid.quotient(all);
     const int more = all - each * static_cast<int>(gridDim.x);
     const int cta = blockIdx.x;
     Share s;
     s.first_item = cta * each + min(cta, more);
     s.items = each + (cta < more ? 1 : 0);
-    const int blocks = s.items * gemm.k_blocks;
-    s.run = ceil_div(blocks, kWarps);
-    if constexpr (kParts) s.run = ceil_div(s.items, kWarps) * gemm.k_blocks;
-    if constexpr (kRowTiles == 4) s.run = round_up(s.run, kTurnBlocks);
-    s.begin = min(warp_ * s.run, blocks);
-    s.blocks = min(s.run, blocks - s.begin);
+    const int units = ceil_div(s.items * gemm.k_blocks, kUnit);
+    s.each = kParts ? ceil_div(s.items, kWarps) : units / kWarps;
+    s.more = kParts ? 0 : units % kWarps;
+    s.begin = begin_of_run(gemm_index, s, warp_);
+    s.blocks = begin_of_run(gemm_index, s, warp_ + 1) - s.begin;
     return s;
   }
 
   // ---- the stream of weight blocks, which runs ahead of the multiplications by the length of the ring
 
-  __device__ __forceinline__ void open(int gemm_index) {
-    const Share s = share(gemm_index);
+  __device__ __forceinline__ void open(int gemm_index, int tiles) {
+    const Share s = share(gemm_index, tiles);
     const int before = p_.gemm[gemm_index].by_k_blocks.quotient(s.begin);
     fill_gemm_ = gemm_index;
     fill_item_ = s.first_item + before;
@@ -151,8 +234,14 @@ class FewSlotsMlp {
   // Before the first refill of a turn.
   __device__ __forceinline__ void begin_turn() {
     if (fill_left_ > 0) return;
-    if (fill_ahead_ == 0 && fill_gemm_ == 0) open(1);
+    if (fill_ahead_ == 0 && fill_gemm_ == 0) open(1, tiles_.size());
     if (fill_ahead_ == 0) return;
+    const int tile = next_item();
+    fill_at_ += tiles_.tile(tile).expert * p_.gemm[fill_gemm_].expert_bytes;
+  }
+
+  // Goes to the next item's blocks, but for where its expert is. Returns its tile.
+  __device__ __forceinline__ int next_item() {
     const FewSlotsGemm& gemm = p_.gemm[fill_gemm_];
     const int tile = gemm.by_items_per_tile.quotient(fill_item_);
     int panel = fill_item_ - tile * gemm.items_per_tile;
@@ -167,15 +256,17 @@ class FewSlotsMlp {
       panel /= parts;
     }
     const int64_t block = static_cast<int64_t>(panel) * gemm.k_blocks + fill_k_;
-    fill_at_ = gemm.packed + tiles_.tile(tile).expert * gemm.expert_bytes + block * kBlockBytes;
+    fill_at_ = gemm.packed + block * kBlockBytes;
     fill_left_ = min(fill_ahead_, gemm.k_blocks - fill_k_);
     fill_ahead_ -= fill_left_;
     fill_k_ = 0;
     ++fill_item_;
+    return tile;
   }
 
-  // The i-th block of the turn.
+  // The i-th block of the turn. A turn that nothing is left for will not be waited for.
   __device__ __forceinline__ void refill(int first_stage, int i) {
+    if (!Ring::kFillQueues && fill_left_ <= 0) return;
     if constexpr (kHalves) {
       ring_.fill_half(first_stage + i, i < fill_left_, fill_at_ + i * kBlockBytes, fill_first_tile_);
     } else if constexpr (kParts) {
@@ -209,6 +300,18 @@ class FewSlotsMlp {
     }
   }
 
+  // Whether the warp has some of w2's tokens to copy. The first warps finish items of w13, so the last ones copy.
+  __device__ __forceinline__ bool copies_tokens(const Share& s) const {
+    const FewSlotsGemm& gemm = p_.gemm[1];
+    if (s.items == 0) return false;
+    int rows = gemm.rows;
+    if (!gemm.all_rows) {
+      const int first = gemm.by_items_per_tile.quotient(s.first_item);
+      rows = (gemm.by_items_per_tile.quotient(s.first_item + s.items - 1) - first + 1) * p_.width;
+    }
+    return (kWarps - 1 - warp_) * kWarp < rows * gemm.row_chunks;
+  }
+
   // The tokens of the CTA's own tiles, or all. kHandedOver: other CTAs of this launch write them meanwhile.
   template <bool kHandedOver>
   __device__ __forceinline__ void copy_tokens(int gemm_index, const Share& s) const {
@@ -231,8 +334,9 @@ class FewSlotsMlp {
       }
     }
     const int chunks = rows * gemm.row_chunks;
+    const int first_warp = kHandedOver ? kWarps - 1 - warp_ : warp_;  // the first warps finish items of w13
 #pragma unroll 1
-    for (int base = warp_ * kWarp; base < chunks; base += kWarps * kWarp) {
+    for (int base = first_warp * kWarp; base < chunks; base += kWarps * kWarp) {
       const int to = gemm.by_row_chunks.quotient(base + lane_);
       const int from = __shfl_sync(~0u, row, to & (kWarp - 1));
       if (base + lane_ < chunks && from >= 0) {
@@ -280,12 +384,6 @@ class FewSlotsMlp {
     }
   }
 
-  // Where a lane's token of an item is, and which warp tiles of the panel are the item's.
-  struct TokenPlace {
-    uint32_t at;  // the lane's 16 k of block k
-    bool used;    // whether there is such a token
-    int first_tile;
-  };
   template <int kTiles>
   __device__ __forceinline__ TokenPlace find_token(int gemm_index, const Share& s, int item, int k) const {
     const FewSlotsGemm& gemm = p_.gemm[gemm_index];
@@ -301,10 +399,25 @@ class FewSlotsMlp {
     return {at, used, kItems == 1 ? 0 : within % kItems * kTiles};
   }
 
-  // ---- an item's blocks k .. k + blocks - 1
+  // ---- multiplication
 
-  __device__ __forceinline__ void multiply_blocks(int gemm_index, const Share& s, int item, int k, int blocks) {
-    const TokenPlace place = find_token<kRowTiles>(gemm_index, s, item, k);
+  // The warp's run: from block `k` of item number `item` on, which is where `place` is.
+  __device__ __forceinline__ void multiply_run(int gemm_index, const Share& s, int item, int k, TokenPlace place) {
+    const int k_blocks = p_.gemm[gemm_index].k_blocks;
+    int blocks = k_blocks - k;
+    for (int left = s.blocks; left > 0;) {
+      blocks = min(left, blocks);
+      multiply_blocks(place, item, blocks);
+      left -= blocks;
+      if (left == 0) break;
+      ++item;
+      blocks = k_blocks;
+      place = find_token<kRowTiles>(gemm_index, s, item, 0);
+    }
+  }
+
+  // So many blocks of an item, from `place` on.
+  __device__ __forceinline__ void multiply_blocks(const TokenPlace& place, int item, int blocks) {
     const bool used = place.used;
     const int first_tile = place.first_tile;
     uint32_t x_at = place.at;
@@ -396,18 +509,6 @@ class FewSlotsMlp {
 
   // ---- the end of a GEMM
 
-  // What finishing an item takes from global memory.
-  struct Outcome {
-    ExpertTile tile;
-    int tile_index;
-    int panel;     // or half a panel: the item's place among those of its tile
-    int slot;      // of the tile's token number `lane`
-    float upper;   // scale of the rows, or of the gate rows
-    float lower;   // scale of the up rows
-    float scale;   // of slot `slot`
-    float weight;  // of slot number `lane`
-  };
-
   __device__ __forceinline__ Outcome prepare(int gemm_index, const Share& s, int i) const {
     Outcome o = {};
     if (i >= s.items) return o;
@@ -416,6 +517,14 @@ class FewSlotsMlp {
     o.tile = tiles_.tile(o.tile_index);
     o.panel = s.first_item + i - o.tile_index * gemm.items_per_tile;
     o.slot = tiles_.slot(o.tile);
+    if constexpr (!kParts) {
+      const int begin = begin_of_run(gemm_index, s, lane_);
+      const int end = begin_of_run(gemm_index, s, lane_ + 1);
+      const bool has = lane_ < kWarps && begin < end && begin < (i + 1) * gemm.k_blocks && end > i * gemm.k_blocks;
+      const unsigned warps = __ballot_sync(~0u, has);
+      o.first_warp = __ffs(warps) - 1;
+      o.warps = __popc(warps);
+    }
     bool is_plain = false;  // of one scale
     if constexpr (kExtended) is_plain = gemm_index == 0 && !p_.gated;
     if (is_plain) {
@@ -447,15 +556,6 @@ class FewSlotsMlp {
     }
   }
 
-  __device__ __forceinline__ void finish(int gemm_index, const Share& s, int i, const Outcome& o) const {
-    // The warps whose runs hold some of the item are consecutive.
-    const int k_blocks = p_.gemm[gemm_index].k_blocks;
-    const int begin = min(lane_ * s.run, s.items * k_blocks);
-    const bool has = lane_ < kWarps && begin < (i + 1) * k_blocks && begin + s.run > i * k_blocks;
-    const unsigned runs = __ballot_sync(~0u, has);
-    finish_item(gemm_index, partial(__ffs(runs) - 1, i), __popc(runs), o);
-  }
-
   __device__ __forceinline__ void finish_item(int gemm_index, const float* sums, int ways, const Outcome& o) const {
     if constexpr (kExtended) {
       if (gemm_index == 0 && !p_.gated) return write_plain_hidden(sums, ways, o);
@@ -481,24 +581,27 @@ class FewSlotsMlp {
   __device__ __forceinline__ void write_hidden(const float* sums, int ways, const Outcome& o) const {
     const int stride = p_.width * kPartialRows;
     const int columns = p_.gemm[1].k;
-    constexpr int kFeatures = kItemRows / 2;
-    constexpr int kLanes = kFeatures / 2;  // of a token
-    const int feature = lane_ % kLanes * 2;
-    const int row = feature / 8 * 16 + feature % 8;
-    const int column = o.panel * kFeatures + feature;
+    constexpr int kLanes = kItemRows / 2;  // of a token
+    // A lane has two gate rows, and the lane four further on has the up rows of these features.
+    const int row = lane_ % kLanes * 2;
+    const bool is_up = (row & 8) != 0;
+    const int column = o.panel * (kItemRows / 2) + row / 16 * 8 + row % 8;
     for (int base = 0; base < o.tile.count; base += kWarp / kLanes) {
       const int token = base + lane_ / kLanes;
       const int64_t to = __shfl_sync(~0u, o.slot, token % kWarp);
       const float scale = __shfl_sync(~0u, o.scale, token % kWarp);
-      if (token >= o.tile.count || column >= columns) continue;
-      float2 g = scale_sum(sum_of(sums, stride, ways, token, row), scale, o.upper);
-      float2 u = scale_sum(sum_of(sums, stride, ways, token, row + 8), scale, o.lower);
-      if constexpr (kExtended) {
-        g = with_bias(g, 0, o, column);
-        u = with_bias(u, 0, o, columns + column);
+      const bool used = token < o.tile.count && column < columns;
+      float2 own = make_float2(0.0f, 0.0f);
+      if (used) {
+        own = scale_sum(sum_of(sums, stride, ways, token, row), scale, is_up ? o.lower : o.upper);
+        if constexpr (kExtended) own = with_bias(own, 0, o, is_up ? columns + column : column);
       }
-      const float2 v = make_float2(apply_gate<kExtended>(p_.gate, g.x, u.x), apply_gate<kExtended>(p_.gate, g.y, u.y));
-      ptx::store_relaxed_32(static_cast<T*>(p_.hidden) + to * columns + column, pack2<T>(v.x, v.y));
+      // Each of the two lanes applies the gate to one of the two features.
+      const float other = __shfl_xor_sync(~0u, is_up ? own.x : own.y, 4);
+      const float v = apply_gate<kExtended>(p_.gate, is_up ? other : own.x, is_up ? own.y : other);
+      const float next = __shfl_down_sync(~0u, v, 4);
+      if (!used || is_up) continue;
+      ptx::store_relaxed_32(static_cast<T*>(p_.hidden) + to * columns + column, pack2<T>(v, next));
     }
   }
 
@@ -546,26 +649,37 @@ class FewSlotsMlp {
 
   // The weighted sum of each token's slots, in the order of slots, as the rows come in.
   __device__ __forceinline__ void sum_panel(const Outcome& o) const {
-    constexpr int kBatch = 8;
+    constexpr int kMost = kExtended ? 8 : 16;  // more would spill
+    p_.gemm[1].rows > 8 ? sum_panel_by<kMost>(o) : sum_panel_by<8>(o);
+  }
+
+  // So many slots at a time.
+  template <int kBatch>
+  __device__ __forceinline__ void sum_panel_by(const Outcome& o) const {
     const int n = p_.gemm[1].n;
     const int slots = p_.gemm[1].rows;
-    const unsigned used = tiles_.used_slots();
+    const int top_k = static_cast<int>(p_.routing.top_k);
+    const bool ends_token = p_.gemm[0].slots_per_row.quotient(lane_ + 1) * top_k == lane_ + 1;
+    const unsigned ends = __ballot_sync(~0u, ends_token && lane_ < slots);
     const int column = o.panel * kDownRows + 2 * lane_;
     const bool inside = 2 * lane_ < kDownRows && column < n;
-    const float* rows = p_.expert_out + column;
+    const unsigned used = tiles_.used_slots();
+    const unsigned wanted = inside ? used : 0;
+    int64_t to = column;
     float2 total = make_float2(0.0f, 0.0f);
-    int token = 0;
-    int left = static_cast<int>(p_.routing.top_k);
+#pragma unroll 1
     for (int first = 0; first < slots; first += kBatch) {
       uint2 value[kBatch];
       bool missing;
       do {
         missing = false;
+        const float* from = p_.expert_out + first * n + column;
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
-          const int slot = first + i;
           value[i] = make_uint2(0, 0);
-          if (inside && slot < slots && (used >> slot & 1) != 0) value[i] = ptx::load_relaxed_64(rows + slot * n);
+          if ((wanted >> (first + i) & 1) != 0) value[i] = ptx::load_relaxed_64(from);
+          from += n;
+          asm volatile("" : "+l"(from));  // one address at a time: all of them would be too many registers
         }
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) missing |= value[i].x == kNotYet || value[i].y == kNotYet;
@@ -573,18 +687,15 @@ class FewSlotsMlp {
       __syncwarp();
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        const int slot = first + i;
-        if (slot >= slots) break;
-        const float w = __shfl_sync(~0u, o.weight, slot);
-        if ((used >> slot & 1) != 0) {
+        const float w = __shfl_sync(~0u, o.weight, first + i);
+        if ((used >> (first + i) & 1) != 0) {
           total.x += w * __uint_as_float(value[i].x);
           total.y += w * __uint_as_float(value[i].y);
         }
-        if (--left == 0) {
-          if (inside) store_pair<T>(p_.out, static_cast<int64_t>(token) * n + column, total);
+        if ((ends >> (first + i) & 1) != 0) {
+          if (inside) store_pair<T>(p_.out, to, total);
+          to += n;
           total = make_float2(0.0f, 0.0f);
-          left = static_cast<int>(p_.routing.top_k);
-          ++token;
         }
       }
     }
@@ -600,11 +711,12 @@ class FewSlotsMlp {
   }
 
   const FewSlotsParams& p_;
+  const uint32_t arrived_;  // an mbarrier
   uint8_t* tokens_;
   float* partials_;
   const int lane_;
   const int warp_;
-  const InlineTiles tiles_;
+  InlineTiles tiles_;
   Ring ring_;
   const uint8_t* fill_at_ = nullptr;
   int fill_left_ = 0;   // blocks of the item that is being filled

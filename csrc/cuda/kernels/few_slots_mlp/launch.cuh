@@ -10,6 +10,9 @@ using FewSlotsKernel = void (*)(FewSlotsParams);
 
 // So few threads that their CTAs fit beside one of few_slots_mlp, whose end they wait for.
 constexpr int kFillThreads = 128;
+// Of a thread of few_slots_mlp on SM90, for the same reason: of an SM's 65536, 512 times 120 leave room for 128 times
+// 24. With more, fill would begin only when few_slots_mlp has ended.
+constexpr int kFewSlotsMaxRegisters = 120;
 
 // Sizes are in units of 16 bytes.
 static __global__ void __launch_bounds__(kFillThreads) fill_not_yet_kernel(uint4* a, int a_size, uint4* b, int b_size) {

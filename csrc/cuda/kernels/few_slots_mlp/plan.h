@@ -14,6 +14,7 @@ constexpr int kFewSlotsWarps = 16;
 constexpr int kFewSlotsStagesSm80 = 2;  // of a warp's ring
 constexpr int kFewSlotsStagesSm90 = 4;
 constexpr int kFewSlotsPartStages = 6;
+constexpr int kFewSlotsBarrierBytes = 16;  // of an mbarrier, behind the rings
 constexpr int kFewSlotsPartBytes = part_bytes(2);
 constexpr int kFewSlotsMaxWidth = 8;    // one column tile
 constexpr int kFewSlotsSplitWidth = 4;  // of fp16 tokens, which are two columns each (device/split.cuh)
@@ -78,8 +79,8 @@ inline FewSlotsPlan plan_few_slots(const Problem& problem, const Device& device,
     if (parts_of_panels && items > (i == 0 ? 2 : 1) * kFewSlotsWarps) return plan;
   }
   const int64_t partials = (parts_of_panels ? kFewSlotsWarps : kFewSlotsWarps + most_items - 1) * width;
-  const int64_t shared = (parts_of_panels ? few_slots_part_ring_bytes() : few_slots_ring_bytes(isa)) + token_bytes +
-                         partials * kPartialRows * int64_t{sizeof(float)};
+  const int64_t shared = (parts_of_panels ? few_slots_part_ring_bytes() : few_slots_ring_bytes(isa)) +
+                         kFewSlotsBarrierBytes + token_bytes + partials * kPartialRows * int64_t{sizeof(float)};
   if (shared > device.shared_memory_per_cta) return plan;
   plan.width = width;
   plan.token_bytes = static_cast<int>(token_bytes);

@@ -9,8 +9,7 @@ static_assert(FewSlotsMlp<bf16, Ring, kFewSlotsWarps>::kRingBytes == few_slots_r
 static_assert(FewSlotsMlp<bf16, PartRing, kFewSlotsWarps, 1>::kRingBytes == few_slots_part_ring_bytes());
 
 template <class T, int kRowTiles, bool kExtended>
-__global__ void __launch_bounds__(kFewSlotsWarps* kWarp, 1)
-    few_slots_mlp_sm90_kernel(const __grid_constant__ FewSlotsParams p) {
+__global__ void __maxnreg__(kFewSlotsMaxRegisters) few_slots_mlp_sm90_kernel(const __grid_constant__ FewSlotsParams p) {
 #if __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) uint8_t storage[];
   FewSlotsMlp<T, std::conditional_t<kRowTiles == 1, PartRing, Ring>, kFewSlotsWarps, kRowTiles, kExtended>::run(
