@@ -17,16 +17,10 @@
 #include "../../device/pipeline.cuh"
 #include "../../device/scheduler.cuh"
 #include "../../device/split.cuh"
+#include "../../device/warp_arrive.cuh"
 #include "params.h"
 
 namespace nvfp4::cuda {
-
-// racecheck follows only lanes that arrive themselves. A library built for it has all lanes of a warp arrive.
-#ifdef NVFP4_RACECHECK
-constexpr int kWarpArrivals = kWarp;
-#else
-constexpr int kWarpArrivals = 1;
-#endif
 
 // kRowTiles: of a panel's four warp tiles, those of an item. Half panels spread a few large items evenly over the CTAs.
 // Of one warp tile in w13, and then of two in w2, they are for batch invariance: a warp multiplies whole items (parts),
@@ -191,8 +185,8 @@ class FewSlotsMlp {
   // Once per launch: the warp has read w13's sums, and its part of w2's tokens is in shared memory.
   __device__ __forceinline__ void arrive() const {
     if constexpr (Ring::kFillQueues) return;
-    if constexpr (kWarpArrivals == 1) __syncwarp();
-    if (kWarpArrivals > 1 || lane_ == 0) ptx::mbarrier_arrive(arrived_);
+    __syncwarp();
+    warp_arrive(arrived_, lane_);
   }
 
   __device__ __forceinline__ void wait_for_all() const {

@@ -7,16 +7,13 @@
 #include "../../device/ptx/mbarrier.cuh"
 #include "../../device/ptx/memory.cuh"
 #include "../../device/ragged_tiles.cuh"
+#include "../../device/warp_arrive.cuh"
 #include "plan.h"
 
 namespace nvfp4::cuda::wgmma_experts {
 
-// racecheck follows only lanes that arrive themselves. A library built for it has all lanes of a warp arrive.
-#ifdef NVFP4_RACECHECK
-constexpr int kWarpArrivals = kWarp;
-#else
-constexpr int kWarpArrivals = 1;
-#endif
+using cuda::kWarpArrivals;
+using cuda::warp_arrive;
 
 struct ExpertGemm {
   const uint8_t* weight;  // [experts][panels][k_blocks][kBlockBytes]
@@ -83,11 +80,6 @@ __device__ __forceinline__ uint32_t swizzled(int token, int chunk) {
 
 // The same value, known to the compiler to be the same in all lanes: what derives from it goes to the uniform datapath.
 __device__ __forceinline__ int uniform(int v) { return __shfl_sync(~0u, v, 0); }
-
-// By all lanes of a warp that is converged.
-__device__ __forceinline__ void warp_arrive(uint32_t barrier, int lane) {
-  if (kWarpArrivals == kWarp || lane == 0) ptx::mbarrier_arrive(barrier);
-}
 
 // The ring of published tiles, as one role walks it.
 template <class S>
