@@ -161,7 +161,7 @@ def make_gate(r: Random) -> tuple[Arguments, bool]:
     activation = r.randrange(6)
     gate: Arguments = {"activation": activation, "clamp_limit": None, "alpha": 1.0, "beta": 0.0}
     if activation < 2 and r.chance(0.6):
-        gate["clamp_limit"] = r.choice((0.01, 0.5, 7.0, 10.0, 1e-46, 1e-45, 1e-30, 3e38, 3.4028234663852886e38))
+        gate["clamp_limit"] = r.choice((0.01, 0.5, 7.0, 10.0, 1e-45, 1e-30, 3e38, 3.4028234663852886e38))
     if activation == 0 and r.chance(0.4):
         gate["alpha"], gate["beta"] = r.choice(((1.702, 1.0), (0.0, 0.0), (-1.0, -2.0), (2.0**64, 1.0), (1.0, 3e38)))
     if activation == 5:

@@ -85,7 +85,7 @@ NUMBERS: dict[str, tuple[Any, ...]] = {
     "num_experts": (0, -1, 1, 7, 2**31, 2**40, 2**63 - 1, -(2**63)),
     "in_features": (0, -16, 16, 72, 2**31, 2**62, 2**63 - 1, -(2**63)),
     "activation": (-1, 5, 2, 3, 4, 2**63 - 1, -(2**63)),
-    "clamp_limit": (0.0, -0.0, -1.0, NAN, INF, -INF, 1e39, 5.0),
+    "clamp_limit": (0.0, -0.0, -1.0, NAN, INF, -INF, 1e39, 1e-46, 5.0),
     "alpha": (NAN, INF, 1e300, 2.0),
     "beta": (NAN, -INF, -1e39, 1.0),
     "gated": (True, False),

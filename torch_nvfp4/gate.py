@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _FLOAT32_MAX = torch.finfo(torch.float32).max
+_FLOAT32_ZERO = 2.0**-150
+"""The largest number that fp32 rounds to 0."""
 
 CONSTANT_MIN, CONSTANT_MAX = 2.0**-64, 2.0**64
 """Of alpha and beta where fp32 divides by them or multiplies before an exponential: beyond, it would over- or underflow
@@ -83,7 +85,7 @@ def gate_error(activation: int, clamp_limit: float | None, alpha: float, beta: f
         return number_error
     act = Activation(activation)
     # Written so that NaN fails.
-    if clamp_limit is not None and not 0.0 < clamp_limit <= _FLOAT32_MAX:
+    if clamp_limit is not None and not _FLOAT32_ZERO < clamp_limit <= _FLOAT32_MAX:
         return f"expected clamp_limit to be finite and positive (in fp32) or None for no clamp, got {clamp_limit:g}"
     if not gated and not act.works_without_gate:
         names = ", ".join(a.name for a in Activation if a.works_without_gate)

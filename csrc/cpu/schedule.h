@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "../kernels.h"
+#include "float_mode.h"
 
 namespace nvfp4::cpu {
 
@@ -23,6 +24,7 @@ void for_each_task(int64_t most_threads, int64_t tasks, const Body& body) {
   const int64_t threads = most_threads < tasks ? most_threads : tasks;
   if (threads == 0) return;
   auto work = [](void* argument, int64_t thread) {
+    const StandardFloatMode mode;
     auto& s = *static_cast<Shared*>(argument);
     for (int64_t task; (task = s.next.fetch_add(1, std::memory_order_relaxed)) < s.tasks;) (*s.body)(thread, task);
   };
@@ -53,6 +55,7 @@ void for_each_task_in_ranges(int64_t most_threads, int64_t tasks, const Body& bo
     shared.ranges[i].end = tasks * (i + 1) / shared.count;
   }
   auto work = [](void* argument, int64_t thread) {
+    const StandardFloatMode mode;
     auto& s = *static_cast<Shared*>(argument);
     for (int64_t i = 0; i < s.count; ++i) {
       Range& range = s.ranges[(thread + i) % s.count];

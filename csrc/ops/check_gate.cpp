@@ -22,6 +22,7 @@ Gate check_gate(const char* op, int64_t activation, std::optional<double> clamp_
                 bool gated) {
   static constexpr const char* kNames[] = {"silu", "swiglustep", "gelu", "gelu_tanh", "relu2", "situ"};
   constexpr double kMax = std::numeric_limits<float>::max();
+  constexpr double kZero = 0x1p-150;  // the largest number that fp32 rounds to 0
   if (activation < 0 || activation >= std::ssize(kNames)) {
     fail(op,
          "expected activation to be one of 0 (silu), 1 (swiglustep), 2 (gelu), 3 (gelu_tanh), 4 (relu2), 5 (situ), ",
@@ -29,7 +30,7 @@ Gate check_gate(const char* op, int64_t activation, std::optional<double> clamp_
   }
   const auto kind = static_cast<Activation>(activation);
   const char* name = kNames[activation];
-  if (clamp_limit && !(0.0 < *clamp_limit && *clamp_limit <= kMax)) {
+  if (clamp_limit && !(kZero < *clamp_limit && *clamp_limit <= kMax)) {
     fail(op, "expected clamp_limit to be finite and positive (in fp32) or None for no clamp, got ",
          format_g(*clamp_limit));
   }

@@ -58,6 +58,11 @@ def dtype(wanted: torch.dtype) -> Change:
     return lambda good: torch.zeros_like(good, dtype=wanted)
 
 
+def viewed(wanted: torch.dtype) -> Change:
+    """The same bytes as another dtype."""
+    return lambda good: good.view(wanted)
+
+
 def shape(*sizes: int) -> Change:
     """Zeros of another shape."""
     return lambda good: good.new_zeros(sizes)
@@ -99,6 +104,8 @@ GATE = [
     bad(f"{LIMIT}, got nan", clamp_limit=math.nan),
     bad(f"{LIMIT}, got nan", clamp_limit=-math.nan),
     bad(f"{LIMIT}, got inf", clamp_limit=math.inf),
+    bad(f"{LIMIT}, got 1e-46", clamp_limit=1e-46),  # 0 in fp32
+    bad(f"{LIMIT}, got 7.00649e-46", clamp_limit=2.0**-150),
     bad(f"{LIMIT}, got -inf", clamp_limit=-math.inf),
     bad(f"{LIMIT}, got 1e+39", clamp_limit=1e39),
     bad(f"expected clamp_limit to be None for activation gelu{NO_CLAMP}", activation=2),
@@ -209,6 +216,10 @@ MOE = [
     bad("topk_weights must have shape [5, top_k], got [6, 2]", topk_weights=shape(6, 2)),
     bad("topk_weights must have shape [5, top_k], got [5]", topk_weights=shape(5)),
     bad("topk_ids must be int32 or int64, got int16", topk_ids=dtype(torch.int16)),
+    *(
+        bad(f"topk_ids must be int32 or int64, got {name}", topk_ids=dtype(getattr(torch, name)))
+        for name in ("uint16", "uint32", "uint64", "complex64", "complex128")
+    ),
     bad("topk_ids must be on {device} like hidden_states, got {elsewhere}", topk_ids=elsewhere),
     bad(f"topk_ids must be contiguous, got a tensor of shape [5, 2] {STRIDED}", topk_ids=strided),
     bad("topk_ids must have shape [5, 2], got [5, 3]", topk_ids=shape(5, 3)),
@@ -395,6 +406,10 @@ PACK = [
     bad(f"{OUT_FEATURES} 32 (gated=True), got 40", weight=shape(3, 40, 40)),
     bad(f"{OUT_FEATURES} 16, got 24", weight=shape(24, 40), gated=False),
     bad("scale must be float8_e4m3fn or uint8, got float32", scale=dtype(torch.float32)),
+    *(
+        bad(f"scale must be float8_e4m3fn or uint8, got {name}", scale=viewed(getattr(torch, name)))
+        for name in ("float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu", "float4_e2m1fn_x2")
+    ),
     bad("scale must be on {device} like weight, got {elsewhere}", scale=elsewhere),
     bad(f"scale must be contiguous, got a tensor of shape [3, 64, 5] {STRIDED}", scale=strided),
     bad("scale must have shape [3, 64, 5], got [3, 64, 6]", scale=shape(3, 64, 6)),

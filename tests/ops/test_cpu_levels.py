@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import pytest
 import torch
+from torch import Tensor
 
 import torch_nvfp4
-from helpers.layers import BF16, FP16, activations, make_layer, seeded
+from helpers.layers import BF16, FP16, FP32, activations, make_layer, seeded
 from helpers.levels import LEVELS
 from torch_nvfp4 import NVFP4Weight, reference
 from torch_nvfp4.testing import assert_accurate, random_routing, random_weight
@@ -86,3 +89,80 @@ def test_random_weights_reach_both_kinds_of_blocks() -> None:
 
     assert share_that_fits(all_scales=False) > 0.9
     assert share_that_fits(all_scales=True) < 0.1
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Restores the number of threads and this thread's treatment of subnormal numbers."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_flush_denormal(False)
+    torch.set_num_threads(before)
+
+
+def results_of_subnormals(dtype: torch.dtype) -> Callable[[], list[Tensor]]:
+    """The ops with activations that are subnormal in fp16, or of which in bf16 and fp32 some are."""
+    layer, dense = make_layer(3, 96, 48, seed=31).packed("cpu"), make_layer(1, 96, 48, seed=32).packed("cpu")
+    layer = layer._replace(
+        w13_global_scale=layer.w13_global_scale * 2**12, w2_global_scale=layer.w2_global_scale * 2**12
+    )
+    routing = random_routing(40, 3, 2, generator=seeded(33))
+    x = (torch.randn(40, 96, generator=seeded(34)) * (2e-5 if dtype is FP16 else 1e-38)).to(dtype)
+    gate_up = torch.cat([x, torch.randn(40, 96, generator=seeded(35)).to(dtype)], 1)
+    rows = x[:, :48].contiguous()
+
+    def results() -> list[Tensor]:
+        leaf = gate_up.clone().requires_grad_()
+        activated = torch_nvfp4.swiglu(leaf)
+        activated.backward(x)
+        assert leaf.grad is not None
+        return [
+            *(torch_nvfp4.linear(rows[:count], dense.w2[0], torch.tensor(1.0)) for count in (1, 4, 40)),
+            torch_nvfp4.moe(x, *layer, *routing, activation="gelu"),
+            activated.detach(),
+            leaf.grad,
+        ]
+
+    return results
+
+
+@pytest.mark.parametrize("dtype", [FP16, BF16, FP32], ids=str)
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.usefixtures("threads")
+def test_subnormal_numbers_do_not_depend_on_the_mode_of_a_thread(
+    level: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.set_flush_denormal sets the calling thread's mode alone: rows would differ by the thread that has them."""
+    monkeypatch.setenv("TORCH_NVFP4_CPU_LEVEL", level)
+    results_now = results_of_subnormals(dtype)
+    torch.set_num_threads(1)
+    expected = results_now()
+    assert dtype is not FP16 or all(bool(result.any()) for result in expected)
+    for count in (1, 4):
+        torch.set_num_threads(count)
+        assert torch.set_flush_denormal(True)
+        results = results_now()
+        assert not bool((torch.tensor([1.5e-38]) * 0.5).any()), "expected the caller's mode again after the ops"
+        torch.set_flush_denormal(False)
+        for result, wanted in zip(results, expected, strict=True):
+            assert torch.equal(result.view(torch.uint8), wanted.view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_large_gate_of_relu2_beside_a_small_up(
+    level: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The square alone would overflow where the product does not, and times 0 be NaN."""
+    monkeypatch.setenv("TORCH_NVFP4_CPU_LEVEL", level)
+    gate = torch.tensor([2e19, 3e38, 3e38, 2.0**70, 1e-25, -3e38, 3.0]).repeat(5)
+    up = torch.tensor([0.0, -0.0, 2.0**-130, 2.0**-40, 1e20, 0.0, 5.0]).repeat(5)
+    gate_up = torch.cat([gate, up])[None].to(dtype).requires_grad_()
+    out = torch_nvfp4.swiglu(gate_up, activation="relu2")
+    out.backward(torch.zeros_like(out))
+    exact = gate_up.detach().double().chunk(2, 1)
+    expected = (exact[0].relu() ** 2 * exact[1]).to(dtype)
+    assert bool(expected.isfinite().all())
+    torch.testing.assert_close(out.detach(), expected, rtol=2e-7 if dtype is FP32 else 1e-2, atol=0.0)
+    assert gate_up.grad is not None
+    assert not bool(gate_up.grad.any())

@@ -60,8 +60,8 @@ NVFP4_INLINE Backward differentiate(const Gate& gate, float g, float u, float fl
     return {value * limited, flow * limited * ((1.0f - t * t) * s + value * (1.0f - s)), flow * value * (1.0f - v * v)};
   } else {
     const float r = at_least(g, 0.0f);
-    const float by_gate = flow * u * (2.0f * r);
-    return {r * r * u, g <= 0.0f ? 0.0f : by_gate, flow * (r * r)};
+    const float by_gate = 2.0f * (flow * u * r);
+    return {r * (r * u), g <= 0.0f ? 0.0f : by_gate, r * (r * flow)};
   }
 }
 

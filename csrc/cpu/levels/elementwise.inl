@@ -163,8 +163,10 @@ NVFP4_INLINE float activate(const Gate& gate, float g, float u) {
     if (gate.beta != 0.0f) u = gate.beta * tanh_of(u / gate.beta);
     return gate.alpha * tanh_of(g / gate.alpha) * sigmoid(g) * u;
   } else {
+    // In this order the product overflows only where it is beyond fp32 itself: a large gate beside up 0 gives 0, not
+    // NaN.
     const float r = at_least(g, 0.0f);
-    return r * r * u;
+    return r * (r * u);
   }
 }
 
