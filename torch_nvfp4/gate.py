@@ -231,6 +231,9 @@ def gated_activation(
     if act is Activation.situ:
         up = beta * torch.tanh(up / beta) if beta != 0.0 else up
         return alpha * torch.tanh(gate / alpha) * torch.sigmoid(gate) * up
+    if act is Activation.relu2:
+        gate = torch.relu(gate)
+        return gate * (gate * up)  # overflows where the product does: the square alone may before
     return plain_activation(gate, act) * up
 
 

@@ -146,23 +146,3 @@ def test_subnormal_numbers_do_not_depend_on_the_mode_of_a_thread(
         torch.set_flush_denormal(False)
         for result, wanted in zip(results, expected, strict=True):
             assert torch.equal(result.view(torch.uint8), wanted.view(torch.uint8))
-
-
-@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
-@pytest.mark.parametrize("level", LEVELS)
-def test_a_large_gate_of_relu2_beside_a_small_up(
-    level: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The square alone would overflow where the product does not, and times 0 be NaN."""
-    monkeypatch.setenv("TORCH_NVFP4_CPU_LEVEL", level)
-    gate = torch.tensor([2e19, 3e38, 3e38, 2.0**70, 1e-25, -3e38, 3.0]).repeat(5)
-    up = torch.tensor([0.0, -0.0, 2.0**-130, 2.0**-40, 1e20, 0.0, 5.0]).repeat(5)
-    gate_up = torch.cat([gate, up])[None].to(dtype).requires_grad_()
-    out = torch_nvfp4.swiglu(gate_up, activation="relu2")
-    out.backward(torch.zeros_like(out))
-    exact = gate_up.detach().double().chunk(2, 1)
-    expected = (exact[0].relu() ** 2 * exact[1]).to(dtype)
-    assert bool(expected.isfinite().all())
-    torch.testing.assert_close(out.detach(), expected, rtol=2e-7 if dtype is FP32 else 1e-2, atol=0.0)
-    assert gate_up.grad is not None
-    assert not bool(gate_up.grad.any())

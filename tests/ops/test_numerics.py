@@ -26,6 +26,7 @@ from helpers.layers import (
     to,
 )
 from torch_nvfp4 import NVFP4Weight, reference
+from torch_nvfp4.gate import Activation, gated_activation
 from torch_nvfp4.testing import TOLERANCE, assert_accurate, random_routing, random_weight, relative_l2
 
 # NaN, infinities, determinism, independence
@@ -221,6 +222,26 @@ def test_minus_infinity_gates_to_zero(gated: bool, target: str, dtype: torch.dty
         if GATES[name].get("alpha", 1.0) > 0:
             out = torch_nvfp4.swiglu(x.to(target, dtype), gated=gated, **GATES[name]).cpu()
             assert bool((out[0] == 0).all()), name
+
+
+def test_a_large_gate_of_relu2_beside_a_small_up(target: str) -> None:
+    """The square alone would overflow where the product does not, and times 0 be NaN."""
+    gate = torch.tensor([2e19, 3e38, 3e38, 2.0**70, 1e-25, -3e38, 3.0]).repeat(5)
+    up = torch.tensor([0.0, -0.0, 2.0**-130, 2.0**-40, 1e20, 0.0, 5.0]).repeat(5)
+    for dtype in dtypes_of(target):
+        if dtype is FP16:
+            continue
+        gate_up = torch.cat([gate, up])[None].to(target, dtype).requires_grad_()
+        out = torch_nvfp4.swiglu(gate_up, activation="relu2")
+        out.backward(torch.zeros_like(out))
+        exact = gate_up.detach().double().chunk(2, 1)
+        expected = (exact[0].relu() ** 2 * exact[1]).to(dtype)
+        assert bool(expected.isfinite().all())
+        torch.testing.assert_close(out.detach(), expected, rtol=2e-7 if dtype is FP32 else 1e-2, atol=0.0)
+        assert gate_up.grad is not None
+        assert not bool(gate_up.grad.any())
+        plain = gated_activation(*gate_up.detach().float().chunk(2, 1), Activation.relu2)  # what decompositions compute
+        torch.testing.assert_close(plain.to(dtype), expected, rtol=2e-7 if dtype is FP32 else 1e-2, atol=0.0)
 
 
 # Memory

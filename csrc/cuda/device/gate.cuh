@@ -63,8 +63,10 @@ __device__ __forceinline__ float apply_gate(const Gate& gate, float g, float u) 
     case Activation::gelu_tanh:
       return share_of(g, 0.5f * (1.0f + tanhf(0.7978845608028654f * (g + 0.044715f * g * g * g)))) * u;
     case Activation::relu2: {
+      // In this order the product overflows only where it is beyond fp32 itself: a large gate beside up 0 gives 0, not
+      // NaN.
       const float r = clamp_below(g, 0.0f);
-      return r * r * u;
+      return r * (r * u);
     }
     default:
       return 0.0f;

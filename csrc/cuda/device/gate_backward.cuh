@@ -67,8 +67,8 @@ __device__ __forceinline__ GateBackward gate_backward(const Gate& gate, float g,
     }
     default: {  // relu2
       const float r = clamp_below(g, 0.0f);
-      const float by_gate = flow * u * (2.0f * r);
-      return {r * r * u, g <= 0.0f ? 0.0f : by_gate, flow * (r * r)};
+      const float by_gate = 2.0f * (flow * u * r);
+      return {r * (r * u), g <= 0.0f ? 0.0f : by_gate, r * (r * flow)};
     }
   }
 }
