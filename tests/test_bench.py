@@ -538,21 +538,29 @@ def test_kt_is_refused_with_its_reason(monkeypatch):
         cpu_engines.kt_contender(bench.Layer.random(TINY, clamp_limit=10.0))
 
 
-@pytest.mark.parametrize("workspaces", [{"get_marlin_workspace": lambda device: ("workspace", device)}, {
-    "marlin_make_workspace_new": lambda device, blocks: ("workspace", device) if blocks == 4 else None
-}, {}])  # fmt: skip
+@pytest.mark.parametrize(
+    "workspaces",
+    [
+        pytest.param({"get_marlin_workspace": lambda device: ("workspace", device)}, id="since-0.31"),
+        pytest.param(
+            {"marlin_make_workspace_new": lambda device, blocks: ("workspace", device) if blocks == 4 else None},
+            id="before",
+        ),
+        pytest.param({}, id="neither"),
+    ],
+)
 def test_marlin_gets_its_workspace_from_each_vllm(workspaces, monkeypatch):
-    """vLLM from 0.31 on, before, and one that has neither."""
     layer = bench.Layer.random(TINY, clamp_limit=10.0)
     device = layer.w13.data.device
 
     def prepare(described, w13, s13, g13, w2, s2, g2, is_act_and_mul):
         return w13, s13, g13, w2, s2, g2
 
-    def fused_marlin_moe(x, w13, w2, *_, workspace, **how):
+    def fused_marlin_moe(x, w13, w2, bias1, bias2, s13, s2, topk_weights, topk_ids, *, workspace, **how):
         assert workspace == ("workspace", device)
         assert (how["global_scale2"] == layer.w2.global_scale).all()
-        return bench.dequantize_then_matmul(bench.Case(x, *_[-2:]), layer.w13, layer.w2, clamp_limit=10.0)
+        case = bench.Case(x, topk_weights, topk_ids)
+        return bench.dequantize_then_matmul(case, layer.w13, layer.w2, clamp_limit=10.0)
 
     layers = "vllm.model_executor.layers"
     types = SimpleNamespace(float4_e2m1f=SimpleNamespace(id=1))
